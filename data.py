@@ -1,0 +1,379 @@
+"""Where images come from: folders, the public data sets, generated images; and batches.
+
+`python data.py` fetches 91-Image and Set5 into data/, for machines that train offline later;
+`python data.py --from ARCHIVE_OR_FOLDER` takes them from a local copy.
+"""
+
+import argparse
+import hashlib
+import io
+import math
+import os
+import tempfile
+import time
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from model import HALO_LR, SCALE
+from utils import ArgumentParser, Failure, run
+
+# The published sets: number of images, SHA-256 of what `sha256sum *.bmp` prints in the folder,
+# so that one digest stands for the content and the name of every file.
+SETS = {
+    "91-image": (91, "a0650b24564bf5928a18eae0f33bdd0132bd4d69b918e09ae3e3954943a5e917"),
+    "Set5": (5, "182f07f3f06e1d9f50e6d72946b0fee603769f37cfe4eae50715db3e0fd01ee0"),
+}
+MIRRORS = (
+    "https://github.com/tegg89/SRCNN-Tensorflow/archive/78be1a24697935fc39a3a8cf59a6632264afade7.zip",
+    "https://github.com/yytlee/CSCI3290/archive/d55de726406413be35f4f9a73659b20b7e84afe8.zip",
+    "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
+)
+MAX_BYTES = 2**27  # of an archive, and of what it unpacks to; the first mirror has 28 MB
+TIMEOUT = 15  # seconds without a byte
+DEADLINE = 600  # seconds for one mirror
+
+DEAD_LEAVES = "dead-leaves"  # stands for a folder: the generated images
+
+
+# ----------------------------------------------------------------------- images to tensors
+
+
+class TestImage(NamedTuple):
+    """uint8 tensors: lr of shape (3, h, w), hr and Pillow's bicubic of (3, 3h, 3w)."""
+
+    name: str
+    lr: Tensor
+    hr: Tensor
+    bicubic: Tensor
+
+
+class TestSet(NamedTuple):
+    name: str
+    images: list[TestImage]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as a uint8 tensor of shape (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """The reverse of :func:`to_tensor`."""
+    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
+
+
+def bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Pillow's bicubic, both ways: antialiased, a = -0.5."""
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Crop an image to a multiple of 3 and make its LR version, as the course does."""
+    width, height = hr.width // SCALE, hr.height // SCALE
+    hr = hr.crop((0, 0, width * SCALE, height * SCALE))
+    return bicubic(hr, width, height), hr
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image to RGB. Raises Failure, naming the file, where Pillow cannot."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as problem:
+        raise Failure(f"{path}: no such file") from problem
+    except Exception as problem:  # Pillow's decoders raise errors of many types
+        reason = "" if isinstance(problem, UnidentifiedImageError) else f": {problem}"
+        raise Failure(f"{path}: not an image that Pillow can read{reason}") from problem
+
+
+def load_images(folder: str, role: str) -> tuple[str, list[tuple[str, Image.Image]]]:
+    """Read a set of HR images.
+
+    Parameters
+    ----------
+    folder : a folder of images, or "dead-leaves" for generated ones
+    role : "train" or "test", which of the generated images to make
+
+    Returns
+    -------
+    the set's name, and (name, RGB image) in the order of the files' names
+
+    Raises
+    ------
+    Failure if the folder is missing or empty, or a file in it is no image of at least 9x9
+    """
+    if folder == DEAD_LEAVES:
+        return f"{DEAD_LEAVES}-{role}", dead_leaves(role)
+    path = Path(folder)
+    if not path.is_dir():
+        raise Failure(f"{folder}: no such folder of images")
+    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+    if not files:
+        raise Failure(f"{folder}: this folder holds no images")
+    stems = [file.stem for file in files]
+    images = []
+    for file in files:
+        image = open_image(file)
+        if min(image.size) < 3 * SCALE:  # a border of 3 is shaved off before measuring
+            raise Failure(f"{file}: {image.width}x{image.height} pixels are too few; 9x9 is the least")
+        images.append((file.name if stems.count(file.stem) > 1 else file.stem, image))
+    return set_name(path), images
+
+
+def set_name(folder: Path) -> str:
+    """The folder's name; that of a published set only where its files are the published ones."""
+    name = folder.resolve().name
+    for published, (_, digest) in SETS.items():
+        if _digest({f.name: f.read_bytes() for f in folder.glob("*.bmp")}) == digest:
+            return published
+        if name.lower().replace("-", "") == published.lower().replace("-", ""):
+            name += " (not the published set)"
+    return name
+
+
+def load_test_set(folder: str) -> TestSet:
+    """Read the images to measure on; raises as :func:`load_images`."""
+    name, images = load_images(folder, "test")
+    tests = []
+    for stem, image in images:
+        lr, hr = degrade(image)
+        up = bicubic(lr, *hr.size)
+        tests.append(TestImage(stem.removesuffix("_GT"), to_tensor(lr), to_tensor(hr), to_tensor(up)))
+    return TestSet(name, tests)
+
+
+class TrainSet:
+    """All training images in memory, as one long row of uint8 pixels on the device.
+
+    Parameters
+    ----------
+    folder : as in :func:`load_images`, whose Failure it raises
+    device : where the pixels live and batches are made
+    """
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        self.name, images = load_images(folder, "train")
+        pairs = [degrade(image) for _, image in images]
+        self.count = len(pairs)
+        self.lr, self.hr = (
+            torch.cat([to_tensor(image).permute(1, 2, 0).reshape(-1, 3) for image in side]).to(device)
+            for side in zip(*pairs, strict=True)
+        )
+        self.sizes = torch.tensor([(lr.height, lr.width) for lr, _ in pairs])
+        self.areas = self.sizes.prod(1)
+        self.starts = self.areas.cumsum(0) - self.areas
+        self.pixels = len(self.hr)
+
+    def draw(self, count: int, patch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw patches from everywhere alike, each in one of its eight orientations.
+
+        Parameters
+        ----------
+        count : number of patches
+        patch : their size in HR pixels, a multiple of 3
+        generator : of the CPU, so that a run is the same whatever the device
+
+        Returns
+        -------
+        lr : (count, 3, patch / 3 + 8, patch / 3 + 8), with the context that
+            :meth:`SRCNN.interior` needs; beyond an image's edge it is continued by replication
+        hr : (count, 3, patch, patch); both float in [0, 1], channels_last
+        """
+        size = patch // SCALE
+        image = torch.multinomial(self.areas.double(), count, replacement=True, generator=generator)
+        # An image smaller than the patch is taken whole and continued like at any edge.
+        room = (self.sizes[image] - size).clamp(min=0) + 1
+        corner = (torch.rand(count, 2, generator=generator) * room).long()
+        flips = torch.rand(count, 3, generator=generator) < 0.5
+        where = torch.cat([self.starts[image, None], self.sizes[image], corner, flips], 1)
+        where = where.to(self.hr.device, non_blocking=True)
+        lr = _cut(self.lr, where, size + 2 * HALO_LR, scale=1, offset=-HALO_LR)
+        return lr, _cut(self.hr, where, patch, scale=SCALE, offset=0)
+
+
+def _cut(pixels: Tensor, where: Tensor, size: int, scale: int, offset: int) -> Tensor:
+    """Gather square patches out of a row of pixels: index arithmetic for a whole batch."""
+    start, height, width, top, left, flip_v, flip_h, transpose = where.T[:, :, None, None]
+    down = torch.arange(size, device=pixels.device)[:, None]
+    down, right = torch.where(flip_v > 0, size - 1 - down, down), torch.where(flip_h > 0, size - 1 - down.T, down.T)
+    down, right = torch.where(transpose > 0, right, down), torch.where(transpose > 0, down, right)
+    y = (down + top * scale + offset).clamp(min=0).minimum(height * scale - 1)
+    x = (right + left * scale + offset).clamp(min=0).minimum(width * scale - 1)
+    index = start * scale**2 + y * width * scale + x
+    return pixels[index].permute(0, 3, 1, 2).float() / 255
+
+
+# ------------------------------------------------------------------------ generated images
+
+
+def dead_leaves(role: str, count: int | None = None, size: int = 252) -> list[tuple[str, Image.Image]]:
+    """Generate images of random overlapping shapes, opaque and of all sizes.
+
+    Occlusion makes edges of every contrast, direction and curvature, and radii distributed as
+    r^-3 make the statistics those of natural images at every scale (Lee, Mumford and Huang,
+    "Occlusion models for natural images", 2001); restoration networks trained on such images
+    come close to those trained on photos (Achddou et al., 2021).
+
+    Parameters
+    ----------
+    role : "train" (91 images unless told) or "test" (5), never the same ones
+    count : how many
+    size : pixels a side
+
+    Returns
+    -------
+    (name, RGB image) each; the same for the same arguments
+    """
+    count = count or {"train": 91, "test": 5}[role]
+    return [(f"leaves{i + 1}", _leaves(np.random.default_rng([role == "test", i]), size)) for i in range(count)]
+
+
+def _leaves(rng: np.random.Generator, size: int, shapes: int = 6000, fine: int = 3) -> Image.Image:
+    """One image, drawn ``fine`` times as large and averaged down for smooth edges."""
+    smallest, largest = 1.0, 120.0  # radii in pixels
+    u = rng.random(shapes)
+    radii = (u / smallest**2 + (1 - u) / largest**2) ** -0.5 * fine
+    centres = rng.uniform(0, size * fine, (shapes, 2))
+    grey = rng.uniform(0, 255, (shapes, 1))
+    colours = np.clip(grey + rng.normal(0, 30, (shapes, 3)), 0, 255).astype(np.uint8)
+    corners = rng.integers(2, 7, shapes)  # two corners make a disc
+    turns = rng.uniform(0, 2 * math.pi, shapes)
+    canvas = Image.new("RGB", (size * fine, size * fine), tuple(colours[0].tolist()))
+    draw = ImageDraw.Draw(canvas)
+    for (x, y), r, colour, n, turn in zip(centres, radii, colours.tolist(), corners, turns, strict=True):
+        if n == 2:
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(colour))
+        else:
+            angles = turn + np.arange(n) * (2 * math.pi / n)
+            points = np.stack([x + r * np.cos(angles), y + r * np.sin(angles)], 1)
+            draw.polygon(points.ravel().tolist(), fill=tuple(colour))
+    return canvas.reduce(fine)
+
+
+# -------------------------------------------------------------------- the public data sets
+
+
+def fetch(root: Path, wanted: Sequence[str] = tuple(SETS), mirrors: Sequence[str] | None = None) -> None:
+    """Download published sets and put them into ``root``, each whole or not at all.
+
+    Raises
+    ------
+    Failure, with every mirror's reason, if none of them has the sets as published
+    """
+    reasons = []
+    for url in MIRRORS if mirrors is None else mirrors:
+        try:
+            with tempfile.TemporaryFile() as archive:
+                _download(url, archive)
+                return install(_read_archive(archive), root, wanted)
+        except (Failure, OSError, HTTPException, ValueError) as problem:
+            reasons.append(f"{url.split('/')[2]}: {getattr(problem, 'reason', problem)}")
+    raise Failure(f"cannot fetch {' and '.join(wanted)}: {'; '.join(reasons)}")
+
+
+def install(folders: dict[str, dict[str, bytes]], root: Path, wanted: Sequence[str]) -> None:
+    """Find published sets among folders of files, by their digests, and put them in place."""
+    found = {_digest(files): files for files in folders.values() if files}
+    for name in wanted:
+        if SETS[name][1] not in found:
+            raise Failure(f"no folder in it holds {name} as published (SHA-256 {SETS[name][1][:12]}…)")
+    root.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
+            part = Path(temporary, name)
+            part.mkdir()
+            for file, content in found[SETS[name][1]].items():
+                part.joinpath(file).write_bytes(content)
+            os.replace(part, root / name)
+        print(f"{root / name}: {SETS[name][0]} images, as published")
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _download(url: str, target: io.BufferedIOBase) -> None:
+    end = time.monotonic() + DEADLINE
+    with (
+        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+        tqdm(desc=url.split("/")[2], unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        bar.total = response.length  # None where the server does not say
+        while chunk := response.read(2**16):
+            target.write(chunk)
+            bar.update(len(chunk))
+            if target.tell() > MAX_BYTES:
+                raise Failure(f"larger than {MAX_BYTES >> 20} MiB, refused")
+            if time.monotonic() > end:
+                raise Failure(f"not done after {DEADLINE} seconds")
+        if bar.total is not None and target.tell() != bar.total:
+            raise Failure(f"cut off after {target.tell()} of {bar.total} bytes")
+
+
+def _read_archive(archive: io.BufferedIOBase | Path) -> dict[str, dict[str, bytes]]:
+    """The images of a zip archive by folder. Nothing is written under a path from within."""
+    folders: dict[str, dict[str, bytes]] = {}
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = [m for m in zipped.infolist() if m.filename.endswith(".bmp")]
+            if sum(m.file_size for m in members) > MAX_BYTES:
+                raise Failure(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
+            for member in members:
+                path = PurePosixPath(member.filename)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                    raise Failure(f"its path {member.filename!r} leads outside, refused")
+                folders.setdefault(str(path.parent), {})[path.name] = zipped.read(member)
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        RuntimeError,
+        NotImplementedError,
+        EOFError,
+        zlib.error,
+    ) as problem:
+        raise Failure(f"not a whole zip archive ({problem})") from problem
+    return folders
+
+
+def _read_folder(folder: Path) -> dict[str, dict[str, bytes]]:
+    folders: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.rglob("*.bmp")):
+        folders.setdefault(str(path.parent), {})[path.name] = path.read_bytes()
+    return folders
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
+    source = parser.parse_args().source
+    root = Path("data")
+    missing = [name for name in SETS if not root.joinpath(name).exists()]
+    for name in SETS.keys() - missing:
+        print(f"{root / name} is there already")
+    if not missing:
+        return
+    if source is None:
+        fetch(root, missing)
+    elif not source.exists():
+        raise Failure(f"{source}: no such archive or folder")
+    else:
+        try:
+            install(_read_folder(source) if source.is_dir() else _read_archive(source), root, missing)
+        except Failure as problem:
+            raise Failure(f"{source}: {problem}") from problem
+
+
+if __name__ == "__main__":
+    run(main)

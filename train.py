@@ -1,0 +1,381 @@
+"""Train SRCNN, go on with a training, look into a checkpoint."""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+from model import HALO_HR, HALO_LR, SCALE, SRCNN, crop
+from utils import (
+    ArgumentParser,
+    Failure,
+    evaluate,
+    load_checkpoint,
+    printable,
+    run,
+    save_checkpoint,
+    select_device,
+    super_resolve,
+    table,
+)
+
+# ------------------------------------------------------------------------------ options
+
+
+def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], float]:
+    """A check for argparse: a finite number above ``least`` and a multiple of ``multiple``."""
+
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and value > least and (multiple == 1 or value % multiple == 0)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            what = "a whole number" if kind is int else "a number"
+            factor = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"must be {what} above {least}{factor}, not {text!r}")
+        return value
+
+    check.__name__ = "number"
+    return check
+
+
+# fmt: off
+OPTIONS = {  # name: (check, default, help)
+    "lr":         (number(float),               0.0015,          "peak learning rate of Adam"),
+    "batch_size": (number(int),                 16,              "patches in a step"),
+    "num_epoch":  (number(int),                 100,             "epochs, each as many pixels as the training set has"),
+    "save_freq":  (number(int),                 10,              "epochs from one checkpoint to the next"),
+    "patch_size": (number(int, multiple=SCALE), 48,              "side of a patch in HR pixels, a multiple of 3"),
+    "seed":       (number(int, least=-1),       0,               "of the initial weights and the patches drawn"),
+    "train_data": (str,                         "data/91-image", "folder of training images, or dead-leaves"),
+    "test_data":  (str,                         "data/Set5",     "folder of test images, or dead-leaves"),
+}
+# fmt: on
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(prog="train.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | resume | inspect")
+    train_parser = commands.add_parser("train", help="train from scratch", description="Train SRCNN from scratch.")
+    resume_parser = commands.add_parser(
+        "resume", help="go on with a training", description="Go on with a training; options override the saved ones."
+    )
+    inspect_parser = commands.add_parser(
+        "inspect", help="look into a checkpoint", description="Print what a checkpoint holds."
+    )
+    for sub in (resume_parser, inspect_parser):
+        sub.add_argument("checkpoint", type=Path, help="the file, such as checkpoint.10")
+    for sub in (train_parser, resume_parser):
+        sub.add_argument("--cuda", action="store_true", help="compute on the GPU")
+        for name, (check, default, text) in OPTIONS.items():
+            default = default if sub is train_parser else "the saved one"
+            flag, metavar = "--" + name.replace("_", "-"), "DIR" if check is str else "N"
+            sub.add_argument(flag, type=check, metavar=metavar, help=f"{text} (default: {default})")
+    for sub, where in ((train_parser, "."), (resume_parser, "that of the checkpoint")):
+        text = f"folder for checkpoints and TensorBoard's runs/ (default: {where})"
+        sub.add_argument("--output", type=Path, metavar="DIR", help=text)
+    inspect_parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser.parse_args()
+
+
+def saved_options(checkpoint: dict, path: Path) -> dict:
+    """The options in a checkpoint, checked as if they stood on the command line."""
+    options = {}
+    for name in OPTIONS.keys() & checkpoint["args"].keys():
+        try:
+            options[name] = OPTIONS[name][0](str(checkpoint["args"][name]))
+        except argparse.ArgumentTypeError as problem:
+            raise Failure(f"{path}: its {name} {problem}; give --{name.replace('_', '-')}") from problem
+    return options
+
+
+def as_flags(options: dict) -> str:
+    return " ".join(f"--{name.replace('_', '-')}={printable(options[name])}" for name in OPTIONS if name in options)
+
+
+def find_data(options: dict, given: dict, fresh: bool) -> None:
+    """Fetch the default sets where they are missing; failing that, turn to generated images."""
+    defaults = {name: OPTIONS[name][1] for name in ("train_data", "test_data") if name not in given}
+    missing = {n: Path(d) for n, d in defaults.items() if options[n] == d and not Path(d).exists()}
+    if not missing:
+        return
+    try:
+        data.fetch(Path("data"), [path.name for path in missing.values()])
+    except Failure as problem:
+        if not fresh:  # a run that began on the real sets goes on with them or not at all
+            raise
+        print(
+            f"WARNING: {problem}\nWARNING: GENERATED IMAGES ARE USED INSTEAD ({', '.join(missing)}); for the real"
+            " sets run `python data.py` with network access, or see `python data.py --help`",
+            file=sys.stderr,
+        )
+        options.update(dict.fromkeys(missing, data.DEAD_LEAVES))
+
+
+# ----------------------------------------------------------------------------- training
+
+
+class WhitenedAdam(torch.optim.Adam):
+    """Adam, but on V instead of conv1.weight = V P, where P whitens the layer's input patches.
+
+    The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
+    their covariance span ten orders of magnitude; Adam, which scales each value by itself, is
+    slow there. Working on V it sees uncorrelated inputs of like variance. The network itself
+    stays plain: after each step conv1.weight is set to V P.
+
+    Parameters
+    ----------
+    model : its parameters are optimised
+    whiten : P, Tensor of shape (243, 243), of :func:`whitening_matrix`
+    """
+
+    def __init__(self, model: SRCNN, whiten: Tensor) -> None:
+        self.weight, self.whiten = model.conv1.weight, whiten.to(model.conv1.weight)
+        v = torch.linalg.solve(self.whiten.double(), self.weight.detach().flatten(1).double(), left=False)
+        self.v = nn.Parameter(v.to(self.weight))
+        super().__init__([self.v, *list(model.parameters())[1:]])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.v.grad = self.weight.grad.flatten(1) @ self.whiten.T
+        self.weight.grad = None
+        super().step()
+        self.weight.copy_((self.v @ self.whiten).view_as(self.weight))
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"v": self.v.detach(), "whiten": self.whiten}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take over V and the moments; the hyperparameters stay this optimizer's."""
+        super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
+        self.v.copy_(state["v"])
+
+
+def whitening_matrix(lr: Tensor, floor: float = 1e-3) -> Tensor:
+    """(C + floor)^(-1/2), with C the covariance of what conv1 sees when these LR patches,
+    float of shape (N, 3, h, w), are upscaled; ``floor`` keeps noise from being blown up."""
+    x = F.interpolate(lr.double(), scale_factor=SCALE, mode="bicubic", antialias=True)
+    x = F.unfold(crop(x, SCALE * HALO_LR - HALO_HR), kernel_size=9, stride=5)
+    variances, directions = torch.linalg.eigh(x.transpose(1, 2).flatten(0, 1).T.cov())
+    return (directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T
+
+
+def learning_rate(peak: float, progress: float, warm_up: float = 0.05) -> float:
+    """Linear warm-up over the first 5% of a training, times a cosine that ends at zero."""
+    return peak * min(1.0, progress / warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(options: dict, device: torch.device, output: Path, path: Path | None, checkpoint: dict) -> None:
+    """Train until ``options["num_epoch"]`` epochs are done.
+
+    Parameters
+    ----------
+    options : a value for each of OPTIONS
+    output : folder for checkpoints and logs
+    path, checkpoint : where to go on from; None and {} to train from scratch
+    """
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
+
+    batch_size, patch_size, num_epoch = (options[k] for k in ("batch_size", "patch_size", "num_epoch"))
+    train_set = data.TrainSet(options["train_data"], device)
+    test_set = data.load_test_set(options["test_data"])
+    steps = math.ceil(train_set.pixels / (batch_size * patch_size**2))
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"SRCNN 9-1-5 on {device}{threads}, torch {torch.__version__}")
+    print(
+        f"training on {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"
+    )
+
+    torch.manual_seed(options["seed"])
+    generator = torch.Generator().manual_seed(options["seed"])
+    whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
+    model = SRCNN().to(device, memory_format=torch.channels_last)
+    if not checkpoint:
+        optimizer = WhitenedAdam(model, whiten)
+    else:
+        model.load_state_dict(checkpoint["model"])
+        optimizer = WhitenedAdam(model, checkpoint["optimizer"].get("whiten", whiten))
+        if "v" in checkpoint["optimizer"]:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            generator.set_state(checkpoint["random_state"])
+        else:
+            print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Failure(f"cannot make the folder {output}: {problem.strerror}") from problem
+    report = evaluate(model, test_set)
+    mean = report["mean"]
+    start = {"epoch": 0, "best": mean["psnr_y"], "best_epoch": 0, "run": time.strftime("%Y%m%d-%H%M%S")}
+    state = start | checkpoint
+    print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
+    print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
+    log = SummaryWriter(str(output / "runs" / Path(state["run"]).name), purge_step=state["epoch"] + 1)
+    try:
+        for epoch in range(state["epoch"] + 1, num_epoch + 1):
+            begin = time.perf_counter()
+            losses = torch.empty(steps, device=device)
+            bar = tqdm(range(steps), f"epoch {epoch}/{num_epoch}", leave=False, disable=None, unit="step")
+            for step in bar:
+                progress = (epoch - 1 + (step + 0.5) / steps) / num_epoch
+                optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], progress)
+                lr, hr = train_set.draw(batch_size, patch_size, generator)
+                optimizer.zero_grad()
+                sr = model.interior(lr)  # only pixels with their whole context: no cut edge spoils the loss
+                loss = F.mse_loss(sr, hr)
+                loss.backward()
+                optimizer.step()
+                losses[step] = loss.detach()
+                if step % 20 == 0 and not bar.disable:  # not at each: reading the loss waits for the GPU
+                    bar.set_postfix(loss=f"{loss.item():.5f}")
+            speed = steps * batch_size * patch_size**2 / (time.perf_counter() - begin) / 1e6
+            check_finite(losses, model, epoch)
+
+            report = evaluate(model, test_set)
+            psnr = report["mean"]["psnr_y"]
+            better = psnr > state["best"]
+            state = copy.deepcopy(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random_state": generator.get_state(),
+                    "args": options,
+                    "epoch": epoch,
+                    "psnr": psnr,
+                    "best": psnr if better else state["best"],
+                    "best_epoch": epoch if better else state["best_epoch"],
+                    "report": report,
+                    "train_set": train_set.name,
+                    "run": state["run"],
+                }
+            )
+            path = None  # of a file with this state
+            loss = losses.mean().item()
+            print(f"epoch {epoch:3}/{num_epoch}  {summary(report)}  loss {loss:.6f}  {speed:.2f} Mpx/s", flush=True)
+            write_log(log, epoch, report, loss, optimizer.param_groups[0]["lr"])
+            if better:
+                save_checkpoint(output / "checkpoint.best", state)
+            due = epoch % options["save_freq"] == 0 or epoch == num_epoch
+            if due:
+                path = output / f"checkpoint.{epoch}"
+                save_checkpoint(path, state)
+            if due or epoch == 1:
+                write_images(log, epoch, model, test_set)
+    except BaseException:  # Ctrl-C, a loss that is no number, no memory: what is finished is kept
+        if path is None and state["epoch"]:
+            path = output / f"checkpoint.{state['epoch']}"
+            save_checkpoint(path, state)
+        kept = f"to go on from epoch {state['epoch']}: python train.py resume {path}"
+        print(kept if path else "no epoch was finished, so nothing was saved", flush=True)
+        raise
+    finally:
+        log.close()
+    print(f"\n{table(report)}\n\nwritten: {path}; best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y")
+
+
+def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
+    """Raise Failure if training has diverged to NaN or infinity."""
+    wrong = losses.isfinite().logical_not().nonzero()
+    if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
+        step = wrong[0].item() + 1 if len(wrong) else len(losses)
+        raise Failure(f"the loss is no finite number at step {step} of epoch {epoch}; lower the learning rate (--lr)")
+
+
+def summary(report: dict) -> str:
+    mean = report["mean"]
+    gains = (
+        f"{mean['psnr_' + k]:.3f} dB {k.upper()} ({mean['psnr_' + k] - mean['bicubic_' + k]:+.3f})"
+        for k in ("y", "rgb")
+    )
+    return f"{printable(report['set'])} {'  '.join(gains)}"
+
+
+def write_log(log, epoch: int, report: dict, loss: float, learning_rate: float) -> None:
+    log.add_scalar("train/loss", loss, epoch)
+    log.add_scalar("train/learning_rate", learning_rate, epoch)
+    for key in ("psnr_y", "psnr_rgb"):
+        log.add_scalar(f"{report['set']}/{key}", report["mean"][key], epoch)
+        for name, row in report["images"].items():
+            log.add_scalar(f"{report['set']}_{key}/{name}", row[key], epoch)
+    log.flush()
+
+
+def write_images(log, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
+    """Bicubic, SRCNN and ground truth side by side, for each test image."""
+    from torchvision.utils import make_grid
+
+    for image in test_set.images:
+        panels = [image.bicubic, super_resolve(model, image.lr), image.hr]
+        log.add_image(f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth", make_grid(panels), epoch)
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def inspect(path: Path, as_json: bool) -> None:
+    """Print what a checkpoint holds."""
+    checkpoint = load_checkpoint(path)
+    parameters = sum(tensor.numel() for tensor in checkpoint["model"].values())
+    moments = checkpoint["optimizer"].get("state", {})
+    optimizer = {"name": "Adam", "steps": max((int(m["step"]) for m in moments.values()), default=0)}
+    known = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
+    facts = {key: checkpoint[key] for key in known if key in checkpoint}
+    facts |= {"parameters": parameters, "optimizer": optimizer}
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    args = checkpoint["args"]
+    print(
+        f"{path}: SRCNN 9-1-5, {parameters:,} parameters, after epoch {facts['epoch']} of {args.get('num_epoch', '?')}"
+    )
+    print(f"written    {facts.get('time', 'at an unknown time')} by torch {facts.get('torch', '(unknown)')}")
+    print(f"info       {', '.join(f'{k}: {v}' for k, v in checkpoint['info'].items())}")
+    print(f"trained on {facts.get('train_set', 'an unknown set')}, by Adam in {optimizer['steps']:,} steps")
+    print(f"arguments  {as_flags(args)}")
+    report = facts.get("report")
+    print(
+        f"\n{table(report)}" if report else f"PSNR       {facts['psnr']:.3f} dB, on a set and by a measure unknown here"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.command == "inspect":
+        return inspect(args.checkpoint, args.json)
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    device = select_device(args.cuda)
+    path, checkpoint, saved = None, {}, {}
+    if args.command == "resume":
+        path = args.checkpoint
+        checkpoint = load_checkpoint(path)
+        saved = saved_options(checkpoint, path)
+    options = {name: default for name, (_, default, _) in OPTIONS.items()} | saved | given
+    output = args.output or (path.parent if path else Path("."))
+    if path:
+        changed = {name: value for name, value in given.items() if value != saved.get(name)}
+        print(
+            f"resuming {path} after epoch {checkpoint['epoch']}"
+            + (f"; changed: {as_flags(changed)}" if changed else "")
+        )
+        if checkpoint["epoch"] >= options["num_epoch"]:
+            print(f"its --num-epoch={options['num_epoch']} is reached; to train further, give a larger one")
+            return
+    find_data(options, given, fresh=not path)
+    train(options, device, output, path, checkpoint)
+
+
+if __name__ == "__main__":
+    run(main)

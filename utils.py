@@ -1,0 +1,259 @@
+"""Metrics, checkpoints and what the commands share."""
+
+import argparse
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from info import Info, info
+from model import SCALE, SRCNN
+
+MAX_CHECKPOINT_BYTES = 2**26  # ours are a quarter of a megabyte
+
+
+class Failure(Exception):
+    """What went wrong and what to do about it, in one line for the user."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, but a mistake costs one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit: 0 when done, 1 with one line on stderr, 130 on Ctrl-C."""
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (Failure, OSError) as problem:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+        status = 1
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError | torch.OutOfMemoryError) and "memory" not in str(problem):
+            raise
+        print(
+            "error: out of memory: choose a smaller --batch-size or --patch-size, or a smaller image", file=sys.stderr
+        )
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def printable(text: object) -> str:
+    """Text of unknown origin with control characters escaped: terminals obey them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def select_device(cuda: bool) -> torch.device:
+    """The device to compute on.
+
+    Raises Failure if CUDA is asked for and is not there.
+    """
+    if cuda and not torch.cuda.is_available():
+        raise Failure("no CUDA device was found; run without --cuda")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda" if cuda else "cpu")
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+def to_8bit(image: Tensor) -> Tensor:
+    """Values in [0, 1] clamped and rounded to uint8, as saving the image would."""
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _error(sr: Tensor, hr: Tensor, shave: int) -> Tensor:
+    """The difference of two images on a scale of [0, 1], in float64, without its border."""
+    if sr.shape != hr.shape or sr.ndim != 3 or sr.shape[0] != 3:
+        raise ValueError(f"two (3, H, W) images are needed, not {tuple(sr.shape)}, {tuple(hr.shape)}")
+    if min(sr.shape[1:]) <= 2 * shave:
+        raise ValueError(f"nothing is left of {tuple(sr.shape)} with {shave} pixels shaved off")
+    a, b = (x if x.dtype == torch.uint8 else to_8bit(x) for x in (sr, hr))
+    error = (a.double() - b.double()) / 255
+    return error[:, shave : error.shape[1] - shave, shave : error.shape[2] - shave]
+
+
+def _psnr(error: Tensor) -> float:
+    mse = error.square().mean().item()
+    return -10 * math.log10(mse) if mse else math.inf
+
+
+def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
+    """PSNR over all three channels.
+
+    Parameters
+    ----------
+    sr, hr : Tensor of shape (3, H, W), uint8 or floating in [0, 1] (then rounded to 8 bits)
+    shave : pixels left out at each side
+
+    Returns
+    -------
+    dB; infinite for equal images
+    """
+    return _psnr(_error(sr, hr, shave))
+
+
+def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
+    """PSNR on luma, the measure of the super-resolution literature.
+
+    Luma is that of ITU-R BT.601 as in MATLAB's rgb2ycbcr, not rounded, with a peak of 255:
+    Y = 16 + 65.481 R + 128.553 G + 24.966 B. Parameters and result as in :func:`psnr_rgb`.
+    """
+    error = _error(sr, hr, shave)
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=error.dtype, device=error.device) / 255
+    return _psnr(torch.einsum("c,chw->hw", weights, error))
+
+
+@torch.inference_mode()
+def super_resolve(model: SRCNN, lr: Tensor) -> Tensor:
+    """One image through the network: uint8 (3, h, w) to uint8 (3, 3h, 3w), on lr's device."""
+    x = lr.to(next(model.parameters()).device).unsqueeze(0).float() / 255
+    return to_8bit(model(x)[0]).to(lr.device)
+
+
+def evaluate(model: SRCNN, test_set) -> dict:
+    """PSNR of bicubic interpolation and of the network on a :class:`data.TestSet`.
+
+    Returns
+    -------
+    {"set": name, "images": {image: row}, "mean": row}, where a row holds bicubic_y,
+    bicubic_rgb, psnr_y and psnr_rgb in dB; the mean is that of the images' PSNR
+    """
+    images = {}
+    for name, lr, hr, bicubic in test_set.images:
+        sr = super_resolve(model, lr)
+        images[name] = {
+            "bicubic_y": psnr_y(bicubic, hr),
+            "bicubic_rgb": psnr_rgb(bicubic, hr),
+            "psnr_y": psnr_y(sr, hr),
+            "psnr_rgb": psnr_rgb(sr, hr),
+        }
+    rows = list(images.values())
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {"set": test_set.name, "images": images, "mean": mean}
+
+
+def table(report: dict) -> str:
+    """A report of :func:`evaluate` as text, a line per image."""
+    width = max(len(printable(name)) for name in [*report["images"], report["set"] + " mean"])
+    lines = [f"{'':{width}}      bicubic Y / RGB        SRCNN Y / RGB            gain"]
+    for name, row in [*report["images"].items(), (report["set"] + " mean", report["mean"])]:
+        by, brgb, y, rgb = (row[k] for k in ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"))
+        lines.append(
+            f"{printable(name):{width}}  {by:7.3f} / {brgb:6.3f} dB  {y:7.3f} / {rgb:6.3f} dB"
+            f"  {y - by:+7.3f} / {rgb - brgb:+.3f} dB"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------- checkpoints
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment either the old content is there or the new."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        raise Failure(f"cannot write {path}: {problem.strerror}") from problem
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint, stamped with who, when and with what."""
+    stamp = {"info": asdict(info), "torch": str(torch.__version__), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    buffer = io.BytesIO()
+    torch.save(checkpoint | stamp, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint, of this project or of the course's skeleton, without running it.
+
+    Returns
+    -------
+    dict with at least ``model`` (checked against the network, in its order and names),
+    ``optimizer``, ``args``, ``info`` (dicts), ``epoch`` (epochs finished) and ``psnr``
+
+    Raises
+    ------
+    Failure if there is no such file, or it is damaged, hostile or not of this network
+    """
+    path = Path(path)
+    if not path.exists():
+        raise Failure(f"{path}: no such checkpoint")
+    if not path.is_file():
+        raise Failure(f"{path}: not a file")
+    if path.stat().st_size > MAX_CHECKPOINT_BYTES:
+        raise Failure(f"{path}: too large for a checkpoint of SRCNN")
+    try:
+        # The two classes that the skeleton's checkpoints contain; nothing else is built.
+        with torch.serialization.safe_globals([argparse.Namespace, Info]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
+            checkpoint = _from_skeleton(checkpoint)
+    except OSError as problem:
+        raise Failure(f"cannot read {path}: {problem.strerror or problem}") from problem
+    except Exception as problem:  # whatever a damaged or hostile file provokes in torch
+        raise Failure(f"{path}: damaged, or no checkpoint of SRCNN; nothing of it was run") from problem
+    fault = _fault(checkpoint)
+    if fault:
+        raise Failure(f"{path}: no checkpoint of this network: {fault}")
+    return checkpoint
+
+
+def _from_skeleton(saved: dict) -> dict:
+    """The course's layout in ours. Its layers may have other names, and it counts from 0."""
+    weights, names = saved["model_state_dict"], list(SRCNN().state_dict())
+    if isinstance(weights, dict) and len(weights) == len(names):
+        weights = dict(zip(names, weights.values(), strict=True))
+    epoch = saved.get("epoch", 0)
+    return {
+        "model": weights,
+        "optimizer": saved.get("optimizer_state_dict", {}),
+        "args": vars(saved["opt"]) if isinstance(saved.get("opt"), argparse.Namespace) else {},
+        "info": vars(saved["info"]) if isinstance(saved.get("info"), Info) else {},
+        "epoch": epoch + 1 if isinstance(epoch, int) else epoch,
+        "psnr": float(saved.get("psnr", math.nan)),
+    }
+
+
+def _fault(checkpoint: object) -> str | None:
+    """What keeps a loaded object from being one of our checkpoints, if anything does."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        return "it holds no model"
+    for name, expected in SRCNN().state_dict().items():
+        tensor = checkpoint["model"].get(name)
+        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
+            found = list(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
+            return f"{name} should have the shape {list(expected.shape)}, but it has {found}"
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            return f"{name} has values that are no finite numbers"
+    if len(checkpoint["model"]) != len(SRCNN().state_dict()):
+        return "its model has further layers"
+    for key, kind in {"optimizer": dict, "args": dict, "info": dict, "epoch": int, "psnr": float}.items():
+        if not isinstance(checkpoint.get(key), kind):
+            return f"its {key} is missing or damaged"
+    return None if checkpoint["epoch"] >= 0 else "its epoch is negative"
