@@ -55,14 +55,17 @@ class SRCNN(nn.Module):
         -------
         Tensor of shape (N, 3, 3h, 3w), nominally in [0, 1], not clamped
         """
-        return self.interior(F.pad(lr, (HALO_LR,) * 4, mode="replicate"))
+        x = upscale(F.pad(lr, (HALO_LR,) * 4, mode="replicate"))
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x))
+        return crop(self.conv3(x), HALO_HR)  # with it goes all that the zero padding touched
 
     def interior(self, lr: Tensor) -> Tensor:
         """Super-resolve all but the outermost 4 LR pixels, which serve as context only.
 
-        No value returned depends on anything but ``lr`` itself: neither on the convolutions'
-        zero padding nor on how the interpolation treats a border. Training patches and tiles
-        of large images are cut with that much context and need no further care.
+        The same function as :meth:`forward`, but for pieces of an image that are cut with their
+        context, such as training patches: no value depends on how an edge is treated, and
+        nothing is computed that would be cut off again.
 
         Parameters
         ----------
@@ -72,13 +75,19 @@ class SRCNN(nn.Module):
         -------
         Tensor of shape (N, 3, 3h, 3w)
         """
-        # antialias=True selects Pillow's kernel (a = -0.5 instead of -0.75); when upscaling
-        # it does nothing else.
-        x = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True)
-        x = crop(x, SCALE * HALO_LR - HALO_HR)
-        x = F.relu(self.conv1(x))
+        x = upscale(lr)
+        x = F.relu(F.conv2d(x, self.conv1.weight, self.conv1.bias))
         x = F.relu(self.conv2(x))
-        return crop(self.conv3(x), HALO_HR)
+        return F.conv2d(x, self.conv3.weight, self.conv3.bias)
+
+
+def upscale(lr: Tensor) -> Tensor:
+    """Bicubic interpolation by 3 of all but the outermost 2 LR pixels, which it needs as context.
+
+    (N, 3, h + 4, w + 4) to (N, 3, 3h, 3w), by Pillow's kernel (a = -0.5): that is what
+    antialias=True selects; it does nothing else when upscaling.
+    """
+    return crop(F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True), 2 * SCALE)
 
 
 def crop(images: Tensor, border: int) -> Tensor:

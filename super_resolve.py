@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import time
 from pathlib import Path
 
@@ -51,15 +52,17 @@ def encode(image: Image.Image, path: Path) -> bytes:
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
-    """Pictures of one size in a row, each under its label (lines apart by newlines)."""
+    """Pictures of one size in a row, each under its label of two lines."""
     width, height = next(iter(panels.values())).size
     gap, font = 8, ImageFont.load_default(max(10, min(18, width // 14)))
     top = round(2.8 * font.size)
-    sheet = Image.new("RGB", ((width + gap) * len(panels) - gap, height + top), "white")
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    step = gap + max(width, *(math.ceil(ruler.multiline_textbbox((0, 0), label, font)[2]) for label in panels))
+    sheet = Image.new("RGB", (step * len(panels) - gap, top + height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (label, image) in enumerate(panels.items()):
-        draw.multiline_text((i * (width + gap), 0), label, "black", font)
-        sheet.paste(image, (i * (width + gap), top))
+        draw.multiline_text((i * step, 0), label, "black", font)
+        sheet.paste(image, (i * step, top))
     return sheet
 
 

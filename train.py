@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from model import HALO_HR, HALO_LR, SCALE, SRCNN, crop
+from model import SCALE, SRCNN, upscale
 from utils import (
     ArgumentParser,
     Failure,
@@ -161,21 +161,27 @@ class WhitenedAdam(torch.optim.Adam):
     def load_state_dict(self, state: dict) -> None:
         """Take over V and the moments; the hyperparameters stay this optimizer's."""
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
-        self.v.copy_(state["v"])
+        self.v.copy_(state["v"].view_as(self.v))
+        for parameter, moments in self.state.items():
+            if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("moments of another shape")
 
 
 def whitening_matrix(lr: Tensor, floor: float = 1e-3) -> Tensor:
     """(C + floor)^(-1/2), with C the covariance of what conv1 sees when these LR patches,
     float of shape (N, 3, h, w), are upscaled; ``floor`` keeps noise from being blown up."""
-    x = F.interpolate(lr.double(), scale_factor=SCALE, mode="bicubic", antialias=True)
-    x = F.unfold(crop(x, SCALE * HALO_LR - HALO_HR), kernel_size=9, stride=5)
+    x = F.unfold(upscale(lr.double()), kernel_size=9, stride=5)
     variances, directions = torch.linalg.eigh(x.transpose(1, 2).flatten(0, 1).T.cov())
     return (directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T
 
 
-def learning_rate(peak: float, progress: float, warm_up: float = 0.05) -> float:
-    """Linear warm-up over the first 5% of a training, times a cosine that ends at zero."""
-    return peak * min(1.0, progress / warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate(peak: float, step: float, total: int) -> float:
+    """Linear warm-up over 5% of all steps, but no fewer than 100, times a cosine that ends at zero.
+
+    Adam's first steps are of full size whatever the gradient: without the least of 100 a very
+    short training would leave the network worse than it began.
+    """
+    return peak * min(1.0, step / max(0.05 * total, 100)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def train(options: dict, device: torch.device, output: Path, path: Path | None, checkpoint: dict) -> None:
@@ -203,16 +209,22 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     generator = torch.Generator().manual_seed(options["seed"])
     whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
     model = SRCNN().to(device, memory_format=torch.channels_last)
-    if not checkpoint:
-        optimizer = WhitenedAdam(model, whiten)
-    else:
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer = WhitenedAdam(model, checkpoint["optimizer"].get("whiten", whiten))
-        if "v" in checkpoint["optimizer"]:
+    if "v" in checkpoint.get("optimizer", {}):
+        try:
+            optimizer = WhitenedAdam(model, checkpoint["optimizer"]["whiten"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             generator.set_state(checkpoint["random_state"])
-        else:
+            best, best_epoch, name = (checkpoint[key] for key in ("best", "best_epoch", "run"))
+            checkpoint |= {"best": float(best), "best_epoch": int(best_epoch), "run": Path(name).name}
+        except Exception as problem:  # of whatever type torch finds for it
+            raise Failure(f"{path}: what resuming needs is damaged in it") from problem
+    else:
+        optimizer = WhitenedAdam(model, whiten)
+        if checkpoint:
             print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
+
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -223,15 +235,15 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     state = start | checkpoint
     print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
     print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
-    log = SummaryWriter(str(output / "runs" / Path(state["run"]).name), purge_step=state["epoch"] + 1)
+    log = SummaryWriter(str(output / "runs" / state["run"]), purge_step=state["epoch"] + 1)
     try:
         for epoch in range(state["epoch"] + 1, num_epoch + 1):
             begin = time.perf_counter()
             losses = torch.empty(steps, device=device)
             bar = tqdm(range(steps), f"epoch {epoch}/{num_epoch}", leave=False, disable=None, unit="step")
             for step in bar:
-                progress = (epoch - 1 + (step + 0.5) / steps) / num_epoch
-                optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], progress)
+                done = (epoch - 1) * steps + step + 0.5
+                optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], done, num_epoch * steps)
                 lr, hr = train_set.draw(batch_size, patch_size, generator)
                 optimizer.zero_grad()
                 sr = model.interior(lr)  # only pixels with their whole context: no cut edge spoils the loss
@@ -327,28 +339,29 @@ def write_images(log, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
 
 def inspect(path: Path, as_json: bool) -> None:
     """Print what a checkpoint holds."""
-    checkpoint = load_checkpoint(path)
-    parameters = sum(tensor.numel() for tensor in checkpoint["model"].values())
-    moments = checkpoint["optimizer"].get("state", {})
-    optimizer = {"name": "Adam", "steps": max((int(m["step"]) for m in moments.values()), default=0)}
-    known = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
-    facts = {key: checkpoint[key] for key in known if key in checkpoint}
-    facts |= {"parameters": parameters, "optimizer": optimizer}
+    saved = load_checkpoint(path)
+    keys = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
+    facts = {key: saved.get(key) for key in keys}
+    try:
+        facts["parameters"] = sum(tensor.numel() for tensor in saved["model"].values())
+        facts["optimizer_steps"] = max(
+            (int(m["step"]) for m in saved["optimizer"].get("state", {}).values()), default=0
+        )
+        text = f"""{path}: SRCNN 9-1-5, {facts["parameters"]:,} parameters
+epoch      {facts["epoch"]} of {facts["args"].get("num_epoch")}, {facts["optimizer_steps"]:,} steps of Adam
+best       {facts["best"]} dB Y, after epoch {facts["best_epoch"]}
+trained on {facts["train_set"]}, with {as_flags(facts["args"])}
+info       {", ".join(f"{key}: {value}" for key, value in facts["info"].items())}
+written    {facts["time"]} by torch {facts["torch"]}
+
+"""
+        text += table(facts["report"]) if facts["report"] else f"PSNR {facts['psnr']:.3f} dB, on a set not named in it"
+    except Exception as problem:  # of whatever type what is damaged provokes
+        raise Failure(f"{path}: what inspect shows is damaged in it") from problem
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
-        return
-    args = checkpoint["args"]
-    print(
-        f"{path}: SRCNN 9-1-5, {parameters:,} parameters, after epoch {facts['epoch']} of {args.get('num_epoch', '?')}"
-    )
-    print(f"written    {facts.get('time', 'at an unknown time')} by torch {facts.get('torch', '(unknown)')}")
-    print(f"info       {', '.join(f'{k}: {v}' for k, v in checkpoint['info'].items())}")
-    print(f"trained on {facts.get('train_set', 'an unknown set')}, by Adam in {optimizer['steps']:,} steps")
-    print(f"arguments  {as_flags(args)}")
-    report = facts.get("report")
-    print(
-        f"\n{table(report)}" if report else f"PSNR       {facts['psnr']:.3f} dB, on a set and by a measure unknown here"
-    )
+    else:
+        print("\n".join(map(printable, text.split("\n"))))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -209,13 +210,16 @@ def load_checkpoint(path: Path) -> dict:
     if path.stat().st_size > MAX_CHECKPOINT_BYTES:
         raise Failure(f"{path}: too large for a checkpoint of SRCNN")
     try:
+        content = io.BytesIO(path.read_bytes())
+    except OSError as problem:
+        raise Failure(f"cannot read {path}: {problem.strerror}") from problem
+    try:
         # The two classes that the skeleton's checkpoints contain; nothing else is built.
-        with torch.serialization.safe_globals([argparse.Namespace, Info]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace, Info]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of files in unexpected formats
+            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
             checkpoint = _from_skeleton(checkpoint)
-    except OSError as problem:
-        raise Failure(f"cannot read {path}: {problem.strerror or problem}") from problem
     except Exception as problem:  # whatever a damaged or hostile file provokes in torch
         raise Failure(f"{path}: damaged, or no checkpoint of SRCNN; nothing of it was run") from problem
     fault = _fault(checkpoint)

@@ -1,0 +1,85 @@
+"""Fixtures. Tests on the real data find it by the environment variable SRCNN_DATA."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import super_resolve
+import train
+from utils import run
+
+ROOT = Path(__file__).parent.parent
+PYTHON = [sys.executable, "-u"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Every test works in an empty folder of its own, so none finds or leaves anything."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    if "SRCNN_DATA" not in os.environ:
+        pytest.skip("needs the real images: set SRCNN_DATA to the folder that holds 91-image and Set5")
+    folder = (ROOT / os.environ["SRCNN_DATA"]).resolve()
+    assert (folder / "Set5").is_dir(), f"SRCNN_DATA is set, but {folder}/Set5 is missing"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A small training set: images of several sizes and formats, one smaller than a patch."""
+    folder = tmp_path_factory.mktemp("photos")
+    sizes = [(96, 90), (120, 75), (30, 41), (64, 64), (101, 83)]
+    for (name, image), size, ending in zip(
+        data.dead_leaves("train", 5, 128), sizes, ["png", "bmp", "png", "bmp", "png"], strict=True
+    ):
+        image.crop((0, 0, *size)).save(folder / f"{name}.{ending}")
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
+    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
+
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            run(commands[script])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def train_small(cli, photos):
+    """Train on the small set; --num-epoch=2 and --batch-size=4 unless told."""
+
+    def call(*args, command=("train",)):
+        quick = ("--num-epoch=2", "--batch-size=4") if command == ("train",) else ()
+        sets = (f"--train-data={photos}", f"--test-data={photos}") if command == ("train",) else ()
+        return cli("train.py", *command, *quick, *sets, *args)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """A uint8 image of shape (3, 30, 36) with every value anywhere."""
+    return torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+
+
+def assert_one_line(err, *parts):
+    """An error for the user: one line on stderr, no traceback, and it says these things."""
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for part in parts:
+        assert str(part) in err, (part, err)

@@ -1,0 +1,376 @@
+import contextlib
+import hashlib
+import http.server
+import io
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line
+from PIL import Image
+
+import data
+from utils import Failure
+
+CPU = torch.device("cpu")
+
+# --------------------------------------------------------------------- folders of images
+
+
+def test_the_courses_lr_images_are_reproduced_to_the_last_bit(real_data):
+    examples = real_data / "image_examples"
+    for name in ("baby", "bird", "butterfly", "head", "woman"):
+        hr, lr = (Image.open(examples / f"{name}_{kind}.bmp").convert("RGB") for kind in ("GT", "lr"))
+        assert np.array_equal(data.bicubic(hr, *lr.size), lr)
+        if hr.width % 3 == hr.height % 3 == 0:
+            assert np.array_equal(data.degrade(hr)[0], lr)
+
+
+def test_the_published_sets_are_known_by_their_content(real_data, tmp_path):
+    assert data.set_name(real_data / "91-image") == "91-image"
+    assert data.set_name(real_data / "Set5") == "Set5"
+    renamed = tmp_path / "elsewhere"
+    renamed.mkdir()
+    for file in (real_data / "Set5").iterdir():
+        (renamed / file.name).write_bytes(file.read_bytes())
+    assert data.set_name(renamed) == "Set5"
+
+
+def test_nothing_else_is_called_by_a_published_name(photos, tmp_path):
+    assert data.set_name(photos) == photos.name
+    for name in ("Set5", "set-5", "91-image"):
+        fake = tmp_path / name
+        fake.mkdir()
+        Image.new("RGB", (9, 9)).save(fake / "baby_GT.bmp")
+        assert data.load_test_set(fake).name == f"{name} (not the published set)"
+
+
+def test_degrade_crops_to_a_multiple_of_three_at_the_right_and_bottom():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 35, 3), dtype=np.uint8))
+    lr, hr = data.degrade(image)
+    assert (lr.size, hr.size) == ((11, 10), (33, 30))
+    assert np.array_equal(hr, np.asarray(image)[:30, :33])
+    assert np.array_equal(lr, hr.resize((11, 10), Image.Resampling.BICUBIC))
+
+
+def test_a_test_set_holds_what_the_protocol_says(photos):
+    test_set = data.load_test_set(photos)
+    assert [i.name for i in test_set.images] == ["leaves1", "leaves2", "leaves3", "leaves4", "leaves5"]
+    _name, lr, hr, up = test_set.images[4]
+    image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
+    assert np.array_equal(data.to_image(hr), image)
+    assert np.array_equal(data.to_image(lr), image.resize((33, 27), Image.Resampling.BICUBIC))
+    assert np.array_equal(data.to_image(up), data.to_image(lr).resize((99, 81), Image.Resampling.BICUBIC))
+
+
+def test_any_image_that_pillow_reads_will_do(tmp_path):
+    grey = Image.linear_gradient("L").crop((0, 0, 30, 60))
+    grey.save(tmp_path / "a.tiff")
+    grey.convert("P").save(tmp_path / "b.gif")
+    grey.save(tmp_path / "b.jpg")
+    grey.convert("RGBA").save(tmp_path / "c.png")
+    (tmp_path / ".hidden").write_text("no image")
+    (tmp_path / "folder").mkdir()
+    _name, images = data.load_images(tmp_path, "train")
+    assert [n for n, _ in images] == ["a", "b.gif", "b.jpg", "c"]  # equal stems stay apart
+    assert {(i.mode, i.size) for _, i in images} == {("RGB", (30, 60))}
+    assert np.asarray(images[0][1])[50].tolist() == [[50, 50, 50]] * 30
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(Failure, match="nowhere: no such folder"):
+        data.load_images("nowhere", "train")
+    with pytest.raises(Failure, match="no images"):
+        data.load_images(tmp_path, "train")
+    Image.new("RGB", (8, 20)).save(tmp_path / "a.png")
+    with pytest.raises(Failure, match=r"a\.png: 8x20 pixels are too few"):
+        data.load_images(tmp_path, "train")
+    (tmp_path / "a.png").write_text("some text")
+    with pytest.raises(Failure, match=r"a\.png: not an image"):
+        data.load_images(tmp_path, "train")
+    Image.effect_noise((60, 60), 50).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    with pytest.raises(Failure, match=r"a\.png: not an image that Pillow can read: .*truncated"):
+        data.load_images(tmp_path, "train")
+
+
+# ------------------------------------------------------------------------------- patches
+
+
+def dihedral(tensor):
+    """The eight flips and rotations of (..., h, w)."""
+    return [t.flip(dims) for t in (tensor, tensor.transpose(-1, -2)) for dims in ((), (-1,), (-2,), (-1, -2))]
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """Two images whose pixels tell their own place: red = column, green = row, blue = image."""
+    folder = tmp_path / "mapped"
+    folder.mkdir()
+    for blue, (width, height) in enumerate([(60, 45), (33, 90)]):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[..., 0], pixels[..., 1], pixels[..., 2] = np.arange(width), np.arange(height)[:, None], blue * 100
+        Image.fromarray(pixels).save(folder / f"{blue}.png")
+    return data.TrainSet(folder, CPU)
+
+
+def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
+    generator = torch.Generator().manual_seed(1)
+    lr, hr = mapped.draw(400, 12, generator)
+    assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
+    assert hr.shape == (400, 3, 12, 12)
+    sizes = {0: (45, 60), 100: (90, 33)}
+    orientations, corners = set(), {0: set(), 100: set()}
+    starts = mapped.starts.tolist()
+    for lr_patch, hr_patch in zip((lr * 255).round().long(), (hr * 255).round().long(), strict=True):
+        blue = hr_patch[2, 0, 0].item()
+        height, width = sizes[blue]
+        left, top = hr_patch[0].min().item(), hr_patch[1].min().item()
+        assert left % 3 == top % 3 == 0
+        grid_y, grid_x = torch.meshgrid(torch.arange(top, top + 12), torch.arange(left, left + 12), indexing="ij")
+        expected = torch.stack([grid_x, grid_y, torch.full_like(grid_x, blue)])
+        matches = [k for k, patch in enumerate(dihedral(expected)) if torch.equal(patch, hr_patch)]
+        assert len(matches) == 1
+        orientations.add(matches[0])
+        corners[blue].add((top, left))
+        # The LR patch: the same place in the LR image with 4 pixels around, edges replicated.
+        start = starts[blue // 100]
+        image = mapped.lr[start : start + height * width // 9].view(height // 3, width // 3, 3).long()
+        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, height // 3 - 1)
+        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, width // 3 - 1)
+        assert torch.equal(lr_patch, dihedral(image[y][:, x].permute(2, 0, 1))[matches[0]])
+    assert orientations == set(range(8))
+    assert len(corners[0]) == 17 * 12 or len(corners[0]) > 100  # all over the image
+    assert {0, 33 - 12} <= {left for _, left in corners[100]}  # to both its edges
+    assert {0, 90 - 12} <= {top for top, _ in corners[100]}
+
+
+def test_large_images_are_drawn_from_more_often(mapped):
+    _, hr = mapped.draw(4000, 3, torch.Generator().manual_seed(2))
+    share = (hr[:, 2, 0, 0] > 0).double().mean().item()
+    assert share == pytest.approx(33 * 90 / (33 * 90 + 60 * 45), abs=0.03)
+
+
+def test_an_image_smaller_than_a_patch_is_used_whole(tmp_path):
+    pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    _, hr = data.TrainSet(tmp_path, CPU).draw(8, 15, torch.Generator().manual_seed(0))
+    padded = np.pad(pixels, ((0, 6), (0, 3), (0, 0)), mode="edge")
+    expected = dihedral(torch.from_numpy(padded).permute(2, 0, 1))
+    for patch in (hr * 255).round().to(torch.uint8):
+        assert any(torch.equal(patch, e) for e in expected)
+
+
+def test_the_same_generator_draws_the_same(mapped):
+    a, b = (mapped.draw(5, 9, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+
+
+# --------------------------------------------------------------------- generated images
+
+
+def test_dead_leaves_are_the_same_each_time_and_held_out():
+    train, again, test = (data.dead_leaves(role, 3, 60) for role in ("train", "train", "test"))
+    assert [i.size for _, i in train] == [(60, 60)] * 3
+    pixels = [[np.asarray(i).tobytes() for _, i in images] for images in (train, again, test)]
+    assert pixels[0] == pixels[1]
+    assert len(set(pixels[0] + pixels[2])) == 6
+
+
+def test_dead_leaves_have_the_spectrum_of_natural_images():
+    """Power falls with frequency as f^-a with a near 2; white noise has 0, a smooth ramp above 3."""
+    slopes = []
+    for _, image in data.dead_leaves("train", 4):
+        grey = np.asarray(image.convert("L")).astype(float)
+        grey = (grey - grey.mean()) * np.hanning(len(grey))[:, None] * np.hanning(len(grey))
+        power = abs(np.fft.fftshift(np.fft.fft2(grey))) ** 2
+        y, x = np.indices(power.shape) - len(grey) // 2
+        radius = np.hypot(x, y).astype(int)
+        profile = np.bincount(radius.ravel(), power.ravel()) / np.bincount(radius.ravel())
+        f = np.arange(4, 80)
+        slopes.append(-np.polyfit(np.log(f), np.log(profile[f]), 1)[0])
+    assert 1.5 < np.mean(slopes) < 3, slopes
+
+
+# ------------------------------------------------------------------------------- fetching
+
+
+@pytest.fixture
+def tiny_sets(monkeypatch):
+    """Two made-up sets in place of the published ones; returns their files."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name, count in (("91-image", 3), ("Set5", 2)):
+        files[name] = {}
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(buffer, "BMP")
+            files[name][f"t{i}.bmp"] = buffer.getvalue()
+    known = {}
+    for name, content in files.items():  # the digest as `sha256sum *.bmp | sha256sum` has it
+        lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in sorted(content.items()))
+        known[name] = (len(content), hashlib.sha256(lines.encode()).hexdigest())
+    monkeypatch.setattr(data, "SETS", known)
+    return files
+
+
+def archive(files, evil=None):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for folder, name in (("repo-1/Train/", "91-image"), ("repo-1/Test/Set5/", "Set5")):
+            for file, content in files[name].items():
+                zipped.writestr(folder + file, content)
+        zipped.writestr("repo-1/Test/other.bmp", b"BM another image")
+        zipped.writestr("repo-1/README.md", "hello")
+        if evil:
+            zipped.writestr(evil, b"BM gotcha")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def web(tiny_sets):
+    """A server on the loopback; web(path) gives the address of a good or a misbehaving download."""
+    good = archive(tiny_sets)
+    spoilt = {n: dict(f) for n, f in tiny_sets.items()}
+    spoilt["Set5"]["t1.bmp"] = spoilt["Set5"]["t1.bmp"][:-1] + b"x"
+    bodies = {
+        "good": good,
+        "cut": good[: len(good) // 2],
+        "garbage": b"<html>Please log in</html>",
+        "corrupted": archive(spoilt),
+        "bit-flip": good[:200] + bytes([good[200] ^ 1]) + good[201:],
+        "evil": archive(tiny_sets, "repo-1/../../../evil.bmp"),
+        "absolute": archive(tiny_sets, "/tmp/evil.bmp"),
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            name = self.path.strip("/")
+            if name == "endless":
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(bytes(2**16))
+            elif name == "stall":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                stalled.wait(20)
+            elif name in bodies:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(good if name == "cut" else bodies[name])))
+                self.end_headers()
+                self.wfile.write(bodies[name])
+            else:
+                self.send_error(404)
+            self.close_connection = True
+
+        def log_message(self, *args):
+            pass
+
+    stalled = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield lambda name: f"http://127.0.0.1:{server.server_address[1]}/{name}"
+    stalled.set()
+    server.shutdown()
+    server.server_close()
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_a_good_download_puts_both_sets_in_place(web, tiny_sets, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MIRRORS", (web("good"),))
+    status, out, err = cli("data.py")
+    assert status == 0, err
+    assert contents(tmp_path / "data" / "91-image") == tiny_sets["91-image"]
+    assert contents(tmp_path / "data" / "Set5") == tiny_sets["Set5"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["91-image", "Set5"]
+    assert "as published" in out
+    monkeypatch.setattr(data, "MIRRORS", ())  # once is enough
+    status, out, err = cli("data.py")
+    assert status == 0
+    assert "there already" in out
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("cut", "cut off after"),
+        ("garbage", "not a whole zip archive"),
+        ("corrupted", "no folder in it holds Set5 as published"),
+        ("bit-flip", "not a whole zip archive"),
+        ("evil", "leads outside"),
+        ("absolute", "leads outside"),
+        ("missing", "Not Found"),
+        ("endless", "larger than 1 MiB"),
+        ("stall", "timed out"),
+    ],
+)
+def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, cli, monkeypatch, tmp_path, path, reason):
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(data, "TIMEOUT", 1)
+    monkeypatch.setattr(data, "MIRRORS", (web(path),))
+    status, _out, err = cli("data.py")
+    assert status == 1
+    assert_one_line(err, "127.0.0.1", reason)
+    assert not list(tmp_path.rglob("*.bmp"))
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+    monkeypatch.setattr(data, "MIRRORS", (web(path), web("good")))
+    assert cli("data.py")[0] == 0
+    assert (tmp_path / "data" / "Set5" / "t1.bmp").exists()
+
+
+def test_an_unreachable_server_is_an_error(tiny_sets, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/x.zip",))  # nobody listens there
+    status, _, err = cli("data.py")
+    assert status == 1
+    assert_one_line(err, "127.0.0.1:9: ", "refused")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_set_that_is_there_is_kept(web, tiny_sets, cli, monkeypatch, tmp_path):
+    mine = tmp_path / "data" / "Set5"
+    mine.mkdir(parents=True)
+    (mine / "mine.png").write_text("mine")
+    monkeypatch.setattr(data, "MIRRORS", (web("good"),))
+    assert cli("data.py")[0] == 0
+    assert contents(mine) == {"mine.png": b"mine"}
+    assert contents(tmp_path / "data" / "91-image") == tiny_sets["91-image"]
+
+
+def test_local_copies_are_taken_with_the_same_checks(tiny_sets, cli, tmp_path):
+    copy = tmp_path / "copy"
+    for name, files in tiny_sets.items():
+        (copy / "deep" / name).mkdir(parents=True)
+        for file, content in files.items():
+            (copy / "deep" / name / file).write_bytes(content)
+    (tmp_path / "copy.zip").write_bytes(archive(tiny_sets))
+    for source in (copy, tmp_path / "copy.zip"):
+        assert cli("data.py", "--from", source)[0] == 0
+        for name in tiny_sets:
+            assert contents(tmp_path / "data" / name) == tiny_sets[name]
+            for file in (tmp_path / "data" / name).iterdir():
+                file.unlink()
+            (tmp_path / "data" / name).rmdir()
+    (copy / "deep" / "Set5" / "t0.bmp").write_bytes(b"BM something else")
+    status, _, err = cli("data.py", "--from", copy)
+    assert status == 1
+    assert_one_line(err, copy, "Set5 as published")
+    assert not list((tmp_path / "data").iterdir())
+    assert cli("data.py", "--from", "nowhere.zip")[0] == 1
+
+
+def test_the_real_sets_pass_from_a_local_copy(real_data, cli, tmp_path):
+    assert cli("data.py", "--from", real_data)[0] == 0
+    assert len(list((tmp_path / "data" / "91-image").iterdir())) == 91
+    assert contents(tmp_path / "data" / "Set5") == contents(real_data / "Set5")

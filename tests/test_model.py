@@ -1,0 +1,109 @@
+import ast
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model as model_module
+import utils
+from model import HALO_LR, SRCNN
+
+
+def random_model(seed=0):
+    torch.manual_seed(seed)
+    model = SRCNN().double()
+    for parameter in model.parameters():  # away from the identity, with biases
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def cubic_matrix(n):
+    """Bicubic x3 upscaling of n samples, edges replicated, from the formula (Keys, 1981; a = -0.5)."""
+    matrix = np.zeros((3 * n, n))
+    for i in range(3 * n):
+        centre = (i + 0.5) / 3 - 0.5
+        for k in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d = abs(centre - k)
+            weight = 1.5 * d**3 - 2.5 * d**2 + 1 if d < 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+            matrix[i, min(max(k, 0), n - 1)] += weight
+    return torch.from_numpy(matrix)
+
+
+def test_the_layers_are_the_specs():
+    model = SRCNN()
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {n: (c.in_channels, c.out_channels, c.kernel_size, c.padding) for n, c in convs.items()} == {
+        "conv1": (3, 64, (9, 9), (4, 4)),
+        "conv2": (64, 32, (1, 1), (0, 0)),
+        "conv3": (32, 3, (5, 5), (2, 2)),
+    }
+    assert sum(p.numel() for p in model.parameters()) == 20_099
+    assert len(model.state_dict()) == 6
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 6), (1, 3, 7, 2), (3, 3, 10, 13)])
+def test_forward_is_bicubic_and_three_convolutions_on_the_continued_image(shape):
+    model = random_model()
+    lr = torch.rand(shape, dtype=torch.float64)
+    far = 12  # much more than the receptive field, so that no zero padding is near
+    x = F.pad(lr, (far,) * 4, mode="replicate")
+    x = cubic_matrix(x.shape[-2]) @ x @ cubic_matrix(x.shape[-1]).T
+    x = F.relu(F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=4))
+    x = F.relu(F.conv2d(x, model.conv2.weight, model.conv2.bias))
+    x = F.conv2d(x, model.conv3.weight, model.conv3.bias, padding=2)
+    sr = model(lr)
+    assert sr.shape == (shape[0], 3, 3 * shape[2], 3 * shape[3])
+    assert torch.allclose(sr, x[..., 3 * far : -3 * far, 3 * far : -3 * far], atol=1e-12, rtol=0)
+
+
+def test_a_constant_image_stays_constant_up_to_the_edge():
+    sr = random_model()(torch.full((1, 3, 5, 9), 0.37, dtype=torch.float64))
+    assert torch.allclose(sr, sr[..., :1, :1].expand_as(sr), atol=1e-12, rtol=0)
+
+
+def test_a_pixel_depends_on_four_lr_pixels_to_each_side_and_on_no_more():
+    model, lr = random_model(), torch.rand(1, 3, 23, 23, dtype=torch.float64)
+    whole = model(lr)
+    middle = model(lr[..., 6:17, 6:17])  # 11 pixels; its own middle 3 have their full context
+    assert torch.allclose(middle[..., 12:21, 12:21], whole[..., 30:39, 30:39], atol=1e-12, rtol=0)
+    assert torch.allclose(model.interior(lr[..., 6:17, 6:17]), whole[..., 30:39, 30:39], atol=1e-12, rtol=0)
+    for distance, seen in ((HALO_LR, True), (HALO_LR + 1, False)):
+        changed = lr.clone()
+        changed[..., 11 - distance, 11] += 0.5
+        same = torch.equal(model(changed)[..., 33:36, 33:36], whole[..., 33:36, 33:36])
+        assert same is not seen
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_starts_as_bicubic(seed):
+    torch.manual_seed(seed)
+    tests = [data.degrade(image) for _, image in data.dead_leaves("test", 2, 120)]
+    for lr, hr in tests:
+        target = data.to_tensor(hr)
+        up = utils.psnr_y(data.to_tensor(data.bicubic(lr, *hr.size)), target)
+        sr = utils.psnr_y(utils.super_resolve(SRCNN(), data.to_tensor(lr)), target)
+        assert abs(sr - up) < 0.2
+
+
+def test_the_upscaling_is_pillows():
+    """With the random features removed the network is Pillow's bicubic, to a rounding."""
+    model = SRCNN()
+    model.conv3.weight.data[:, 3:] = 0
+    model.conv3.weight.data[:, :3] = 0
+    model.conv3.weight.data[range(3), range(3), 2, 2] = 1
+    lr = data.dead_leaves("test", 1, 40)[0][1].point(lambda v: 64 + v // 2)  # no clipping in between
+    up = np.asarray(data.bicubic(lr, 120, 120)).astype(int)
+    sr = np.asarray(data.to_image(utils.super_resolve(model, data.to_tensor(lr)))).astype(int)
+    inside = (slice(6, -6), slice(6, -6))  # Pillow weighs the pixels within the image only
+    assert abs(up - sr)[inside].max() <= 1
+
+
+def test_it_imports_torch_alone():
+    tree = ast.parse(inspect.getsource(model_module))
+    names = [n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} == {"torch"}

@@ -1,0 +1,546 @@
+import json
+import math
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+from conftest import PYTHON, ROOT, assert_one_line
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_utils import Hostile, checkpoint, skeleton_checkpoint
+
+import data
+import train
+import utils
+from info import Info
+from model import SRCNN
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def weights(path):
+    return load(path)["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+
+
+# ------------------------------------------------------------------------------ learning
+
+
+def test_training_beats_bicubic(cli, photos):
+    status, out, err = cli(
+        "train.py",
+        "train",
+        f"--train-data={photos}",
+        f"--test-data={photos}",
+        "--num-epoch=15",
+        "--batch-size=1",
+        "--save-freq=20",
+    )
+    assert status == 0, err
+    report = load("checkpoint.15")["report"]
+    assert report["mean"]["psnr_y"] > report["mean"]["bicubic_y"] + 0.3
+    assert report["set"] == photos.name
+    assert utils.table(report) in out
+
+
+def test_an_epoch_draws_as_many_pixels_as_the_set_has(train_small, monkeypatch):
+    drawn = []
+    draw = data.TrainSet.draw
+
+    def count(self, number, patch, generator):
+        drawn.append(number * patch**2)
+        return draw(self, number, patch, generator)
+
+    monkeypatch.setattr(data.TrainSet, "draw", count)
+    _, out, _ = train_small("--num-epoch=1", "--patch-size=24")
+    pixels = int(re.search(r"([\d,]+) pixels", out)[1].replace(",", ""))
+    assert pixels == 96 * 90 + 120 * 75 + 30 * 39 + 63 * 63 + 99 * 81
+    assert pixels <= sum(drawn[1:]) < pixels + 4 * 24**2  # the first draw is for the whitening
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    at = [train.learning_rate(2.0, step, 10_000) for step in (0, 250, 500, 5000, 7500, 10_000)]
+    cosine = [1 + math.cos(math.pi * p) for p in (0.025, 0.05, 0.5, 0.75)]
+    assert at == pytest.approx([0, cosine[0] / 2, cosine[1], cosine[2], cosine[3], 0])
+    assert train.learning_rate(2.0, 1, 8) == pytest.approx(0.01 * (1 + math.cos(math.pi / 8)))
+
+
+def test_a_run_of_a_few_steps_does_no_harm(train_small):
+    assert train_small()[0] == 0
+    mean = load("checkpoint.2")["report"]["mean"]
+    assert mean["psnr_y"] > mean["bicubic_y"] - 0.2
+
+
+def test_whitening_whitens():
+    """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
+    lr = torch.rand(64, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    whiten = train.whitening_matrix(lr, floor=1e-9)
+    assert torch.allclose(whiten, whiten.T)
+    x = torch.nn.functional.interpolate(lr.double(), scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
+    patches = torch.nn.functional.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
+    values = torch.linalg.eigvalsh((patches @ whiten).T.cov())
+    assert values.max().item() == pytest.approx(1, abs=1e-3)
+    assert values.median().item() > 0.9
+    # The floor bounds what is amplified: 1e-3 allows a factor of about 30.
+    assert torch.linalg.eigvalsh(train.whitening_matrix(lr)).max() <= 1e-3**-0.5
+
+
+def test_with_nothing_to_whiten_it_is_adam():
+    models, losses = [], []
+    for whitened in (True, False):
+        torch.manual_seed(3)
+        model = SRCNN()
+        optimizer = train.WhitenedAdam(model, torch.eye(243)) if whitened else torch.optim.Adam(model.parameters())
+        lr, hr = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = (model.interior(lr) - hr).square().mean()
+            loss.backward()
+            optimizer.step()
+        models.append(model.state_dict())
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(torch.allclose(models[0][k], models[1][k], atol=1e-6) for k in models[0])
+
+
+def test_a_whitened_step_moves_the_weight_by_v_times_p():
+    torch.manual_seed(0)
+    model, whiten = SRCNN(), torch.eye(243) + 0.01 * torch.ones(243, 243)
+    before = model.conv1.weight.detach().flatten(1).clone()
+    optimizer = train.WhitenedAdam(model, whiten)
+    assert torch.allclose(optimizer.v @ whiten, before, atol=1e-5)
+    model.interior(torch.rand(1, 3, 12, 12)).square().mean().backward()
+    sign = (model.conv1.weight.grad.flatten(1) @ whiten.T).sign()
+    optimizer.step()
+    moved = model.conv1.weight.detach().flatten(1) - before  # Adam's first step is lr times the sign
+    assert torch.allclose(moved, -1e-3 * sign @ whiten, atol=2e-5)
+
+
+# --------------------------------------------------------------- checkpoints and resuming
+
+
+def test_a_checkpoint_holds_what_the_spec_says(train_small, photos):
+    assert train_small("--num-epoch=3", "--save-freq=2", "--lr=0.001", "--seed=5")[0] == 0
+    saved = load("checkpoint.3")
+    assert {"model", "optimizer", "args", "info", "epoch", "psnr"} <= saved.keys()
+    assert list(saved["model"]) == list(SRCNN().state_dict())
+    assert saved["args"] == {
+        "lr": 0.001,
+        "batch_size": 4,
+        "num_epoch": 3,
+        "save_freq": 2,
+        "patch_size": 48,
+        "seed": 5,
+        "train_data": str(photos),
+        "test_data": str(photos),
+    }
+    assert saved["info"] == {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"}
+    assert saved["epoch"] == 3
+    model = SRCNN()
+    model.load_state_dict(saved["model"])
+    report = utils.evaluate(model, data.load_test_set(photos))
+    assert saved["psnr"] == saved["report"]["mean"]["psnr_y"]
+    assert saved["report"]["set"] == report["set"]
+    for name, row in report["images"].items():  # up to the rounding of another memory layout
+        assert saved["report"]["images"][name] == pytest.approx(row, abs=0.002)
+
+
+def test_checkpoints_come_at_save_freq_at_the_end_and_at_the_best(train_small, tmp_path):
+    assert train_small("--num-epoch=5", "--save-freq=2", "--output=out")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "checkpoint.2",
+        "checkpoint.4",
+        "checkpoint.5",
+        "checkpoint.best",
+        "runs",
+    ]
+    best = load("out/checkpoint.best")
+    assert best["psnr"] == best["best"] == load("out/checkpoint.5")["best"]
+    assert best["epoch"] == load("out/checkpoint.5")["best_epoch"]
+
+
+def test_best_is_only_written_when_the_psnr_rises(train_small, tmp_path):
+    """A learning rate that spoils the network: nothing beats the start."""
+    assert train_small("--lr=0.5", "--num-epoch=1")[0] == 0
+    assert not (tmp_path / "checkpoint.best").exists()
+    assert load("checkpoint.1")["best_epoch"] == 0
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_resuming_is_exact(train_small, epoch):
+    assert train_small("--num-epoch=4", "--save-freq=1", "--output=straight")[0] == 0
+    status, out, err = train_small("--output=resumed", command=("resume", f"straight/checkpoint.{epoch}"))
+    assert status == 0, err
+    assert f"after epoch {epoch}" in out
+    straight, resumed = load("straight/checkpoint.4"), load("resumed/checkpoint.4")
+    assert same(straight["model"], resumed["model"])
+    assert straight["report"] == resumed["report"]
+    assert straight["best"] == resumed["best"]
+    assert torch.equal(straight["optimizer"]["v"], resumed["optimizer"]["v"])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(train_small):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train_small(f"--seed={seed}", "--num-epoch=1", f"--output={name}")[0] == 0
+    assert same(weights("a/checkpoint.1"), weights("b/checkpoint.1"))
+    assert not same(weights("a/checkpoint.1"), weights("c/checkpoint.1"))
+
+
+def test_options_on_the_line_override_saved_ones(train_small):
+    assert train_small("--save-freq=1")[0] == 0
+    status, out, _ = train_small("--batch-size=8", "--num-epoch", "3", command=("resume", "checkpoint.1"))
+    assert status == 0
+    assert "changed: --batch-size=8 --num-epoch=3" in out
+    args = load("checkpoint.3")["args"]
+    assert (args["batch_size"], args["num_epoch"], args["save_freq"]) == (8, 3, 1)
+
+
+def test_resuming_needs_no_output_and_writes_beside_the_checkpoint(train_small, tmp_path):
+    assert train_small("--save-freq=1", "--output=there")[0] == 0
+    assert train_small("--num-epoch=3", command=("resume", "there/checkpoint.2"))[0] == 0
+    assert (tmp_path / "there" / "checkpoint.3").exists()
+    assert not list(tmp_path.glob("checkpoint.*"))
+
+
+def test_a_finished_training_says_so(train_small):
+    assert train_small()[0] == 0
+    before = weights("checkpoint.2")
+    status, out, err = train_small(command=("resume", "checkpoint.2"))
+    assert (status, err) == (0, "")
+    assert "--num-epoch=2 is reached" in out
+    assert same(before, weights("checkpoint.2"))
+
+
+def test_a_checkpoint_of_the_course_is_trained_on(train_small, photos):
+    saved = skeleton_checkpoint("legacy")
+    status, out, err = train_small(
+        f"--train-data={photos}", f"--test-data={photos}", "--output=new", command=("resume", "legacy")
+    )
+    assert status == 0, err
+    assert "no state of this optimizer" in out
+    after = load("new/checkpoint.4")  # its num_epoch is 4, two of them are done
+    assert after["args"]["batch_size"] == 8
+    assert after["args"]["lr"] == 0.0001
+    first = next(iter(saved.values()))
+    moved = (after["model"]["conv1.weight"] - first).abs().max()
+    assert 0 < moved < 0.1  # on from its weights, not from new ones
+
+
+def test_another_device_may_go_on(train_small):
+    """What a GPU saved is loaded to the CPU: tensors in the file carry no device that is needed."""
+    assert train_small("--save-freq=1")[0] == 0
+    file = torch.load("checkpoint.1", weights_only=True, map_location="meta")  # any map will do
+    assert all(t.device.type == "meta" for t in file["model"].values())
+    assert train_small("--output=on", command=("resume", "checkpoint.1"))[0] == 0
+
+
+# ------------------------------------------------------------------- reports and logs
+
+
+def test_every_epoch_is_reported_in_one_line(train_small, photos):
+    _, out, _ = train_small("--num-epoch=3")
+    lines = re.findall(rf"^epoch +(\d)/3 +{photos.name} ([\d.]+) dB Y \(([+-][\d.]+)\) .*dB RGB.*", out, re.M)
+    assert [line[0] for line in lines] == ["0", "1", "2", "3"]
+    report = load("checkpoint.3")["report"]
+    assert lines[3][1] == f"{report['mean']['psnr_y']:.3f}"
+    assert lines[3][2] == f"{report['mean']['psnr_y'] - report['mean']['bicubic_y']:+.3f}"
+    assert f"bicubic        {photos.name} {report['mean']['bicubic_y']:.3f} dB Y" in out
+    assert len(re.findall(r"loss 0\.\d{6}  [\d.]+ Mpx/s$", out, re.M)) == 3
+
+
+def events(folder):
+    (run,) = folder.iterdir()
+    accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_goes_on_without_overlap_or_gap(train_small, photos, tmp_path):
+    assert train_small("--num-epoch=5", "--save-freq=2")[0] == 0
+    assert train_small(command=("resume", "checkpoint.2"))[0] == 0  # epochs 3 to 5 once more
+    log, name = events(tmp_path / "runs"), photos.name
+    tags = {"train/loss", "train/learning_rate", f"{name}/psnr_y", f"{name}/psnr_rgb", f"{name}_psnr_y/leaves1"}
+    assert tags <= set(log.Tags()["scalars"])
+    for tag in tags:
+        assert [event.step for event in log.Scalars(tag)] == [1, 2, 3, 4, 5]
+    assert log.Scalars(f"{name}/psnr_y")[-1].value == pytest.approx(load("checkpoint.5")["psnr"])
+    images = log.Tags()["images"]
+    assert len(images) == 5
+    assert [event.step for event in log.Images(images[0])] == [1, 2, 4, 5]
+    image = log.Images(images[0])[0]
+    assert image.width > 3 * 96  # bicubic, SRCNN and ground truth side by side
+
+
+def test_no_bar_debris_where_no_terminal_is(photos, tmp_path):
+    end = subprocess.run(
+        [*PYTHON, ROOT / "train.py", "train", f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert end.stderr == ""
+    assert "\r" not in end.stdout
+    assert "\x1b" not in end.stdout
+
+
+def test_inspect_tells_what_is_inside(train_small, cli):
+    assert train_small("--lr=0.002")[0] == 0
+    status, out, _ = cli("train.py", "inspect", "checkpoint.2")
+    assert status == 0
+    report = load("checkpoint.2")["report"]
+    for part in (
+        "20,099 parameters",
+        "epoch      2 of 2, 8 steps",
+        "--lr=0.002 --batch-size=4",
+        "your name",
+        utils.table(report),
+    ):
+        assert part in out
+    assert str(torch.__version__) in out
+    status, out, _ = cli("train.py", "inspect", "checkpoint.2", "--json")
+    facts = json.loads(out)
+    assert facts["report"] == report
+    assert facts["epoch"] == 2
+    assert facts["parameters"] == 20099
+    assert facts["args"]["batch_size"] == 4
+    assert facts["optimizer_steps"] == 2 * math.ceil(30_798 / (4 * 48**2))
+
+
+def test_inspect_of_damaged_parts_is_one_line(train_small, cli):
+    assert train_small()[0] == 0
+    for part in ({"report": {"images": 5}}, {"optimizer": {"state": {0: 7}}}, {"report": {"set": "x", "images": {}}}):
+        torch.save(load("checkpoint.2") | part, "damaged")
+        status, _, err = cli("train.py", "inspect", "damaged")
+        assert status == 1
+        assert_one_line(err, "damaged")
+
+
+def test_inspect_reads_the_courses_checkpoints_and_escapes_their_text(cli):
+    skeleton_checkpoint("legacy", info=Info("Eve\x1b[2J", "1155", "e@x"))
+    status, out, _ = cli("train.py", "inspect", "legacy")
+    assert status == 0
+    assert "27.500 dB" in out
+    assert "Eve\\x1b[2J" in out
+    assert "\x1b" not in out
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--lr=0", "--lr"),
+        ("--lr=-1", "--lr"),
+        ("--lr=nan", "--lr"),
+        ("--lr=inf", "--lr"),
+        ("--lr=fast", "'fast'"),
+        ("--batch-size=0", "--batch-size"),
+        ("--batch-size=1.5", "--batch-size"),
+        ("--num-epoch=-3", "--num-epoch"),
+        ("--save-freq=0", "--save-freq"),
+        ("--patch-size=0", "--patch-size"),
+        ("--patch-size=32", "multiple of 3"),
+        ("--seed=-1", "--seed"),
+        ("--colour=red", "--colour"),
+    ],
+)
+@pytest.mark.parametrize("command", [["train"], ["resume", "checkpoint.1"]])
+def test_bad_options_are_a_usage_error(cli, command, arguments, says):
+    status, out, err = cli("train.py", *command, arguments)
+    assert (status, out) == (2, "")
+    assert_one_line(err, says)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(cli, train_small):
+    status, _, err = train_small("--cuda")
+    assert status == 1
+    assert_one_line(err, "no CUDA device", "without --cuda")
+
+
+@pytest.mark.parametrize("command", ["resume", "inspect"])
+def test_bad_checkpoints(cli, command, tmp_path):
+    torch.save(checkpoint(args={"x": Hostile()}), "hostile")
+    torch.save(checkpoint(model={"conv1.weight": torch.zeros(1)}), "foreign")
+    (tmp_path / "garbage").write_bytes(b"\x80\x04garbage")
+    for name in ("missing", "hostile", "foreign", "garbage"):
+        status, _, err = cli("train.py", command, name)
+        assert status == 1
+        assert_one_line(err, name)
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("args", {"batch_size": -4}),
+        ("args", {"lr": "\x1b[31m"}),
+        ("optimizer", {"v": torch.zeros(2, 2), "whiten": torch.zeros(243, 243), "state": {}, "param_groups": []}),
+        ("optimizer", {"v": "x"}),
+        ("random_state", torch.zeros(3)),
+        ("run", 5),
+        ("best", "high"),
+        ("run", "../../../elsewhere"),
+    ],
+)
+def test_damaged_parts_of_a_checkpoint_end_in_one_line(train_small, tmp_path, part, value):
+    assert train_small("--output=in")[0] == 0
+    torch.save(load("in/checkpoint.2") | {part: value}, "damaged")
+    status, _, err = train_small("--num-epoch=3", "--output=out", command=("resume", "damaged"))
+    if part == "run" and isinstance(value, str):
+        assert status == 0
+        assert not (tmp_path.parent / "elsewhere").exists()
+        assert (tmp_path / "out" / "runs" / "elsewhere").is_dir()
+    else:
+        assert status == 1
+        assert_one_line(err, "damaged")
+        assert not (tmp_path / "out" / "checkpoint.3").exists()
+
+
+def test_bad_folders(cli, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    for option, other in (("--train-data", "--test-data"), ("--test-data", "--train-data")):
+        for folder, says in (("missing", "no such folder"), ("empty", "no images"), ("texts", "a.txt")):
+            status, _, err = cli("train.py", "train", f"{option}={folder}", f"{other}={photos}")
+            assert status == 1
+            assert_one_line(err, folder, says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good(train_small, tmp_path):
+    assert train_small("--save-freq=2", "--num-epoch=2")[0] == 0
+    good = (tmp_path / "checkpoint.2").read_bytes()
+    status, out, err = train_small("--lr=1e30", "--num-epoch=4", command=("resume", "checkpoint.2"))
+    assert status == 1
+    assert_one_line(err, "no finite number", "epoch 3", "step")
+    assert "python train.py resume checkpoint.2" in out
+    assert (tmp_path / "checkpoint.2").read_bytes() == good
+    assert not (tmp_path / "checkpoint.3").exists()
+
+
+def test_the_first_wrong_step_is_named():
+    losses = torch.tensor([0.1, 0.2, math.inf, math.nan])
+    with pytest.raises(utils.Failure, match="step 3 of epoch 7"):
+        train.check_finite(losses, SRCNN(), 7)
+    train.check_finite(losses[:2], SRCNN(), 7)
+    broken = SRCNN()
+    broken.conv2.bias.data[5] = math.nan
+    with pytest.raises(utils.Failure, match="step 2 of epoch 7"):
+        train.check_finite(losses[:2], broken, 7)
+
+
+def test_a_folder_that_cannot_be_written(train_small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = train_small("--output=file")
+    assert status == 1
+    assert_one_line(err, "file")
+
+
+def test_ctrl_c_keeps_what_is_finished(photos, train_small, tmp_path):
+    common = [f"--train-data={photos}", f"--test-data={photos}", "--batch-size=4", "--num-epoch=20", "--save-freq=20"]
+    process = subprocess.Popen(
+        [*PYTHON, ROOT / "train.py", "train", *common, "--output=stopped"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert_one_line(err, "interrupted")
+    path = re.search(r"python train.py resume (stopped/checkpoint\.(\d+))$", out, re.M)
+    assert 3 <= int(path[2]) < 20
+    assert load(path[1])["epoch"] == int(path[2])
+    assert train_small(command=("resume", path[1]))[0] == 0
+    assert train_small(*common[2:], "--output=straight")[0] == 0
+    assert same(weights("stopped/checkpoint.20"), weights("straight/checkpoint.20"))
+
+
+# ------------------------------------------------------------------- where no data is
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No folder, no network (a port that nobody listens on), and quickly made images."""
+    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/archive.zip",))
+    leaves = data.dead_leaves
+    monkeypatch.setattr(data, "dead_leaves", lambda role: leaves(role, 3, 60))
+
+
+def test_without_data_it_trains_on_generated_images_and_says_so(cli, offline, tmp_path):
+    status, out, err = cli("train.py", "train", "--num-epoch=1", "--output=out")
+    assert status == 0
+    assert "WARNING" in err
+    assert "python data.py" in err
+    assert "Set5" not in out
+    assert "dead-leaves-test" in out
+    saved = load("out/checkpoint.1")
+    assert saved["report"]["set"] == "dead-leaves-test"
+    assert saved["train_set"] == "dead-leaves-train"
+    assert saved["args"]["train_data"] == saved["args"]["test_data"] == "dead-leaves"
+    assert not any("Set5" in tag for tag in events(tmp_path / "out" / "runs").Tags()["scalars"])
+    status, out, err = cli("train.py", "resume", "out/checkpoint.1", "--num-epoch=2")
+    assert (status, err) == (0, "")  # on the same images, without asking the network again
+
+
+def test_a_set_that_is_there_is_used_beside_a_generated_one(cli, offline, photos, tmp_path):
+    status, _out, err = cli("train.py", "train", "--num-epoch=1", f"--test-data={photos}")
+    assert status == 0
+    assert "(train_data)" in err
+    assert load("checkpoint.1")["report"]["set"] == photos.name
+
+
+def test_a_named_folder_is_never_replaced(cli, offline):
+    status, _, err = cli("train.py", "train", "--train-data=data/91-image")
+    assert status == 1
+    assert_one_line(err.splitlines()[-1] + "\n", "data/91-image: no such folder")
+
+
+def test_a_run_on_real_images_is_not_resumed_on_generated_ones(cli, offline, train_small):
+    assert train_small()[0] == 0
+    saved = load("checkpoint.2")
+    saved["args"] |= {"train_data": "data/91-image", "test_data": "data/Set5"}
+    torch.save(saved, "checkpoint.2")
+    status, _, err = cli("train.py", "resume", "checkpoint.2", "--num-epoch=3")
+    assert status == 1
+    assert_one_line(err, "cannot fetch 91-image and Set5")
+
+
+def test_dead_leaves_may_be_asked_for(cli, offline):
+    status, _, err = cli("train.py", "train", "--num-epoch=1", "--train-data=dead-leaves", "--test-data=dead-leaves")
+    assert (status, err) == (0, "")
+
+
+# ------------------------------------------------------------------------- the real sets
+
+
+def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_one_db(real_data, cli):
+    status, out, err = cli(
+        "train.py", "train", f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=2"
+    )
+    assert status == 0, err
+    assert "training on 91-image: 91 images, 5,312,853 pixels" in out
+    report = load("checkpoint.2")["report"]
+    assert report["set"] == "Set5"
+    assert report["mean"]["psnr_y"] > 31.9
+    assert report["mean"]["psnr_rgb"] > 30.0
+
+
+def test_one_small_image_is_enough(cli, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.linear_gradient("L").resize((20, 11)).save(folder / "a.png")
+    assert cli("train.py", "train", "--num-epoch=1", "--train-data=one", "--test-data=one")[0] == 0
