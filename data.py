@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -239,26 +239,27 @@ def dead_leaves(role: str, count: int | None = None, size: int = 252) -> list[tu
     return [(f"leaves{i + 1}", _leaves(np.random.default_rng([role == "test", i]), size)) for i in range(count)]
 
 
-def _leaves(rng: np.random.Generator, size: int, shapes: int = 6000, fine: int = 3) -> Image.Image:
-    """One image, drawn ``fine`` times as large and averaged down for smooth edges."""
-    smallest, largest = 1.0, 120.0  # radii in pixels
+def _leaves(rng: np.random.Generator, size: int, shapes: int = 3500, fine: int = 3) -> Image.Image:
+    """One image: ellipses and polygons, drawn ``fine`` times as large for smooth edges."""
+    smallest, largest = 2.0, 120.0  # radii in pixels
     u = rng.random(shapes)
     radii = (u / smallest**2 + (1 - u) / largest**2) ** -0.5 * fine
+    stretch = np.exp(rng.uniform(-1.2, 1.2, shapes))
     centres = rng.uniform(0, size * fine, (shapes, 2))
-    grey = rng.uniform(0, 255, (shapes, 1))
-    colours = np.clip(grey + rng.normal(0, 30, (shapes, 3)), 0, 255).astype(np.uint8)
-    corners = rng.integers(2, 7, shapes)  # two corners make a disc
-    turns = rng.uniform(0, 2 * math.pi, shapes)
+    grey = rng.uniform(30, 225) + rng.normal(0, 45, (shapes, 1))
+    colours = np.clip(grey + rng.normal(0, 30, 3) + rng.normal(0, 30, (shapes, 3)), 0, 255).astype(np.uint8)
+    corners = rng.choice([3, 4, 5, 6, 32], shapes)
+    phases, turns = rng.uniform(0, 2 * math.pi, (2, shapes))
     canvas = Image.new("RGB", (size * fine, size * fine), tuple(colours[0].tolist()))
     draw = ImageDraw.Draw(canvas)
-    for (x, y), r, colour, n, turn in zip(centres, radii, colours.tolist(), corners, turns, strict=True):
-        if n == 2:
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(colour))
-        else:
-            angles = turn + np.arange(n) * (2 * math.pi / n)
-            points = np.stack([x + r * np.cos(angles), y + r * np.sin(angles)], 1)
-            draw.polygon(points.ravel().tolist(), fill=tuple(colour))
-    return canvas.reduce(fine)
+    for centre, r, s, colour, n, phase, turn in zip(
+        centres, radii, stretch, colours.tolist(), corners, phases, turns, strict=True
+    ):
+        angles = phase + np.arange(n) * (2 * math.pi / n)
+        x, y = r * s * np.cos(angles), r / s * np.sin(angles)
+        points = np.stack([x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)], 1)
+        draw.polygon((centre + points).ravel().tolist(), fill=tuple(colour))
+    return canvas.reduce(fine).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
 
 
 # -------------------------------------------------------------------- the public data sets

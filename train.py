@@ -4,9 +4,10 @@ import argparse
 import copy
 import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,34 +22,17 @@ from utils import (
     Failure,
     evaluate,
     load_checkpoint,
+    number,
     printable,
     run,
     save_checkpoint,
     select_device,
+    summary,
     super_resolve,
     table,
 )
 
 # ------------------------------------------------------------------------------ options
-
-
-def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], float]:
-    """A check for argparse: a finite number above ``least`` and a multiple of ``multiple``."""
-
-    def check(text: str) -> float:
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and value > least and (multiple == 1 or value % multiple == 0)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            what = "a whole number" if kind is int else "a number"
-            factor = f" and a multiple of {multiple}" if multiple > 1 else ""
-            raise argparse.ArgumentTypeError(f"must be {what} above {least}{factor}, not {text!r}")
-        return value
-
-    check.__name__ = "number"
-    return check
 
 
 # fmt: off
@@ -116,11 +100,9 @@ def find_data(options: dict, given: dict, fresh: bool) -> None:
     except Failure as problem:
         if not fresh:  # a run that began on the real sets goes on with them or not at all
             raise
-        print(
-            f"WARNING: {problem}\nWARNING: GENERATED IMAGES ARE USED INSTEAD ({', '.join(missing)}); for the real"
-            " sets run `python data.py` with network access, or see `python data.py --help`",
-            file=sys.stderr,
-        )
+        advice = "for the real ones run `python data.py` with network access, or with --from and a local copy"
+        names = " AND ".join(missing).upper()
+        print(f"WARNING: GENERATED IMAGES SERVE AS {names}: {printable(problem)}; {advice}", file=sys.stderr)
         options.update(dict.fromkeys(missing, data.DEAD_LEAVES))
 
 
@@ -236,12 +218,21 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
     print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
     log = SummaryWriter(str(output / "runs" / state["run"]), purge_step=state["epoch"] + 1)
+    interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
+
+    def interrupt(*_) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # but only the first one waits
+
+    previous = signal.signal(signal.SIGINT, interrupt)
     try:
         for epoch in range(state["epoch"] + 1, num_epoch + 1):
             begin = time.perf_counter()
             losses = torch.empty(steps, device=device)
             bar = tqdm(range(steps), f"epoch {epoch}/{num_epoch}", leave=False, disable=None, unit="step")
             for step in bar:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 done = (epoch - 1) * steps + step + 0.5
                 optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], done, num_epoch * steps)
                 lr, hr = train_set.draw(batch_size, patch_size, generator)
@@ -294,6 +285,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
         print(kept if path else "no epoch was finished, so nothing was saved", flush=True)
         raise
     finally:
+        signal.signal(signal.SIGINT, previous)
         log.close()
     print(f"\n{table(report)}\n\nwritten: {path}; best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y")
 
@@ -304,15 +296,6 @@ def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
     if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
         step = wrong[0].item() + 1 if len(wrong) else len(losses)
         raise Failure(f"the loss is no finite number at step {step} of epoch {epoch}; lower the learning rate (--lr)")
-
-
-def summary(report: dict) -> str:
-    mean = report["mean"]
-    gains = (
-        f"{mean['psnr_' + k]:.3f} dB {k.upper()} ({mean['psnr_' + k] - mean['bicubic_' + k]:+.3f})"
-        for k in ("y", "rgb")
-    )
-    return f"{printable(report['set'])} {'  '.join(gains)}"
 
 
 def write_log(log, epoch: int, report: dict, loss: float, learning_rate: float) -> None:

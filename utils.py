@@ -32,6 +32,24 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], float]:
+    """A check for argparse: a finite number above ``least`` and a multiple of ``multiple``."""
+
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+            good = least < value < 2**31 and (multiple == 1 or value % multiple == 0)
+        except ValueError:
+            good = False
+        if not good:
+            what = "a whole number" if kind is int else "a number"
+            factor = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"must be {what} above {least}{factor} (below 2^31), not {text!r}")
+        return value
+
+    return check
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: 0 when done, 1 with one line on stderr, 130 on Ctrl-C."""
     try:
@@ -162,6 +180,16 @@ def table(report: dict) -> str:
             f"  {y - by:+7.3f} / {rgb - brgb:+.3f} dB"
         )
     return "\n".join(lines)
+
+
+def summary(report: dict) -> str:
+    """The mean of a report of :func:`evaluate`, and what is gained on bicubic, in a line."""
+    mean = report["mean"]
+    gains = (
+        f"{mean['psnr_' + k]:.3f} dB {k.upper()} ({mean['psnr_' + k] - mean['bicubic_' + k]:+.3f})"
+        for k in ("y", "rgb")
+    )
+    return f"{printable(report['set'])} {'  '.join(gains)}"
 
 
 # ------------------------------------------------------------------------- checkpoints
