@@ -37,7 +37,7 @@ from utils import (
 
 # fmt: off
 OPTIONS = {  # name: (check, default, help)
-    "lr":         (number(float),               0.0015,          "peak learning rate of Adam"),
+    "lr":         (number(float),               0.0025,          "peak learning rate of Adam"),
     "batch_size": (number(int),                 16,              "patches in a step"),
     "num_epoch":  (number(int),                 100,             "epochs, each as many pixels as the training set has"),
     "save_freq":  (number(int),                 10,              "epochs from one checkpoint to the next"),
@@ -166,6 +166,30 @@ def learning_rate(peak: float, step: float, total: int) -> float:
     return peak * min(1.0, step / max(0.05 * total, 100)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Path | None, checkpoint: dict):
+    """The network, its optimizer and the patches' random generator, new or as a checkpoint has them."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
+    model = SRCNN().to(device, memory_format=torch.channels_last)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    saved = checkpoint.get("optimizer", {})
+    if "v" not in saved:
+        if checkpoint:
+            print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
+        return model, WhitenedAdam(model, whiten), generator
+    try:
+        optimizer = WhitenedAdam(model, saved["whiten"])
+        optimizer.load_state_dict(saved)
+        generator.set_state(checkpoint["random_state"])
+        best, best_epoch, run_name = (checkpoint[key] for key in ("best", "best_epoch", "run"))
+        checkpoint |= {"best": float(best), "best_epoch": int(best_epoch), "run": Path(run_name).name}
+    except Exception as problem:  # of whatever type torch finds for what is damaged
+        raise Failure(f"{path}: what resuming needs is damaged in it") from problem
+    return model, optimizer, generator
+
+
 def train(options: dict, device: torch.device, output: Path, path: Path | None, checkpoint: dict) -> None:
     """Train until ``options["num_epoch"]`` epochs are done.
 
@@ -184,39 +208,21 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"SRCNN 9-1-5 on {device}{threads}, torch {torch.__version__}")
     print(
-        f"training on {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"
+        f"training set {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"
     )
+    model, optimizer, generator = prepare(train_set, device, options["seed"], path, checkpoint)
 
-    torch.manual_seed(options["seed"])
-    generator = torch.Generator().manual_seed(options["seed"])
-    whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
-    model = SRCNN().to(device, memory_format=torch.channels_last)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    if "v" in checkpoint.get("optimizer", {}):
-        try:
-            optimizer = WhitenedAdam(model, checkpoint["optimizer"]["whiten"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            generator.set_state(checkpoint["random_state"])
-            best, best_epoch, name = (checkpoint[key] for key in ("best", "best_epoch", "run"))
-            checkpoint |= {"best": float(best), "best_epoch": int(best_epoch), "run": Path(name).name}
-        except Exception as problem:  # of whatever type torch finds for it
-            raise Failure(f"{path}: what resuming needs is damaged in it") from problem
-    else:
-        optimizer = WhitenedAdam(model, whiten)
-        if checkpoint:
-            print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
-
+    report = evaluate(model, test_set)
+    mean = report["mean"]
+    state = {"epoch": 0, "run": time.strftime("%Y%m%d-%H%M%S")} | checkpoint
+    if "best" not in state or state["report"]["set"] != test_set.name:  # figures of two sets do not compare
+        state |= {"best": mean["psnr_y"], "best_epoch": state["epoch"]}
+    print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
+    print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise Failure(f"cannot make the folder {output}: {problem.strerror}") from problem
-    report = evaluate(model, test_set)
-    mean = report["mean"]
-    start = {"epoch": 0, "best": mean["psnr_y"], "best_epoch": 0, "run": time.strftime("%Y%m%d-%H%M%S")}
-    state = start | checkpoint
-    print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
-    print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
     log = SummaryWriter(str(output / "runs" / state["run"]), purge_step=state["epoch"] + 1)
     interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
 
@@ -244,8 +250,8 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                 losses[step] = loss.detach()
                 if step % 20 == 0 and not bar.disable:  # not at each: reading the loss waits for the GPU
                     bar.set_postfix(loss=f"{loss.item():.5f}")
-            speed = steps * batch_size * patch_size**2 / (time.perf_counter() - begin) / 1e6
             check_finite(losses, model, epoch)
+            speed = steps * batch_size * patch_size**2 / (time.perf_counter() - begin) / 1e6
 
             report = evaluate(model, test_set)
             psnr = report["mean"]["psnr_y"]

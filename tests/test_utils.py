@@ -120,6 +120,16 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.best"]
 
 
+def test_a_file_is_replaced_and_never_written_over(tmp_path):
+    """Whoever holds the old file, here by a second link, keeps it whole."""
+    path, link = tmp_path / "checkpoint.best", tmp_path / "link"
+    path.write_bytes(b"the last good one")
+    os.link(path, link)
+    utils.write_file(path, b"the next")
+    assert path.read_bytes() == b"the next"
+    assert link.read_bytes() == b"the last good one"
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch was-run",)
