@@ -4,6 +4,11 @@
 `python data.py --from ARCHIVE_OR_FOLDER` takes them from a local copy.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
 import io
@@ -12,9 +17,9 @@ import os
 import tempfile
 import time
 import urllib.request
+import warnings
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -26,13 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import HALO_LR, SCALE
-from utils import ArgumentParser, Failure, run
+from utils import ArgumentParser, Failure, printable, psnr_rgb, psnr_y, run
 
-# The published sets: number of images, SHA-256 of what `sha256sum *.bmp` prints in the folder,
-# so that one digest stands for the content and the name of every file.
+# The published sets, by the SHA-256 of what `sha256sum *.bmp` prints in the folder: one digest
+# stands for the name and the SHA-256 of every file.
 SETS = {
-    "91-image": (91, "a0650b24564bf5928a18eae0f33bdd0132bd4d69b918e09ae3e3954943a5e917"),
-    "Set5": (5, "182f07f3f06e1d9f50e6d72946b0fee603769f37cfe4eae50715db3e0fd01ee0"),
+    "91-image": "a0650b24564bf5928a18eae0f33bdd0132bd4d69b918e09ae3e3954943a5e917",
+    "Set5": "182f07f3f06e1d9f50e6d72946b0fee603769f37cfe4eae50715db3e0fd01ee0",
 }
 MIRRORS = (
     "https://github.com/tegg89/SRCNN-Tensorflow/archive/78be1a24697935fc39a3a8cf59a6632264afade7.zip",
@@ -50,12 +55,11 @@ DEAD_LEAVES = "dead-leaves"  # stands for a folder: the generated images
 
 
 class TestImage(NamedTuple):
-    """uint8 tensors: lr of shape (3, h, w), hr and Pillow's bicubic of (3, 3h, 3w)."""
-
     name: str
-    lr: Tensor
-    hr: Tensor
-    bicubic: Tensor
+    lr: Tensor  # uint8, (3, h, w)
+    hr: Tensor  # uint8, (3, 3h, 3w), as is
+    bicubic: Tensor  # Pillow's
+    bicubic_psnr: dict[str, float]  # its bicubic_y and bicubic_rgb, dB
 
 
 class TestSet(NamedTuple):
@@ -86,15 +90,27 @@ def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image to RGB. Raises Failure, naming the file, where Pillow cannot."""
+    """Decode an image to 8-bit RGB. Raises Failure, naming the file, where that cannot be done."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's, of oddities that it copes with
+            image.load()
+            if image.mode.startswith("I;16"):  # convert() would cut off at 255
+                return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel, of a range unknown: save it with 8 or 16")
             return image.convert("RGB")
     except FileNotFoundError as problem:
         raise Failure(f"{path}: no such file") from problem
     except Exception as problem:  # Pillow's decoders raise errors of many types
         reason = "" if isinstance(problem, UnidentifiedImageError) else f": {problem}"
-        raise Failure(f"{path}: not an image that Pillow can read{reason}") from problem
+        raise Failure(f"{path}: not an image that can be read{reason}") from problem
+
+
+def require_folder(folder: str) -> None:
+    """Raise Failure unless ``folder`` is one, or stands for generated images."""
+    if folder != DEAD_LEAVES and not Path(folder).is_dir():
+        raise Failure(f"{folder}: no such folder of images")
 
 
 def load_images(folder: str, role: str) -> tuple[str, list[tuple[str, Image.Image]]]:
@@ -113,29 +129,27 @@ def load_images(folder: str, role: str) -> tuple[str, list[tuple[str, Image.Imag
     ------
     Failure if the folder is missing or empty, or a file in it is no image of at least 9x9
     """
+    require_folder(folder)
     if folder == DEAD_LEAVES:
         return f"{DEAD_LEAVES}-{role}", dead_leaves(role)
-    path = Path(folder)
-    if not path.is_dir():
-        raise Failure(f"{folder}: no such folder of images")
-    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+    files = sorted(f for f in Path(folder).iterdir() if f.is_file() and not f.name.startswith("."))
     if not files:
         raise Failure(f"{folder}: this folder holds no images")
-    stems = [file.stem for file in files]
+    names = [file.stem.removesuffix("_GT") for file in files]
     images = []
-    for file in files:
+    for file, name in zip(files, names, strict=True):
         image = open_image(file)
         if min(image.size) < 3 * SCALE:  # a border of 3 is shaved off before measuring
             raise Failure(f"{file}: {image.width}x{image.height} pixels are too few; 9x9 is the least")
-        images.append((file.name if stems.count(file.stem) > 1 else file.stem, image))
-    return set_name(path), images
+        images.append((printable(name if names.count(name) == 1 else file.name), image))
+    return set_name(Path(folder), files), images
 
 
-def set_name(folder: Path) -> str:
+def set_name(folder: Path, files: list[Path]) -> str:
     """The folder's name; that of a published set only where its files are the published ones."""
-    name = folder.resolve().name
-    for published, (_, digest) in SETS.items():
-        if _digest({f.name: f.read_bytes() for f in folder.glob("*.bmp")}) == digest:
+    name, digest = printable(folder.resolve().name), _digest({f.name: f.read_bytes() for f in files})
+    for published, known in SETS.items():
+        if digest == known:
             return published
         if name.lower().replace("-", "") == published.lower().replace("-", ""):
             name += " (not the published set)"
@@ -144,13 +158,13 @@ def set_name(folder: Path) -> str:
 
 def load_test_set(folder: str) -> TestSet:
     """Read the images to measure on; raises as :func:`load_images`."""
-    name, images = load_images(folder, "test")
+    set_name, images = load_images(folder, "test")
     tests = []
-    for stem, image in images:
+    for name, image in images:
         lr, hr = degrade(image)
-        up = bicubic(lr, *hr.size)
-        tests.append(TestImage(stem.removesuffix("_GT"), to_tensor(lr), to_tensor(hr), to_tensor(up)))
-    return TestSet(name, tests)
+        lr, hr, up = map(to_tensor, (lr, hr, bicubic(lr, *hr.size)))
+        tests.append(TestImage(name, lr, hr, up, {"bicubic_y": psnr_y(up, hr), "bicubic_rgb": psnr_rgb(up, hr)}))
+    return TestSet(set_name, tests)
 
 
 class TrainSet:
@@ -277,27 +291,35 @@ def fetch(root: Path, wanted: Sequence[str] = tuple(SETS), mirrors: Sequence[str
         try:
             with tempfile.TemporaryFile() as archive:
                 _download(url, archive)
-                return install(_read_archive(archive), root, wanted)
+                sets = _find(_read_archive(archive), wanted)
         except (Failure, OSError, HTTPException, ValueError) as problem:
             reasons.append(f"{url.split('/')[2]}: {getattr(problem, 'reason', problem)}")
+        else:
+            return _install(sets, root)
     raise Failure(f"cannot fetch {' and '.join(wanted)}: {'; '.join(reasons)}")
 
 
-def install(folders: dict[str, dict[str, bytes]], root: Path, wanted: Sequence[str]) -> None:
-    """Find published sets among folders of files, by their digests, and put them in place."""
-    found = {_digest(files): files for files in folders.values() if files}
+def _find(folders: Iterable[dict[str, bytes]], wanted: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """Find published sets among folders of files, by their digests."""
+    found = {_digest(files): files for files in folders}
     for name in wanted:
-        if SETS[name][1] not in found:
-            raise Failure(f"no folder in it holds {name} as published (SHA-256 {SETS[name][1][:12]}…)")
+        if SETS[name] not in found:
+            raise Failure(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")
+    return {name: found[SETS[name]] for name in wanted}
+
+
+def _install(sets: dict[str, dict[str, bytes]], root: Path) -> None:
+    """Put sets into place, each by one rename when it is whole."""
     root.mkdir(parents=True, exist_ok=True)
-    for name in wanted:
+    for name, files in sets.items():
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
             part = Path(temporary, name)
             part.mkdir()
-            for file, content in found[SETS[name][1]].items():
+            for file, content in files.items():
                 part.joinpath(file).write_bytes(content)
-            os.replace(part, root / name)
-        print(f"{root / name}: {SETS[name][0]} images, as published")
+            if not root.joinpath(name).exists():  # another run may have been faster
+                os.replace(part, root / name)
+        print(f"{root / name}: {len(files)} images, as published")
 
 
 def _digest(files: dict[str, bytes]) -> str:
@@ -323,8 +345,8 @@ def _download(url: str, target: io.BufferedIOBase) -> None:
             raise Failure(f"cut off after {target.tell()} of {bar.total} bytes")
 
 
-def _read_archive(archive: io.BufferedIOBase | Path) -> dict[str, dict[str, bytes]]:
-    """The images of a zip archive by folder. Nothing is written under a path from within."""
+def _read_archive(archive: io.BufferedIOBase | Path) -> Iterable[dict[str, bytes]]:
+    """The images in each folder of a zip archive. Nothing is written under a path from within."""
     folders: dict[str, dict[str, bytes]] = {}
     try:
         with zipfile.ZipFile(archive) as zipped:
@@ -336,23 +358,18 @@ def _read_archive(archive: io.BufferedIOBase | Path) -> dict[str, dict[str, byte
                 if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
                     raise Failure(f"its path {member.filename!r} leads outside, refused")
                 folders.setdefault(str(path.parent), {})[path.name] = zipped.read(member)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-        zlib.error,
-    ) as problem:
+    except Failure:
+        raise
+    except Exception as problem:  # each way of packing has errors of its own
         raise Failure(f"not a whole zip archive ({problem})") from problem
-    return folders
+    return folders.values()
 
 
-def _read_folder(folder: Path) -> dict[str, dict[str, bytes]]:
-    folders: dict[str, dict[str, bytes]] = {}
+def _read_folder(folder: Path) -> Iterable[dict[str, bytes]]:
+    folders: dict[Path, dict[str, bytes]] = {}
     for path in sorted(folder.rglob("*.bmp")):
-        folders.setdefault(str(path.parent), {})[path.name] = path.read_bytes()
-    return folders
+        folders.setdefault(path.parent, {})[path.name] = path.read_bytes()
+    return folders.values()
 
 
 def main() -> None:
@@ -371,9 +388,10 @@ def main() -> None:
         raise Failure(f"{source}: no such archive or folder")
     else:
         try:
-            install(_read_folder(source) if source.is_dir() else _read_archive(source), root, missing)
+            sets = _find(_read_folder(source) if source.is_dir() else _read_archive(source), missing)
         except Failure as problem:
             raise Failure(f"{source}: {problem}") from problem
+        _install(sets, root)
 
 
 if __name__ == "__main__":

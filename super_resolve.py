@@ -1,5 +1,10 @@
 """Upscale an image by three with a trained SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import io
 import math
@@ -83,6 +88,9 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> Image.Image:
 
 def main() -> None:
     args = parse_args()
+    for path in (args.image, args.output or args.image):
+        if not path.name:
+            raise Failure(f"{path} is no file")
     output = args.output or args.image.with_name(f"{args.image.stem}_srcnn_x3{args.image.suffix}")
     picture = output.with_name(f"{output.stem}_comparison.png")
     device = select_device(args.cuda)

@@ -1,10 +1,17 @@
 """Train SRCNN, go on with a training, look into a checkpoint."""
 
-import argparse
-import copy
-import json
-import math
 import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import re
+import shlex
 import sys
 import threading
 import time
@@ -20,6 +27,8 @@ from model import SCALE, SRCNN, upscale
 from utils import (
     ArgumentParser,
     Failure,
+    as_flags,
+    describe,
     evaluate,
     load_checkpoint,
     number,
@@ -27,6 +36,7 @@ from utils import (
     run,
     save_checkpoint,
     select_device,
+    sound,
     summary,
     super_resolve,
     table,
@@ -64,6 +74,8 @@ def parse_args() -> argparse.Namespace:
     for sub in (train_parser, resume_parser):
         sub.add_argument("--cuda", action="store_true", help="compute on the GPU")
         for name, (check, default, text) in OPTIONS.items():
+            if name == "seed" and sub is resume_parser:
+                continue  # the random state is the checkpoint's
             default = default if sub is train_parser else "the saved one"
             flag, metavar = "--" + name.replace("_", "-"), "DIR" if check is str else "N"
             sub.add_argument(flag, type=check, metavar=metavar, help=f"{text} (default: {default})")
@@ -85,12 +97,10 @@ def saved_options(checkpoint: dict, path: Path) -> dict:
     return options
 
 
-def as_flags(options: dict) -> str:
-    return " ".join(f"--{name.replace('_', '-')}={printable(options[name])}" for name in OPTIONS if name in options)
-
-
 def find_data(options: dict, given: dict, fresh: bool) -> None:
     """Fetch the default sets where they are missing; failing that, turn to generated images."""
+    for name in {"train_data", "test_data"} & given.keys():
+        data.require_folder(given[name])
     defaults = {name: OPTIONS[name][1] for name in ("train_data", "test_data") if name not in given}
     missing = {n: Path(d) for n, d in defaults.items() if options[n] == d and not Path(d).exists()}
     if not missing:
@@ -142,11 +152,14 @@ class WhitenedAdam(torch.optim.Adam):
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take over V and the moments; the hyperparameters stay this optimizer's."""
+        parts = [(state["v"], self.v.shape)]
+        for parameter, moments in zip(self.param_groups[0]["params"], state["state"].values(), strict=True):
+            parts += [(moments[key], parameter.shape) for key in ("exp_avg", "exp_avg_sq")]
+            parts += [(moments["step"], torch.Size())]
+        if not all(sound(tensor, shape) for tensor, shape in parts):
+            raise ValueError("not this optimizer's state")
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
-        self.v.copy_(state["v"].view_as(self.v))
-        for parameter, moments in self.state.items():
-            if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("moments of another shape")
+        self.v.copy_(state["v"])
 
 
 def whitening_matrix(lr: Tensor, floor: float = 1e-3) -> Tensor:
@@ -167,7 +180,8 @@ def learning_rate(peak: float, step: float, total: int) -> float:
 
 
 def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Path | None, checkpoint: dict):
-    """The network, its optimizer and the patches' random generator, new or as a checkpoint has them."""
+    """The network, its optimizer and the patches' random generator, new or as a checkpoint has them,
+    and of the run's past: epoch, args, and where there is one, run, best, best_epoch and report."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
@@ -175,19 +189,40 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     saved = checkpoint.get("optimizer", {})
+    past = {"epoch": checkpoint.get("epoch", 0), "args": checkpoint.get("args", {})}
     if "v" not in saved:
         if checkpoint:
             print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
-        return model, WhitenedAdam(model, whiten), generator
+        return model, WhitenedAdam(model, whiten), generator, past
     try:
+        if not sound(saved["whiten"], whiten.shape):
+            raise ValueError("not a whitening matrix")
         optimizer = WhitenedAdam(model, saved["whiten"])
         optimizer.load_state_dict(saved)
         generator.set_state(checkpoint["random_state"])
-        best, best_epoch, run_name = (checkpoint[key] for key in ("best", "best_epoch", "run"))
-        checkpoint |= {"best": float(best), "best_epoch": int(best_epoch), "run": Path(run_name).name}
+        past |= {"best": float(checkpoint["best"]), "best_epoch": int(checkpoint["best_epoch"])}
+        past |= {"run": re.fullmatch(r"[\w-]+", checkpoint["run"])[0], "same_test": known_by(checkpoint["report"])}
     except Exception as problem:  # of whatever type torch finds for what is damaged
         raise Failure(f"{path}: what resuming needs is damaged in it") from problem
-    return model, optimizer, generator
+    return model, optimizer, generator, past
+
+
+def known_by(report: dict) -> list:
+    """What tells one test set from another: its images' names and bicubic PSNR."""
+    return sorted((name, round(row["bicubic_y"], 2)) for name, row in report["images"].items())
+
+
+def set_aside(best: Path, past: dict) -> None:
+    """Rename a checkpoint.best that is not of this run's past, lest a worse one replace it."""
+    if not best.exists():
+        return
+    with contextlib.suppress(Failure):
+        other = load_checkpoint(best)
+        if (other.get("run"), other["epoch"]) == (past["run"], past["best_epoch"]):
+            return
+    kept = best.with_name(f"checkpoint.best.before-{past['run']}")
+    os.replace(best, kept)
+    print(f"the checkpoint.best that is there, of another run or a later epoch, is now {kept}")
 
 
 def train(options: dict, device: torch.device, output: Path, path: Path | None, checkpoint: dict) -> None:
@@ -210,20 +245,22 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     print(
         f"training set {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"
     )
-    model, optimizer, generator = prepare(train_set, device, options["seed"], path, checkpoint)
+    model, optimizer, generator, state = prepare(train_set, device, options["seed"], path, checkpoint)
 
     report = evaluate(model, test_set)
     mean = report["mean"]
-    state = {"epoch": 0, "run": time.strftime("%Y%m%d-%H%M%S")} | checkpoint
-    if "best" not in state or state["report"]["set"] != test_set.name:  # figures of two sets do not compare
+    if state.get("same_test") != known_by(report):  # figures of two test sets do not compare
         state |= {"best": mean["psnr_y"], "best_epoch": state["epoch"]}
-    print(f"bicubic        {printable(report['set'])} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
+    state.setdefault("run", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    print(f"bicubic        {report['set']} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
     print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise Failure(f"cannot make the folder {output}: {problem.strerror}") from problem
+    set_aside(output / "checkpoint.best", state)
     log = SummaryWriter(str(output / "runs" / state["run"]), purge_step=state["epoch"] + 1)
+    saved = state["epoch"]  # the epoch of the file `path`
     interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
 
     def interrupt(*_) -> None:
@@ -271,29 +308,28 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                     "run": state["run"],
                 }
             )
-            path = None  # of a file with this state
+            if better:
+                save_checkpoint(output / "checkpoint.best", state)
+            if epoch % options["save_freq"] == 0 or epoch == num_epoch:
+                path, saved = save_checkpoint(output / f"checkpoint.{epoch}", state), epoch
             loss = losses.mean().item()
             print(f"epoch {epoch:3}/{num_epoch}  {summary(report)}  loss {loss:.6f}  {speed:.2f} Mpx/s", flush=True)
             write_log(log, epoch, report, loss, optimizer.param_groups[0]["lr"])
-            if better:
-                save_checkpoint(output / "checkpoint.best", state)
-            due = epoch % options["save_freq"] == 0 or epoch == num_epoch
-            if due:
-                path = output / f"checkpoint.{epoch}"
-                save_checkpoint(path, state)
-            if due or epoch == 1:
+            if epoch in (1, saved):
                 write_images(log, epoch, model, test_set)
     except BaseException:  # Ctrl-C, a loss that is no number, no memory: what is finished is kept
-        if path is None and state["epoch"]:
-            path = output / f"checkpoint.{state['epoch']}"
-            save_checkpoint(path, state)
-        kept = f"to go on from epoch {state['epoch']}: python train.py resume {path}"
-        print(kept if path else "no epoch was finished, so nothing was saved", flush=True)
+        if saved < state["epoch"]:
+            with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
+                path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state["epoch"]
+        changed = {name: value for name, value in options.items() if state["args"].get(name) != value}
+        command = f"python train.py resume {shlex.quote(str(path))} {as_flags(changed)}".strip()
+        print(f"to go on from epoch {saved}: {command}" if path else "no epoch is saved", flush=True)
         raise
     finally:
         signal.signal(signal.SIGINT, previous)
         log.close()
-    print(f"\n{table(report)}\n\nwritten: {path}; best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y")
+    best = f"best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y on {report['set']}"
+    print(f"\n{table(report)}\n\nwritten: {path}; {best}")
 
 
 def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
@@ -326,38 +362,11 @@ def write_images(log, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
 # ---------------------------------------------------------------------------- commands
 
 
-def inspect(path: Path, as_json: bool) -> None:
-    """Print what a checkpoint holds."""
-    saved = load_checkpoint(path)
-    keys = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
-    facts = {key: saved.get(key) for key in keys}
-    try:
-        facts["parameters"] = sum(tensor.numel() for tensor in saved["model"].values())
-        facts["optimizer_steps"] = max(
-            (int(m["step"]) for m in saved["optimizer"].get("state", {}).values()), default=0
-        )
-        text = f"""{path}: SRCNN 9-1-5, {facts["parameters"]:,} parameters
-epoch      {facts["epoch"]} of {facts["args"].get("num_epoch")}, {facts["optimizer_steps"]:,} steps of Adam
-best       {facts["best"]} dB Y, after epoch {facts["best_epoch"]}
-trained on {facts["train_set"]}, with {as_flags(facts["args"])}
-info       {", ".join(f"{key}: {value}" for key, value in facts["info"].items())}
-written    {facts["time"]} by torch {facts["torch"]}
-
-"""
-        text += table(facts["report"]) if facts["report"] else f"PSNR {facts['psnr']:.3f} dB, on a set not named in it"
-    except Exception as problem:  # of whatever type what is damaged provokes
-        raise Failure(f"{path}: what inspect shows is damaged in it") from problem
-    if as_json:
-        print(json.dumps(facts, indent=2, default=str))
-    else:
-        print("\n".join(map(printable, text.split("\n"))))
-
-
 def main() -> None:
     args = parse_args()
     if args.command == "inspect":
-        return inspect(args.checkpoint, args.json)
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+        return print(describe(args.checkpoint, args.json))
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS and value is not None}
     device = select_device(args.cuda)
     path, checkpoint, saved = None, {}, {}
     if args.command == "resume":

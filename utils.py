@@ -1,9 +1,13 @@
 """Metrics, checkpoints and what the commands share."""
 
 import argparse
+import contextlib
 import io
+import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -18,7 +22,7 @@ from torch import Tensor
 from info import Info, info
 from model import SCALE, SRCNN
 
-MAX_CHECKPOINT_BYTES = 2**26  # ours are a quarter of a megabyte
+MAX_CHECKPOINT_BYTES = 2**26  # ours have half a megabyte
 
 
 class Failure(Exception):
@@ -29,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, but a mistake costs one line instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], float]:
@@ -50,27 +54,29 @@ def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], f
     return check
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when done, 1 with one line on stderr, 130 on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts had switched it off for the imports
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+        stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    status, message = 0, None
     try:
-        status = main() or 0
-        sys.stdout.flush()
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    except (Failure, OSError) as problem:
-        print(f"error: {printable(problem)}", file=sys.stderr)
         status = 1
+    except (Failure, OSError) as problem:
+        status, message = 1, f"error: {printable(problem)}"
     except (MemoryError, RuntimeError) as problem:
         if not isinstance(problem, MemoryError | torch.OutOfMemoryError) and "memory" not in str(problem):
             raise
-        print(
-            "error: out of memory: choose a smaller --batch-size or --patch-size, or a smaller image", file=sys.stderr
-        )
-        status = 1
+        status, message = 1, "error: out of memory: take a smaller --batch-size or --patch-size, or a smaller image"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        status, message = 130, "interrupted"
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -156,40 +162,36 @@ def evaluate(model: SRCNN, test_set) -> dict:
     bicubic_rgb, psnr_y and psnr_rgb in dB; the mean is that of the images' PSNR
     """
     images = {}
-    for name, lr, hr, bicubic in test_set.images:
-        sr = super_resolve(model, lr)
-        images[name] = {
-            "bicubic_y": psnr_y(bicubic, hr),
-            "bicubic_rgb": psnr_rgb(bicubic, hr),
-            "psnr_y": psnr_y(sr, hr),
-            "psnr_rgb": psnr_rgb(sr, hr),
-        }
+    for image in test_set.images:
+        sr = super_resolve(model, image.lr)
+        images[image.name] = image.bicubic_psnr | {"psnr_y": psnr_y(sr, image.hr), "psnr_rgb": psnr_rgb(sr, image.hr)}
     rows = list(images.values())
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return {"set": test_set.name, "images": images, "mean": mean}
 
 
+def _gain(row: dict, key: str) -> float:
+    new, old = row[f"psnr_{key}"], row[f"bicubic_{key}"]
+    return 0.0 if new == old else new - old  # both are infinite where an image is all black
+
+
 def table(report: dict) -> str:
     """A report of :func:`evaluate` as text, a line per image."""
-    width = max(len(printable(name)) for name in [*report["images"], report["set"] + " mean"])
+    rows = [*report["images"].items(), (report["set"] + " mean", report["mean"])]
+    width = max(len(printable(name)) for name, _ in rows)
     lines = [f"{'':{width}}      bicubic Y / RGB        SRCNN Y / RGB            gain"]
-    for name, row in [*report["images"].items(), (report["set"] + " mean", report["mean"])]:
-        by, brgb, y, rgb = (row[k] for k in ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"))
-        lines.append(
-            f"{printable(name):{width}}  {by:7.3f} / {brgb:6.3f} dB  {y:7.3f} / {rgb:6.3f} dB"
-            f"  {y - by:+7.3f} / {rgb - brgb:+.3f} dB"
-        )
+    for name, row in rows:
+        bicubic, srcnn = (f"{row[k + '_y']:7.3f} / {row[k + '_rgb']:6.3f} dB" for k in ("bicubic", "psnr"))
+        gain = f"{_gain(row, 'y'):+7.3f} / {_gain(row, 'rgb'):+.3f} dB"
+        lines.append(f"{printable(name):{width}}  {bicubic}  {srcnn}  {gain}")
     return "\n".join(lines)
 
 
 def summary(report: dict) -> str:
     """The mean of a report of :func:`evaluate`, and what is gained on bicubic, in a line."""
     mean = report["mean"]
-    gains = (
-        f"{mean['psnr_' + k]:.3f} dB {k.upper()} ({mean['psnr_' + k] - mean['bicubic_' + k]:+.3f})"
-        for k in ("y", "rgb")
-    )
-    return f"{printable(report['set'])} {'  '.join(gains)}"
+    figures = (f"{mean['psnr_' + key]:.3f} dB {key.upper()} ({_gain(mean, key):+.3f})" for key in ("y", "rgb"))
+    return f"{printable(report['set'])} {'  '.join(figures)}"
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -199,7 +201,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file so that at any moment either the old content is there or the new."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "xb") as file:
+        with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -207,15 +209,17 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as problem:
         raise Failure(f"cannot write {path}: {problem.strerror}") from problem
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint, stamped with who, when and with what."""
+def save_checkpoint(path: Path, checkpoint: dict) -> Path:
+    """Write a checkpoint, stamped with who, when and with what; returns its path."""
     stamp = {"info": asdict(info), "torch": str(torch.__version__), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     buffer = io.BytesIO()
     torch.save(checkpoint | stamp, buffer)
     write_file(path, buffer.getvalue())
+    return path
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -248,12 +252,24 @@ def load_checkpoint(path: Path) -> dict:
             checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
             checkpoint = _from_skeleton(checkpoint)
+        fault = _fault(checkpoint)
     except Exception as problem:  # whatever a damaged or hostile file provokes in torch
         raise Failure(f"{path}: damaged, or no checkpoint of SRCNN; nothing of it was run") from problem
-    fault = _fault(checkpoint)
     if fault:
         raise Failure(f"{path}: no checkpoint of this network: {fault}")
     return checkpoint
+
+
+def sound(tensor: object, shape: torch.Size) -> bool:
+    """Whether something from a file is an ordinary tensor of finite numbers of this shape."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and tensor.shape == shape
+        and bool(tensor.isfinite().all())
+    )
 
 
 def _from_skeleton(saved: dict) -> dict:
@@ -281,7 +297,7 @@ def _fault(checkpoint: object) -> str | None:
         if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
             found = list(tensor.shape) if isinstance(tensor, Tensor) else "nothing"
             return f"{name} should have the shape {list(expected.shape)}, but it has {found}"
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not sound(tensor, expected.shape):
             return f"{name} has values that are no finite numbers"
     if len(checkpoint["model"]) != len(SRCNN().state_dict()):
         return "its model has further layers"
@@ -289,3 +305,38 @@ def _fault(checkpoint: object) -> str | None:
         if not isinstance(checkpoint.get(key), kind):
             return f"its {key} is missing or damaged"
     return None if checkpoint["epoch"] >= 0 else "its epoch is negative"
+
+
+def as_flags(options: dict) -> str:
+    """Options as they would stand on a command line."""
+    return " ".join(f"--{name.replace('_', '-')}={shlex.quote(printable(v))}" for name, v in options.items())
+
+
+def describe(path: Path, as_json: bool = False) -> str:
+    """What a checkpoint holds, as text for people or as JSON. Raises as :func:`load_checkpoint`."""
+    saved = load_checkpoint(path)
+    keys = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
+    facts = {key: saved.get(key) for key in keys}
+    try:
+        facts["parameters"] = sum(tensor.numel() for tensor in saved["model"].values())
+        facts["optimizer_steps"] = max(
+            (int(m["step"]) for m in saved["optimizer"].get("state", {}).values()), default=0
+        )
+        if as_json:  # which knows no infinity and no NaN
+            return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
+        lines = {
+            "epoch": f"{facts['epoch']} of {facts['args'].get('num_epoch', 'an unknown number')}",
+            "optimizer": f"Adam, {facts['optimizer_steps']:,} steps",
+            "trained on": facts["train_set"],
+            "arguments": as_flags(facts["args"]),
+            "best": facts["best"] and f"{facts['best']:.3f} dB Y, after epoch {facts['best_epoch']}",
+            "info": ", ".join(f"{key}: {value}" for key, value in facts["info"].items()),
+            "written": facts["time"] and f"{facts['time']}, torch {facts['torch']}",
+            "PSNR": None if facts["report"] else f"{facts['psnr']:.3f} dB, on a set that it does not name",
+        }
+        text = f"{path}: SRCNN 9-1-5, {facts['parameters']:,} parameters\n"
+        text += "\n".join(f"{name:10} {line}" for name, line in lines.items() if line)
+        text += f"\n\n{table(facts['report'])}" if facts["report"] else ""
+    except Exception as problem:  # of whatever type what is damaged provokes
+        raise Failure(f"{path}: what inspect shows is damaged in it") from problem
+    return "\n".join(map(printable, text.split("\n")))

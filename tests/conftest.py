@@ -20,6 +20,7 @@ PYTHON = [sys.executable, "-u"]
 def _elsewhere(tmp_path, monkeypatch):
     """Every test works in an empty folder of its own, so none finds or leaves anything."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from conftest import assert_one_line
 from PIL import Image
 
 import data
+import utils
 from utils import Failure
 
 CPU = torch.device("cpu")
@@ -29,17 +30,19 @@ def test_the_courses_lr_images_are_reproduced_to_the_last_bit(real_data):
 
 
 def test_the_published_sets_are_known_by_their_content(real_data, tmp_path):
-    assert data.set_name(real_data / "91-image") == "91-image"
-    assert data.set_name(real_data / "Set5") == "Set5"
+    assert data.load_images(real_data / "91-image", "train")[0] == "91-image"
     renamed = tmp_path / "elsewhere"
     renamed.mkdir()
     for file in (real_data / "Set5").iterdir():
         (renamed / file.name).write_bytes(file.read_bytes())
-    assert data.set_name(renamed) == "Set5"
+    (renamed / "._baby_GT.bmp").write_text("what macOS leaves behind is not read")
+    assert data.load_test_set(renamed).name == "Set5"
+    Image.new("RGB", (9, 9)).save(renamed / "extra.png")
+    assert data.load_test_set(renamed).name == "elsewhere"
 
 
 def test_nothing_else_is_called_by_a_published_name(photos, tmp_path):
-    assert data.set_name(photos) == photos.name
+    assert data.load_test_set(photos).name == photos.name
     for name in ("Set5", "set-5", "91-image"):
         fake = tmp_path / name
         fake.mkdir()
@@ -58,11 +61,12 @@ def test_degrade_crops_to_a_multiple_of_three_at_the_right_and_bottom():
 def test_a_test_set_holds_what_the_protocol_says(photos):
     test_set = data.load_test_set(photos)
     assert [i.name for i in test_set.images] == ["leaves1", "leaves2", "leaves3", "leaves4", "leaves5"]
-    _name, lr, hr, up = test_set.images[4]
+    _name, lr, hr, up, psnr = test_set.images[4]
     image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
     assert np.array_equal(data.to_image(hr), image)
     assert np.array_equal(data.to_image(lr), image.resize((33, 27), Image.Resampling.BICUBIC))
     assert np.array_equal(data.to_image(up), data.to_image(lr).resize((99, 81), Image.Resampling.BICUBIC))
+    assert psnr == {"bicubic_y": utils.psnr_y(up, hr), "bicubic_rgb": utils.psnr_rgb(up, hr)}
 
 
 def test_any_image_that_pillow_reads_will_do(tmp_path):
@@ -71,12 +75,16 @@ def test_any_image_that_pillow_reads_will_do(tmp_path):
     grey.convert("P").save(tmp_path / "b.gif")
     grey.save(tmp_path / "b.jpg")
     grey.convert("RGBA").save(tmp_path / "c.png")
+    grey.save(tmp_path / "c_GT.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "d.png")
+    grey.convert("P").save(tmp_path / "e.png", transparency=bytes(range(256)))
     (tmp_path / ".hidden").write_text("no image")
     (tmp_path / "folder").mkdir()
     _name, images = data.load_images(tmp_path, "train")
-    assert [n for n, _ in images] == ["a", "b.gif", "b.jpg", "c"]  # equal stems stay apart
+    assert [n for n, _ in images] == ["a", "b.gif", "b.jpg", "c.png", "c_GT.png", "d", "e"]  # equal names stay apart
     assert {(i.mode, i.size) for _, i in images} == {("RGB", (30, 60))}
-    assert np.asarray(images[0][1])[50].tolist() == [[50, 50, 50]] * 30
+    for i in (0, 3, 4, 5, 6):
+        assert np.asarray(images[i][1])[50].tolist() == [[50, 50, 50]] * 30, images[i]
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -90,9 +98,14 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "a.png").write_text("some text")
     with pytest.raises(Failure, match=r"a\.png: not an image"):
         data.load_images(tmp_path, "train")
+    Image.new("F", (20, 20)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(Failure, match=r"a\.tiff: .*32 bits"):
+        data.load_images(tmp_path, "train")
+    (tmp_path / "a.tiff").unlink()
     Image.effect_noise((60, 60), 50).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
-    with pytest.raises(Failure, match=r"a\.png: not an image that Pillow can read: .*truncated"):
+    with pytest.raises(Failure, match=r"a\.png: not an image that can be read: .*truncated"):
         data.load_images(tmp_path, "train")
 
 
@@ -212,7 +225,7 @@ def tiny_sets(monkeypatch):
     known = {}
     for name, content in files.items():  # the digest as `sha256sum *.bmp | sha256sum` has it
         lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in sorted(content.items()))
-        known[name] = (len(content), hashlib.sha256(lines.encode()).hexdigest())
+        known[name] = hashlib.sha256(lines.encode()).hexdigest()
     monkeypatch.setattr(data, "SETS", known)
     return files
 
@@ -328,6 +341,30 @@ def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, cli, monk
     monkeypatch.setattr(data, "MIRRORS", (web(path), web("good")))
     assert cli("data.py")[0] == 0
     assert (tmp_path / "data" / "Set5" / "t1.bmp").exists()
+
+
+def test_a_slow_or_inflated_archive_is_refused(web, tiny_sets, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MIRRORS", (web("endless"),))
+    monkeypatch.setattr(data, "DEADLINE", 0)
+    status, _, err = cli("data.py")
+    assert status == 1
+    assert_one_line(err, "not done after 0 seconds")
+    zeros = {"91-image": {"bomb.bmp": bytes(2**22)}, "Set5": {}}
+    (tmp_path / "bomb.zip").write_bytes(archive(zeros))
+    assert (tmp_path / "bomb.zip").stat().st_size < 2**16
+    monkeypatch.setattr(data, "MAX_BYTES", 2**21)
+    status, _, err = cli("data.py", "--from", "bomb.zip")
+    assert status == 1
+    assert_one_line(err, "unpacks to more than 2 MiB")
+
+
+def test_a_fault_of_this_machine_is_not_the_mirrors(web, cli, monkeypatch, tmp_path):
+    (tmp_path / "data").write_text("in the way")
+    monkeypatch.setattr(data, "MIRRORS", (web("good"), web("missing")))
+    status, _, err = cli("data.py")
+    assert status == 1
+    assert_one_line(err, "data")
+    assert "127.0.0.1" not in err
 
 
 def test_an_unreachable_server_is_an_error(tiny_sets, cli, monkeypatch, tmp_path):

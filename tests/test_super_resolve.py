@@ -1,6 +1,10 @@
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +150,10 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=other.png"], ["50x50", "three times 30x30"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp"], ["lr.bmp is an input"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=nowhere/a.bmp"], ["nowhere/a.bmp", "No such file or directory"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp/a.bmp"], ["lr.bmp/a.bmp", "Not a directory"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--output=."], [". is no file"]),
+        (1, [".", "--checkpoint=net"], [". is no file"]),
+        (2, ["lr.bmp", "--checkpoint=net", "--a\nb"], ["--a\\nb"]),
         (2, ["lr.bmp"], ["--checkpoint"]),
         (2, ["--checkpoint=net"], ["image"]),
         (2, ["lr.bmp", "--checkpoint=net", "--scale=4"], ["--scale"]),
@@ -157,6 +165,25 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         assert (status, out) == (wanted, ""), arguments
         assert_one_line(err, *says)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files, arguments
+
+
+def test_names_that_the_terminal_cannot_show(pictures, tmp_path):
+    (tmp_path / "é\udcff.bmp").write_bytes((tmp_path / "lr.bmp").read_bytes())
+    command = [sys.executable, str(ROOT / "super_resolve.py"), "--checkpoint=net", "é\udcff.bmp"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    end = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert end.stdout.startswith(rb"\xe9\udcff_srcnn_x3.bmp: 30x30")
+    closed = subprocess.run(["sh", "-c", f"{shlex.join(command[:3])} lr.bmp >&-"], capture_output=True, check=True)
+    assert closed.stderr == b""
+    assert (tmp_path / "lr_srcnn_x3.bmp").exists()
+
+
+def test_ctrl_c_during_the_imports(pictures):
+    process = subprocess.Popen([sys.executable, str(ROOT / "super_resolve.py"), "x"], stderr=subprocess.PIPE)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == b""
+    assert process.returncode == -signal.SIGINT  # which a shell shows as 130
 
 
 def test_it_starts_without_what_it_does_not_need():

@@ -71,16 +71,29 @@ def test_psnr_refuses_what_it_cannot_compare(noise, shape):
 def test_the_mean_is_that_of_the_images_psnr():
     images = data.dead_leaves("test", 2, 60)
     sets = [
-        data.TestImage(name, *(data.to_tensor(i) for i in (lr, hr, data.bicubic(lr, *hr.size))))
+        data.TestImage(name, *(data.to_tensor(i) for i in (lr, hr, hr)), {"bicubic_y": 20.0, "bicubic_rgb": 19.0})
         for name, (lr, hr) in ((n, data.degrade(i)) for n, i in images)
     ]
     report = utils.evaluate(SRCNN(), data.TestSet("two", sets))
     rows = list(report["images"].values())
     assert len(rows) == 2
     assert report["mean"]["psnr_y"] == pytest.approx((rows[0]["psnr_y"] + rows[1]["psnr_y"]) / 2)
+    assert report["mean"]["bicubic_y"] == 20
     last = utils.table(report).splitlines()[-1]
     assert last.split()[:2] == ["two", "mean"]
     assert f"{report['mean']['psnr_y']:.3f}" in last
+
+
+def test_reports_as_text():
+    rows = {
+        "a": {"bicubic_y": 30.0, "bicubic_rgb": 28.0, "psnr_y": 31.5, "psnr_rgb": 27.75},
+        "black": {key: math.inf for key in ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")},
+    }
+    report = {"set": "x", "images": rows, "mean": rows["a"]}
+    lines = [" ".join(line.split()) for line in utils.table(report).splitlines()]
+    assert lines[1] == "a 30.000 / 28.000 dB 31.500 / 27.750 dB +1.500 / -0.250 dB"
+    assert lines[2] == "black inf / inf dB inf / inf dB +0.000 / +0.000 dB"
+    assert utils.summary(report) == "x 31.500 dB Y (+1.500)  27.750 dB RGB (-0.250)"
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -146,6 +159,9 @@ class Hostile:
         (checkpoint(model=changed("conv2.bias", torch.full((32,), math.nan))), "conv2.bias"),
         (checkpoint(model=changed("conv2.bias", torch.zeros(32, dtype=torch.int64))), "conv2.bias"),
         (checkpoint(model=changed("conv4.weight", torch.zeros(3))), "further layers"),
+        (checkpoint(model=changed("conv2.bias", torch.zeros(32).to_sparse())), "conv2.bias"),
+        (checkpoint(model=changed("conv2.bias", torch.zeros(32, device="meta"))), "conv2.bias"),
+        (checkpoint(model=changed("conv2.bias", torch.zeros(32).to(torch.float8_e4m3fn))), "conv2.bias"),
         (checkpoint(epoch=-1), "negative"),
         (checkpoint(epoch="3"), "epoch"),
         (checkpoint(args=[1]), "args"),
@@ -171,6 +187,10 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     assert not (tmp_path / "was-run").exists()
     with pytest.raises(utils.Failure, match="no such checkpoint"):
         utils.load_checkpoint(tmp_path / "missing")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(utils.MAX_CHECKPOINT_BYTES + 1)
+    with pytest.raises(utils.Failure, match="large: too large"):
+        utils.load_checkpoint(tmp_path / "large")
     with pytest.raises(utils.Failure, match="not a file"):
         utils.load_checkpoint(tmp_path)
 
@@ -207,6 +227,17 @@ def test_the_courses_checkpoints_get_no_more_trust(tmp_path):
     with pytest.raises(utils.Failure, match="nothing of it was run"):
         utils.load_checkpoint(tmp_path / "x")
     assert not (tmp_path / "was-run").exists()
+
+
+def test_what_a_gpu_saved_is_read_where_there_is_none(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # every tensor in the file says that it lay on a GPU
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        utils.save_checkpoint(tmp_path / "x", checkpoint())
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "x", weights_only=True)
+    loaded = utils.load_checkpoint(tmp_path / "x")
+    assert all(tensor.device.type == "cpu" for tensor in loaded["model"].values())
 
 
 def test_text_from_elsewhere_cannot_steer_the_terminal():
