@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data import bicubic, open_image, to_image, to_tensor
-from model import SCALE, SRCNN
+from model import SCALE, SRCNN, super_resolve
 from utils import (
     ArgumentParser,
     Failure,
@@ -23,7 +23,6 @@ from utils import (
     psnr_y,
     run,
     select_device,
-    super_resolve,
     write_file,
 )
 

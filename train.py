@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from model import SCALE, SRCNN, upscale
+from model import SCALE, SRCNN, super_resolve, upscale
 from utils import (
     ArgumentParser,
     Failure,
@@ -38,7 +38,6 @@ from utils import (
     select_device,
     sound,
     summary,
-    super_resolve,
     table,
 )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from info import Info, info
-from model import SCALE, SRCNN
+from model import SCALE, SRCNN, super_resolve, to_8bit
 
 MAX_CHECKPOINT_BYTES = 2**26  # ours have half a megabyte
 
@@ -99,11 +99,6 @@ def select_device(cuda: bool) -> torch.device:
 # ---------------------------------------------------------------------------- metrics
 
 
-def to_8bit(image: Tensor) -> Tensor:
-    """Values in [0, 1] clamped and rounded to uint8, as saving the image would."""
-    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
 def _error(sr: Tensor, hr: Tensor, shave: int) -> Tensor:
     """The difference of two images on a scale of [0, 1], in float64, without its border."""
     if sr.shape != hr.shape or sr.ndim != 3 or sr.shape[0] != 3:
@@ -144,13 +139,6 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     error = _error(sr, hr, shave)
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=error.dtype, device=error.device) / 255
     return _psnr(torch.einsum("c,chw->hw", weights, error))
-
-
-@torch.inference_mode()
-def super_resolve(model: SRCNN, lr: Tensor) -> Tensor:
-    """One image through the network: uint8 (3, h, w) to uint8 (3, 3h, 3w), on lr's device."""
-    x = lr.to(next(model.parameters()).device).unsqueeze(0).float() / 255
-    return to_8bit(model(x)[0]).to(lr.device)
 
 
 def evaluate(model: SRCNN, test_set) -> dict:

@@ -46,9 +46,16 @@ def test_it_writes_the_networks_output_beside_the_input(cli, pictures, tmp_path)
     assert re.fullmatch(r"lr_srcnn_x3\.bmp: 30x30 -> 90x90 in [\d.]+ s on cpu\n", out)
     with Image.open("lr_srcnn_x3.bmp") as sr:
         assert sr.format == "BMP"
-        assert np.array_equal(sr, expected(model, lr))
+        assert_same(sr, expected(model, lr))
     assert (tmp_path / "lr.bmp").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hr.png", "lr.bmp", "lr_srcnn_x3.bmp", "net"]
+
+
+def assert_same(image, wanted):
+    """Equal but for roundings: the command works in tiles and in another order."""
+    difference = abs(np.asarray(image).astype(int) - np.asarray(wanted))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize(("ending", "format"), [("png", "PNG"), ("jpg", "JPEG"), ("tif", "TIFF"), ("webp", "WEBP")])
@@ -60,7 +67,7 @@ def test_the_output_has_the_inputs_format(cli, pictures, tmp_path, ending, forma
     with Image.open(f"deep/a.b_srcnn_x3.{ending}") as sr:
         assert (sr.format, sr.size) == (format, (90, 90))
         difference = abs(np.asarray(sr).astype(int) - expected(model, Image.open(f"deep/a.b.{ending}").convert("RGB")))
-    assert difference.mean() < (4 if format in ("JPEG", "WEBP") else 1e-9)
+    assert difference.mean() < (4 if format in ("JPEG", "WEBP") else 1e-3)
 
 
 def test_output_may_be_named(cli, pictures, tmp_path):
@@ -68,7 +75,7 @@ def test_output_may_be_named(cli, pictures, tmp_path):
     assert cli("super_resolve.py", "lr.bmp", "--checkpoint=net", "--output=big.png")[0] == 0
     with Image.open("big.png") as sr:
         assert sr.format == "PNG"
-        assert np.array_equal(sr, expected(model, lr))
+        assert_same(sr, expected(model, lr))
     assert not (tmp_path / "lr_srcnn_x3.bmp").exists()
 
 
@@ -76,7 +83,8 @@ def test_ground_truth_gives_the_psnr_and_a_labelled_picture(cli, pictures):
     lr, hr, model = pictures
     status, out, err = cli("super_resolve.py", "--checkpoint=net", "lr.bmp", "--ground-truth", "hr.png")
     assert (status, err) == (0, "")
-    up, sr = data.bicubic(lr, 90, 90), Image.fromarray(expected(model, lr))
+    up, sr = data.bicubic(lr, 90, 90), Image.open("lr_srcnn_x3.bmp")
+    assert_same(sr, expected(model, lr))
     for name, image in (("bicubic", up), ("SRCNN", sr)):
         y, rgb = (f(data.to_tensor(image), data.to_tensor(hr)) for f in (utils.psnr_y, utils.psnr_rgb))
         assert re.search(rf"^{name} +{y:.3f} dB Y, {rgb:.3f} dB RGB$", out, re.M)
@@ -122,7 +130,7 @@ def test_small_images(cli, pictures, size):
     image = pictures[0].crop((0, 0, *size))
     image.save("small.png")
     assert cli("super_resolve.py", "--checkpoint=net", "small.png")[0] == 0
-    assert np.array_equal(Image.open("small_srcnn_x3.png"), expected(pictures[2], image))
+    assert_same(Image.open("small_srcnn_x3.png"), expected(pictures[2], image))
 
 
 def test_a_checkpoint_of_the_course_serves(cli, pictures):
@@ -130,7 +138,7 @@ def test_a_checkpoint_of_the_course_serves(cli, pictures):
         "legacy", model_state_dict={f"net.{i}": w for i, w in enumerate(pictures[2].state_dict().values())}
     )
     assert cli("super_resolve.py", "--checkpoint=legacy", "lr.bmp")[0] == 0
-    assert np.array_equal(Image.open("lr_srcnn_x3.bmp"), expected(pictures[2], pictures[0]))
+    assert_same(Image.open("lr_srcnn_x3.bmp"), expected(pictures[2], pictures[0]))
 
 
 def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):

@@ -24,6 +24,7 @@ import train
 import utils
 from info import Info
 from model import SRCNN
+from model import super_resolve as upscale_image
 
 
 def load(path):
@@ -354,7 +355,7 @@ def test_tensorboard_goes_on_without_overlap_or_gap(train_small, photos, tmp_pat
     model = SRCNN()
     model.load_state_dict(last["model"])
     image = data.load_test_set(photos).images[0]
-    panels = [image.bicubic, utils.super_resolve(model, image.lr), image.hr]
+    panels = [image.bicubic, upscale_image(model, image.lr), image.hr]
     for i, panel in enumerate(panels):  # each with a frame of 2 pixels
         shown = pixels[:, 2:-2, 2 + i * 98 : 98 + i * 98]
         assert (shown.int() - panel.int()).abs().max() <= 1
