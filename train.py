@@ -126,7 +126,7 @@ class WhitenedAdam(torch.optim.Adam):
     """Adam, but on V instead of conv1.weight = V P, where P whitens the layer's input patches.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
-    their covariance span ten orders of magnitude; Adam, which scales each value by itself, is
+    their covariance are orders of magnitude apart; Adam, which scales each value by itself, is
     slow there. Working on V it sees uncorrelated inputs of like variance. The network itself
     stays plain: after each step conv1.weight is set to V P.
 
@@ -184,7 +184,7 @@ def learning_rate(peak: float, step: float, total: int) -> float:
 
 def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Path | None, checkpoint: dict):
     """The network, its optimizer and the patches' random generator, new or as a checkpoint has them,
-    and of the run's past: epoch, args, and where there is one, run, best, best_epoch and report."""
+    and the run's past: epoch and args, and where it may be gone on with, run, best and best_epoch."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
@@ -243,7 +243,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     train_set = data.TrainSet(options["train_data"], device)
     test_set = data.load_test_set(options["test_data"])
     steps = math.ceil(train_set.pixels / (batch_size * patch_size**2))
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     print(f"SRCNN 9-1-5 on {device}{threads}, torch {torch.__version__}")
     print(
         f"training set {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"

@@ -93,6 +93,7 @@ def select_device(cuda: bool) -> torch.device:
     if cuda and not torch.cuda.is_available():
         raise Failure("no CUDA device was found; run without --cuda")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # trained conv1 weights are large and cancel: they need all of fp32
     return torch.device("cuda" if cuda else "cpu")
 
 

@@ -1,4 +1,5 @@
 import argparse
+import json
 import math
 import os
 import pickle
@@ -238,6 +239,15 @@ def test_what_a_gpu_saved_is_read_where_there_is_none(tmp_path, monkeypatch):
             torch.load(tmp_path / "x", weights_only=True)
     loaded = utils.load_checkpoint(tmp_path / "x")
     assert all(tensor.device.type == "cpu" for tensor in loaded["model"].values())
+
+
+def test_json_has_no_number_that_json_lacks(tmp_path):
+    utils.save_checkpoint(tmp_path / "x", checkpoint(psnr=math.inf, best=math.nan))
+    text = utils.describe(tmp_path / "x", as_json=True)
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    facts = json.loads(text)
+    assert (facts["psnr"], facts["best"], facts["epoch"]) == (None, None, 3)
 
 
 def test_text_from_elsewhere_cannot_steer_the_terminal():
