@@ -34,12 +34,14 @@ from utils import (
     as_flags,
     describe,
     evaluate,
+    known_by,
     load_checkpoint,
     number,
     printable,
     run,
     save_checkpoint,
     select_device,
+    set_aside,
     sound,
     summary,
     table,
@@ -208,24 +210,6 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
     except Exception as problem:  # of whatever type torch finds for what is damaged
         raise Failure(f"{path}: what resuming needs is damaged in it") from problem
     return model, optimizer, generator, past
-
-
-def known_by(report: dict) -> list:
-    """What tells one test set from another: its images' names and bicubic PSNR."""
-    return sorted((name, round(row["bicubic_y"], 2)) for name, row in report["images"].items())
-
-
-def set_aside(best: Path, past: dict) -> None:
-    """Rename a checkpoint.best that is not of this run's past, lest a worse one replace it."""
-    if not best.exists():
-        return
-    with contextlib.suppress(Failure):
-        other = load_checkpoint(best)
-        if (other.get("run"), other["epoch"]) == (past["run"], past["best_epoch"]):
-            return
-    kept = best.with_name(f"checkpoint.best.before-{past['run']}")
-    os.replace(best, kept)
-    print(f"the checkpoint.best that is there, of another run or a later epoch, is now {kept}")
 
 
 def train(options: dict, device: torch.device, output: Path, path: Path | None, checkpoint: dict) -> None:

@@ -159,6 +159,11 @@ def evaluate(model: SRCNN, test_set) -> dict:
     return {"set": test_set.name, "images": images, "mean": mean}
 
 
+def known_by(report: dict) -> list:
+    """What tells one test set from another: its images' names and bicubic PSNR."""
+    return sorted((name, round(row["bicubic_y"], 2)) for name, row in report["images"].items())
+
+
 def _gain(row: dict, key: str) -> float:
     new, old = row[f"psnr_{key}"], row[f"bicubic_{key}"]
     return 0.0 if new == old else new - old  # both are infinite where an image is all black
@@ -209,6 +214,19 @@ def save_checkpoint(path: Path, checkpoint: dict) -> Path:
     torch.save(checkpoint | stamp, buffer)
     write_file(path, buffer.getvalue())
     return path
+
+
+def set_aside(best: Path, past: dict) -> None:
+    """Rename a checkpoint.best that is not of this run's past, lest a worse one replace it."""
+    if not best.exists():
+        return
+    with contextlib.suppress(Failure):
+        other = load_checkpoint(best)
+        if (other.get("run"), other["epoch"]) == (past["run"], past["best_epoch"]):
+            return
+    kept = best.with_name(f"checkpoint.best.before-{past['run']}")
+    os.replace(best, kept)
+    print(f"the checkpoint.best that is there, of another run or a later epoch, is now {kept}")
 
 
 def load_checkpoint(path: Path) -> dict:
