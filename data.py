@@ -103,13 +103,15 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError as problem:
         raise Failure(f"{path}: no such file") from problem
     except Exception as problem:  # Pillow's decoders raise errors of many types
-        reason = "" if isinstance(problem, UnidentifiedImageError) else f": {problem}"
+        reason = (
+            "" if isinstance(problem, UnidentifiedImageError) else f": {getattr(problem, 'strerror', None) or problem}"
+        )
         raise Failure(f"{path}: not an image that can be read{reason}") from problem
 
 
 def require_folder(folder: str) -> None:
     """Raise Failure unless ``folder`` is one, or stands for generated images."""
-    if folder != DEAD_LEAVES and not Path(folder).is_dir():
+    if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
         raise Failure(f"{folder}: no such folder of images")
 
 
@@ -310,15 +312,18 @@ def _find(folders: Iterable[dict[str, bytes]], wanted: Sequence[str]) -> dict[st
 
 def _install(sets: dict[str, dict[str, bytes]], root: Path) -> None:
     """Put sets into place, each by one rename when it is whole."""
-    root.mkdir(parents=True, exist_ok=True)
     for name, files in sets.items():
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
-            part = Path(temporary, name)
-            part.mkdir()
-            for file, content in files.items():
-                part.joinpath(file).write_bytes(content)
-            if not root.joinpath(name).exists():  # another run may have been faster
-                os.replace(part, root / name)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
+                part = Path(temporary, name)
+                part.mkdir()
+                for file, content in files.items():
+                    part.joinpath(file).write_bytes(content)
+                if not root.joinpath(name).exists():  # another run may have been faster
+                    os.replace(part, root / name)
+        except OSError as problem:
+            raise Failure(f"cannot write {root / name}: {problem.strerror}") from problem
         print(f"{root / name}: {len(files)} images, as published")
 
 

@@ -62,6 +62,7 @@ OPTIONS = {  # name: (check, default, help)
     "test_data":  (str,                         "data/Set5",     "folder of test images, or dead-leaves"),
 }
 # fmt: on
+MAX_STEP = 2**26  # HR pixels; the features of that many take more than 16 GB
 
 
 def parse_args() -> argparse.Namespace:
@@ -157,11 +158,12 @@ class WhitenedAdam(torch.optim.Adam):
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take over V and the moments; the hyperparameters stay this optimizer's."""
-        parts = [(state["v"], self.v.shape)]
-        for parameter, moments in zip(self.param_groups[0]["params"], state["state"].values(), strict=True):
-            parts += [(moments[key], parameter.shape) for key in ("exp_avg", "exp_avg_sq")]
-            parts += [(moments["step"], torch.Size())]
-        if not all(sound(tensor, shape) for tensor, shape in parts):
+        good = sound(state["v"], self.v.shape)
+        for i, parameter in enumerate(self.param_groups[0]["params"]):
+            step, average, square = (state["state"][i][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+            good &= sound(average, parameter.shape) and sound(square, parameter.shape) and bool((square >= 0).all())
+            good &= sound(step, torch.Size()) and step.item() >= 1
+        if not good:
             raise ValueError("not this optimizer's state")
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
         self.v.copy_(state["v"])
@@ -206,7 +208,9 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
         optimizer.load_state_dict(saved)
         generator.set_state(checkpoint["random_state"])
         past |= {"best": float(checkpoint["best"]), "best_epoch": int(checkpoint["best_epoch"])}
-        past |= {"run": re.fullmatch(r"[\w-]+", checkpoint["run"])[0], "same_test": known_by(checkpoint["report"])}
+        past |= {"run": re.fullmatch(r"[\w-]{1,64}", checkpoint["run"])[0], "same_test": known_by(checkpoint["report"])}
+        if math.isnan(past["best"]):
+            raise ValueError("no PSNR")
     except Exception as problem:  # of whatever type torch finds for what is damaged
         raise Failure(f"{path}: what resuming needs is damaged in it") from problem
     return model, optimizer, generator, past
@@ -224,6 +228,8 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
     batch_size, patch_size, num_epoch = (options[k] for k in ("batch_size", "patch_size", "num_epoch"))
+    if batch_size * patch_size**2 > MAX_STEP:
+        raise Failure(f"a step has at most {MAX_STEP:,} pixels: take a smaller --batch-size or --patch-size")
     train_set = data.TrainSet(options["train_data"], device)
     test_set = data.load_test_set(options["test_data"])
     steps = math.ceil(train_set.pixels / (batch_size * patch_size**2))
@@ -309,8 +315,11 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
             with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
                 path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state["epoch"]
         changed = {name: value for name, value in options.items() if state["args"].get(name) != value}
-        command = f"python train.py resume {shlex.quote(str(path))} {as_flags(changed)}".strip()
-        print(f"to go on from epoch {saved}: {command}" if path else "no epoch is saved", flush=True)
+        if path and path.parent != output:
+            changed["output"] = output
+        command = f"python train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"
+        hint = f"to go on from epoch {saved}: {command} {as_flags(changed)}".rstrip()
+        print(hint if path else "no epoch is saved", flush=True)
         raise
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -75,7 +75,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         status, message = 1, "error: out of memory: take a smaller --batch-size or --patch-size, or a smaller image"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    if message:
+    if message and sys.stderr:
         print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -224,7 +224,9 @@ def set_aside(best: Path, past: dict) -> None:
         other = load_checkpoint(best)
         if (other.get("run"), other["epoch"]) == (past["run"], past["best_epoch"]):
             return
-    kept = best.with_name(f"checkpoint.best.before-{past['run']}")
+    number = 1
+    while (kept := best.with_name(f"checkpoint.best.{number}")).exists():
+        number += 1
     os.replace(best, kept)
     print(f"the checkpoint.best that is there, of another run or a later epoch, is now {kept}")
 

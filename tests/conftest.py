@@ -25,11 +25,19 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def real_data():
-    if "SRCNN_DATA" not in os.environ:
+    if not os.environ.get("SRCNN_DATA"):
         pytest.skip("needs the real images: set SRCNN_DATA to the folder that holds 91-image and Set5")
     folder = (ROOT / os.environ["SRCNN_DATA"]).resolve()
     assert (folder / "Set5").is_dir(), f"SRCNN_DATA is set, but {folder}/Set5 is missing"
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_examples(real_data):
+    """The course's LR, bicubic and ground-truth images, which are no part of the published sets."""
+    if not (real_data / "image_examples").is_dir():
+        pytest.skip(f"needs the course's image_examples in {real_data}")
+    return real_data / "image_examples"
 
 
 @pytest.fixture(scope="session")

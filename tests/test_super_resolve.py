@@ -110,17 +110,16 @@ def test_a_label_is_never_cut_off():
         assert (label[:, panel:] == 255).all()
 
 
-def test_the_courses_examples_work_as_they_are(cli, pictures, real_data, tmp_path):
+def test_the_courses_examples_work_as_they_are(cli, pictures, image_examples):
     """Their LR images were made without cropping: 256 -> 85, so 3 x 85 is one less than 256."""
-    examples = real_data / "image_examples"
     status, out, err = cli(
-        "super_resolve.py", "--checkpoint=net", examples / "butterfly_lr.bmp",
-        "--output=sr.bmp", "--ground-truth", examples / "butterfly_GT.bmp",
+        "super_resolve.py", "--checkpoint=net", image_examples / "butterfly_lr.bmp",
+        "--output=sr.bmp", "--ground-truth", image_examples / "butterfly_GT.bmp",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "256x256" in out
-    up = Image.open(examples / "butterfly_lr.bmp").convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    y = utils.psnr_y(data.to_tensor(up), data.to_tensor(Image.open(examples / "butterfly_GT.bmp").convert("RGB")))
+    up = Image.open(image_examples / "butterfly_lr.bmp").convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
+    y = utils.psnr_y(data.to_tensor(up), data.to_tensor(Image.open(image_examples / "butterfly_GT.bmp").convert("RGB")))
     assert f"bicubic  {y:.3f} dB Y" in out
     assert Image.open("sr.bmp").size == (255, 255)
 

@@ -266,10 +266,13 @@ def test_a_better_best_of_another_run_is_kept(train_small, tmp_path):
     before = weights("checkpoint.best")
     status, out, _ = train_small("--lr=0.5", "--num-epoch=1")
     assert status == 0
-    (kept,) = tmp_path.glob("checkpoint.best.before-*")
-    assert str(kept.name) in out
-    assert same(weights(kept), before)
+    assert "is now checkpoint.best.1\n" in out
+    assert same(weights("checkpoint.best.1"), before)
     assert not (tmp_path / "checkpoint.best").exists()
+    for _ in range(2):  # neither is it lost when that happens again and again
+        assert train_small("--num-epoch=3")[0] == 0
+    assert same(weights("checkpoint.best.1"), before)
+    assert (tmp_path / "checkpoint.best.2").exists()
 
 
 def test_the_best_of_the_same_run_goes_on(train_small, tmp_path):
@@ -497,7 +500,11 @@ def test_bad_checkpoints(cli, command, tmp_path):
         ("best", "high"),
         ("report", None),
         ("report", {"images": 1}),
+        ("run", "x" * 5000),
+        ("best", math.nan),
         ("step", torch.zeros(5)),
+        ("step", torch.tensor(-5.0)),
+        ("exp_avg_sq", torch.full((64, 243), -1.0)),
         ("exp_avg", torch.full((64, 243), math.nan)),
         ("exp_avg", torch.zeros(64, 243, dtype=torch.complex64)),
         ("v", torch.full((64, 243), math.inf)),
@@ -506,7 +513,8 @@ def test_bad_checkpoints(cli, command, tmp_path):
 def test_damaged_parts_of_a_checkpoint_end_in_one_line(train_small, tmp_path, part, value):
     assert train_small("--output=in")[0] == 0
     saved = load("in/checkpoint.2")
-    inner = {"step": saved["optimizer"]["state"][0], "exp_avg": saved["optimizer"]["state"][0], "v": saved["optimizer"]}
+    first = saved["optimizer"]["state"][0]
+    inner = {"step": first, "exp_avg": first, "exp_avg_sq": first, "v": saved["optimizer"]}
     inner.get(part, saved)[part] = value
     torch.save(saved, "damaged")
     status, _, err = train_small("--num-epoch=3", "--output=out", command=("resume", "damaged"))
@@ -556,6 +564,13 @@ def test_the_first_wrong_step_is_named():
     broken.conv2.bias.data[5] = math.nan
     with pytest.raises(utils.Failure, match="step 2 of epoch 7"):
         train.check_finite(losses[:2], broken, 7)
+
+
+def test_a_step_that_no_memory_holds(train_small):
+    for option in ("--batch-size=2000000000", "--patch-size=2147483646"):
+        status, _, err = train_small(option)
+        assert status == 1
+        assert_one_line(err, "at most 67,108,864 pixels")
 
 
 def test_a_folder_that_cannot_be_written(train_small, tmp_path):
@@ -615,9 +630,9 @@ def test_stopping_before_a_resumed_epoch_is_done_repeats_the_options(train_small
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "check_finite", stop)
-    status, out, _ = train_small("--num-epoch=5", command=("resume", "checkpoint.2"))
+    status, out, _ = train_small("--num-epoch=5", "--output=on", command=("resume", "checkpoint.2"))
     assert status == 130
-    assert "to go on from epoch 2: python train.py resume checkpoint.2 --num-epoch=5\n" in out
+    assert "to go on from epoch 2: python train.py resume checkpoint.2 --num-epoch=5 --output=on\n" in out
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train_small, monkeypatch, tmp_path):

@@ -3,10 +3,12 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_one_line
+from conftest import ROOT, assert_one_line
 
 import data
 import utils
@@ -252,6 +254,12 @@ def test_json_has_no_number_that_json_lacks(tmp_path):
 
 def test_text_from_elsewhere_cannot_steer_the_terminal():
     assert utils.printable("a\x1b[31m\nb\u202e é") == "a\\x1b[31m\\nb\\u202e é"
+
+
+def test_ctrl_c_after_the_imports_is_one_line_and_130():
+    code = "import signal; signal.signal(2, signal.SIG_DFL); import utils; utils.run(lambda: signal.raise_signal(2))"
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (end.returncode, end.stdout, end.stderr) == (130, "", "interrupted\n")
 
 
 def test_run_turns_failures_into_one_line(capsys):
