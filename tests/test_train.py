@@ -709,7 +709,7 @@ def test_dead_leaves_may_be_asked_for(cli, offline):
 # ------------------------------------------------------------------------- the real sets
 
 
-def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_one_db(real_data, cli):
+def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_more_than_one_db(real_data, cli):
     status, out, err = cli(
         "train.py", "train", f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=2"
     )
@@ -717,18 +717,18 @@ def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_one_db(real_data, cli):
     assert "training set 91-image: 91 images, 5,312,853 pixels" in out
     report = load("checkpoint.2")["report"]
     assert report["set"] == "Set5"
-    assert report["mean"]["psnr_y"] > 31.9
+    assert report["mean"]["psnr_y"] > 32.0
     assert report["mean"]["psnr_rgb"] > 30.0
 
 
 def test_generated_images_teach_what_helps_on_real_ones(real_data, cli):
-    """Two epochs; all hundred of the default reach the figure in the README."""
+    """Two epochs gave +1.83 and +1.80 dB with seeds 0 and 1; all hundred reach the README's figure."""
     status, _, err = cli(
         "train.py", "train", "--train-data=dead-leaves", f"--test-data={real_data}/Set5", "--num-epoch=2"
     )
     assert (status, err) == (0, "")
     mean = load("checkpoint.2")["report"]["mean"]
-    assert mean["psnr_y"] > mean["bicubic_y"] + 1.2
+    assert mean["psnr_y"] > mean["bicubic_y"] + 1.5
 
 
 def test_one_small_image_is_enough(cli, tmp_path):
