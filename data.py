@@ -281,7 +281,7 @@ def _leaves(rng: np.random.Generator, size: int, shapes: int = 3500, fine: int =
 # -------------------------------------------------------------------- the public data sets
 
 
-def fetch(root: Path, wanted: Sequence[str] = tuple(SETS), mirrors: Sequence[str] | None = None) -> None:
+def fetch(root: Path, wanted: Sequence[str]) -> None:
     """Download published sets and put them into ``root``, each whole or not at all.
 
     Raises
@@ -289,7 +289,7 @@ def fetch(root: Path, wanted: Sequence[str] = tuple(SETS), mirrors: Sequence[str
     Failure, with every mirror's reason, if none of them has the sets as published
     """
     reasons = []
-    for url in MIRRORS if mirrors is None else mirrors:
+    for url in MIRRORS:
         try:
             with tempfile.TemporaryFile() as archive:
                 _download(url, archive)
