@@ -44,7 +44,7 @@ MIRRORS = (
     "https://github.com/yytlee/CSCI3290/archive/d55de726406413be35f4f9a73659b20b7e84afe8.zip",
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
 )
-MAX_BYTES = 2**27  # of an archive, and of what it unpacks to; the first mirror has 28 MB
+MAX_BYTES = 2**27  # of an archive, and of the images in it
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
@@ -57,8 +57,8 @@ DEAD_LEAVES = "dead-leaves"  # stands for a folder: the generated images
 class TestImage(NamedTuple):
     name: str
     lr: Tensor  # uint8, (3, h, w)
-    hr: Tensor  # uint8, (3, 3h, 3w), as is
-    bicubic: Tensor  # Pillow's
+    hr: Tensor  # uint8, (3, 3h, 3w)
+    bicubic: Tensor  # lr enlarged to the size of hr by Pillow
     bicubic_psnr: dict[str, float]  # its bicubic_y and bicubic_rgb, dB
 
 

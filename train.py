@@ -191,7 +191,6 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
     and the run's past: epoch and args, and where it may be gone on with, run, best and best_epoch."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
     model = SRCNN().to(device, memory_format=torch.channels_last)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -200,9 +199,11 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
     if "v" not in saved:
         if checkpoint:
             print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
+        whiten = whitening_matrix(train_set.draw(256, 48, generator)[0].cpu())
         return model, WhitenedAdam(model, whiten), generator, past
     try:
-        if not sound(saved["whiten"], whiten.shape):
+        values = model.conv1.weight[0].numel()
+        if not sound(saved["whiten"], torch.Size((values, values))):
             raise ValueError("not a whitening matrix")
         optimizer = WhitenedAdam(model, saved["whiten"])
         optimizer.load_state_dict(saved)
@@ -315,6 +316,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
             with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
                 path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state["epoch"]
         changed = {name: value for name, value in options.items() if state["args"].get(name) != value}
+        changed.pop("seed", None)  # no option of resume, and none of the course's checkpoints has one
         if path and path.parent != output:
             changed["output"] = output
         command = f"python train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"

@@ -635,6 +635,21 @@ def test_stopping_before_a_resumed_epoch_is_done_repeats_the_options(train_small
     assert "to go on from epoch 2: python train.py resume checkpoint.2 --num-epoch=5 --output=on\n" in out
 
 
+def test_the_hint_for_a_checkpoint_of_the_course_is_understood(train_small, photos, monkeypatch):
+    skeleton_checkpoint("legacy")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_finite", stop)
+        sets = (f"--train-data={photos}", f"--test-data={photos}")
+        status, out, _ = train_small(*sets, command=("resume", "legacy"))
+    assert status == 130
+    (hint,) = re.findall(r"^to go on from epoch 2: python train.py (.*)$", out, re.M)
+    assert train_small(command=shlex.split(hint))[0] == 0
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(train_small, monkeypatch, tmp_path):
     write = utils.write_file
 
