@@ -19,7 +19,7 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -170,64 +170,82 @@ def load_test_set(folder: str) -> TestSet:
 
 
 class TrainSet:
-    """All training images in memory, as one long row of uint8 pixels on the device.
+    """All training images in memory, as two long rows of uint8 pixels on the device.
 
     Parameters
     ----------
     folder : as in :func:`load_images`, whose Failure it raises
+    patch : size of the patches to draw in HR pixels, a multiple of 3; a smaller image is
+        continued by replication, as every LR image is around its edges
     device : where the pixels live and batches are made
     """
 
-    def __init__(self, folder: str, device: torch.device) -> None:
+    def __init__(self, folder: str, patch: int, device: torch.device) -> None:
         self.name, images = load_images(folder, "train")
-        pairs = [degrade(image) for _, image in images]
-        self.count = len(pairs)
-        self.lr, self.hr = (
-            torch.cat([to_tensor(image).permute(1, 2, 0).reshape(-1, 3) for image in side]).to(device)
-            for side in zip(*pairs, strict=True)
-        )
-        self.sizes = torch.tensor([(lr.height, lr.width) for lr, _ in pairs])
-        self.areas = self.sizes.prod(1)
-        self.starts = self.areas.cumsum(0) - self.areas
-        self.pixels = len(self.hr)
+        self.patch, self.device, least = patch, device, patch // SCALE
+        lrs, hrs, sizes = [], [], []
+        for _, image in images:
+            lr, hr = map(to_tensor, degrade(image))
+            _, h, w = lr.shape
+            sizes.append((h, w))
+            lrs.append(_rows(lr, HALO_LR, max(h, least) + HALO_LR, max(w, least) + HALO_LR))
+            hrs.append(_rows(hr, 0, SCALE * max(h, least), SCALE * max(w, least)))
+        self.count, self.pixels = len(images), SCALE**2 * sum(h * w for h, w in sizes)
+        self.areas = torch.tensor(sizes).prod(1)
+        self.sizes = torch.tensor(sizes).clamp(min=least)
+        areas_lr, areas_hr = (self.sizes + 2 * HALO_LR).prod(1), (SCALE * self.sizes).prod(1)
+        self.starts_lr, self.starts_hr = (areas.cumsum(0) - areas for areas in (areas_lr, areas_hr))
+        self.lr, self.hr = (torch.cat(rows).to(device) for rows in (lrs, hrs))
 
-    def draw(self, count: int, patch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batches(self, steps: int, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Draw patches from everywhere alike, each in one of its eight orientations.
 
         Parameters
         ----------
-        count : number of patches
-        patch : their size in HR pixels, a multiple of 3
+        steps : number of batches
+        count : of patches in each
         generator : of the CPU, so that a run is the same whatever the device
 
-        Returns
-        -------
-        lr : (count, 3, patch / 3 + 8, patch / 3 + 8), with the context that
-            :meth:`SRCNN.interior` needs; beyond an image's edge it is continued by replication
-        hr : (count, 3, patch, patch); both float in [0, 1], channels_last
+        Yields
+        ------
+        lr : (count, 3, patch / 3 + 8, patch / 3 + 8), with the context that :class:`model.Folded` needs
+        hr : (count, 3, patch, patch); both uint8, channels last in memory
         """
-        size = patch // SCALE
-        image = torch.multinomial(self.areas.double(), count, replacement=True, generator=generator)
-        # An image smaller than the patch is taken whole and continued like at any edge.
-        room = (self.sizes[image] - size).clamp(min=0) + 1
-        corner = (torch.rand(count, 2, generator=generator) * room).long()
-        flips = torch.rand(count, 3, generator=generator) < 0.5
-        where = torch.cat([self.starts[image, None], self.sizes[image], corner, flips], 1)
-        where = where.to(self.hr.device, non_blocking=True)
-        lr = _cut(self.lr, where, size + 2 * HALO_LR, scale=1, offset=-HALO_LR)
-        return lr, _cut(self.hr, where, patch, scale=SCALE, offset=0)
+        total, size = steps * count, self.patch // SCALE
+        image = torch.multinomial(self.areas.double(), total, replacement=True, generator=generator)
+        room = self.sizes[image] - size + 1
+        top, left = (torch.rand(total, 2, generator=generator) * room).long().T
+        turn = torch.rand(total, 3, generator=generator) < 0.5
+        width = self.sizes[image, 1]
+        lr = _walk(self.starts_lr[image], top, left, width + 2 * HALO_LR, size + 2 * HALO_LR, turn)
+        hr = _walk(self.starts_hr[image], SCALE * top, SCALE * left, SCALE * width, self.patch, turn)
+        lr, hr = (x.to(self.lr.device).split(count) for x in (lr, hr))
+        for walk_lr, walk_hr in zip(lr, hr, strict=True):
+            yield _cut(self.lr, walk_lr, size + 2 * HALO_LR), _cut(self.hr, walk_hr, self.patch)
 
 
-def _cut(pixels: Tensor, where: Tensor, size: int, scale: int, offset: int) -> Tensor:
-    """Gather square patches out of a row of pixels: index arithmetic for a whole batch."""
-    start, height, width, top, left, flip_v, flip_h, transpose = where.T[:, :, None, None]
-    down = torch.arange(size, device=pixels.device)[:, None]
-    down, right = torch.where(flip_v > 0, size - 1 - down, down), torch.where(flip_h > 0, size - 1 - down.T, down.T)
-    down, right = torch.where(transpose > 0, right, down), torch.where(transpose > 0, down, right)
-    y = (down + top * scale + offset).clamp(min=0).minimum(height * scale - 1)
-    x = (right + left * scale + offset).clamp(min=0).minimum(width * scale - 1)
-    index = start * scale**2 + y * width * scale + x
-    return pixels[index].permute(0, 3, 1, 2).float() / 255
+def _rows(image: Tensor, before: int, bottom: int, right: int) -> Tensor:
+    """An image's pixels (H * W, 3), row by row, after it was continued by replication: up to
+    ``before`` the top and the left, to ``bottom`` and to ``right``."""
+    y, x = (torch.arange(-before, end).clamp(0, n - 1) for end, n in zip((bottom, right), image.shape[1:], strict=True))
+    return image[:, y][..., x].permute(1, 2, 0).reshape(-1, 3)
+
+
+def _walk(start: Tensor, top: Tensor, left: Tensor, width: Tensor, size: int, turn: Tensor) -> Tensor:
+    """How to walk over square patches in a row of pixels: (N, 3) with the index of the first pixel
+    and the steps that lead down and to the right. A patch turned is one that begins in another
+    corner, and where the steps lead up or to the left, or are exchanged."""
+    flip_v, flip_h, transpose = turn.T
+    first = start + (top + flip_v * (size - 1)) * width + left + flip_h * (size - 1)
+    down, right = torch.where(flip_v, -width, width), torch.where(flip_h, -1, 1)
+    return torch.stack([first, torch.where(transpose, right, down), torch.where(transpose, down, right)], 1)
+
+
+def _cut(pixels: Tensor, walk: Tensor, size: int) -> Tensor:
+    """Gather a batch of patches out of a row of pixels: (N, 3, size, size)."""
+    first, down, right = walk.T[:, :, None, None]
+    along = torch.arange(size, device=pixels.device)
+    return pixels[first + down * along[:, None] + right * along].permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------ generated images

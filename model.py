@@ -2,8 +2,9 @@
 Deep Convolutional Networks", TPAMI 2015). This file stands alone: it needs torch only.
 """
 
-import math
-from itertools import pairwise
+import time
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ SCALE = 3
 # are interpolated from 4 LR pixels to each side.
 HALO_HR = 6
 HALO_LR = 4
+TILE = 66  # LR pixels: the features of a tile are 6 or 12 MB, about what caches hold
 
 
 class SRCNN(nn.Module):
@@ -63,68 +65,110 @@ class SRCNN(nn.Module):
         x = F.relu(self.conv2(x))
         return crop(self.conv3(x), HALO_HR)  # with it goes all that the zero padding touched
 
-    def interior(self, lr: Tensor) -> Tensor:
-        """Super-resolve all but the outermost 4 LR pixels, which serve as context only.
 
-        The same function as :meth:`forward`, but for pieces of an image that are cut with their
-        context, such as training patches: no value depends on how an edge is treated, and
-        nothing is computed that would be cut off again.
-
-        Parameters
-        ----------
-        lr : Tensor of shape (N, 3, h + 8, w + 8), values in [0, 1]
-
-        Returns
-        -------
-        Tensor of shape (N, 3, 3h, 3w)
-        """
-        x = upscale(lr)
-        x = F.relu(F.conv2d(x, self.conv1.weight, self.conv1.bias))
-        x = F.relu(self.conv2(x))
-        return F.conv2d(x, self.conv3.weight, self.conv3.bias)
-
-
-class Folded(nn.Module):
-    """:meth:`SRCNN.interior` as three convolutions on the LR grid: the same function, for inference.
+class Folded:
+    """The same function on the LR grid, several times as fast: for training and for inference.
 
     Bicubic interpolation and conv1 are both linear, so together they are one 7x7 convolution of
     the LR image, with 9 * 64 outputs: 64 for each of the 3x3 HR pixels that an LR pixel becomes.
-    conv2 treats the nine alike, and conv3 becomes a 3x3 convolution from 9 * 32 to 3 * 9 channels.
-    Only the result is ever upscaled, and 13,856 multiplications a pixel need not be 20,000.
+    It and conv2 are products of matrices, with a row for a pixel. conv3 has only three outputs,
+    which would leave a vector unit nearly empty, so it makes five neighbouring pixels at once.
+    Gradients flow through the folding to the model's weights.
+
+    Parameters
+    ----------
+    model : whose function it is, with its weights as of now
+    dtype : torch.float32 or torch.bfloat16, to compute in
+    fine : in bfloat16, compute the channels that carry the image itself, the first three of each
+        layer from :meth:`SRCNN.reset_parameters` on, in float32 all the same. Their rounding
+        would show, while the detail that the other channels add is small. Not differentiable.
     """
 
-    def __init__(self, model: SRCNN) -> None:
-        super().__init__()
-        weight1, bias1, weight2, bias2, weight3, bias3 = (
-            p.detach().cpu().double().contiguous() for p in model.parameters()
-        )
-        # A linear layer is known by what it makes of unit impulses: their places around an LR
-        # pixel on one side, and on the other the 3x3 HR pixels of that LR pixel.
-        impulses = torch.eye(7 * 7).double().view(49, 1, 7, 7)
-        seen = upscale(F.pad(impulses, (6,) * 4))[..., 17:28, 17:28]  # by the 9x9 around each of them
-        weight1 = F.conv2d(seen, weight1.view(64 * 3, 1, 9, 9)).view(7, 7, 64, 3, 3, 3)
-        seen = F.pixel_shuffle(torch.eye(9 * 3 * 3).double().view(81, 9, 3, 3), SCALE)[..., 1:8, 1:8]
-        weight3 = F.conv2d(seen, weight3.view(3 * 32, 1, 5, 5)).view(9, 3, 3, 3, 32, 3, 3)
-        parts = {
-            "weight1": weight1.permute(4, 5, 2, 3, 0, 1).reshape(9 * 64, 3, 7, 7),
-            "bias1": bias1.repeat(9),
-            "weight2": weight2.flatten(1),
-            "bias2": bias2,
-            "weight3": weight3.permute(3, 5, 6, 0, 4, 1, 2).reshape(3 * 9, 9 * 32, 3, 3),
-            "bias3": bias3.repeat_interleave(9),
-        }
-        for name, part in parts.items():
-            layout = torch.channels_last if part.ndim == 4 else torch.contiguous_format
-            self.register_buffer(name, part.to(model.conv1.weight).contiguous(memory_format=layout))
+    def __init__(self, model: SRCNN, dtype: torch.dtype, fine: bool = False) -> None:
+        weight1, bias1, weight2, bias2, weight3, bias3 = model.parameters()
+        kernel = _bicubic_kernel().to(weight1)
+        weight1 = (kernel @ weight1 @ kernel.T / 255).view(64, 3, 3, 7, 3, 7)
+        weight1 = weight1.permute(2, 4, 0, 3, 5, 1).reshape(9, 64, 147, 1, 1)
+        weight3 = torch.stack([F.pad(weight3, (i, 4 - i)) for i in range(5)]) * 255
+        bias3 = bias3.repeat(5) * 255
+        self.dtype, self.fine = dtype, None
+        if fine and dtype == torch.bfloat16:
+            fine1 = weight1[:, :3].reshape(27, 7, 7, 3).permute(0, 3, 1, 2)
+            parts = fine1, bias1[:3].repeat(9), weight2[:4, :3], None, weight3[:, :, :4], bias3
+            self.fine = [_dense(part, weight1.dtype) for part in parts]
+            weight2, weight3, bias3 = weight2.clone(), weight3.clone(), None
+            weight2[:4, :3] = weight3[:, :, :4] = 0
+        self.layers = [_dense(part, dtype) for part in (weight1, bias1.repeat(9), weight2, bias2, weight3, bias3)]
 
-    def forward(self, lr: Tensor) -> Tensor:
-        """(N, 3, h + 8, w + 8) to (N, 3, 3h, 3w), as :meth:`SRCNN.interior`."""
-        x = F.conv2d(lr, self.weight1, self.bias1).relu_()
-        n, _, h, w = x.shape
-        x = x.permute(0, 2, 3, 1).reshape(-1, 64)  # in channels_last this moves nothing
-        x = F.linear(x, self.weight2, self.bias2).relu_()
-        x = x.view(n, h, w, 9 * 32).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(F.conv2d(x, self.weight3, self.bias3), SCALE)
+    def __call__(self, lr: Tensor) -> Tensor:
+        """Super-resolve all but the outermost 4 LR pixels, which serve as context only.
+
+        No value depends on how an edge is treated, as is needed for pieces of an image that are
+        cut out with their context, such as tiles and training patches.
+
+        Parameters
+        ----------
+        lr : Tensor of shape (N, 3, h + 8, w + 8), 8-bit values from 0 to 255: bfloat16 is exact for
+            them, and inexact ones would be blown up by the weights, which are large and cancel
+
+        Returns
+        -------
+        Tensor of shape (N, 3, 3h, 3w), nominally from 0 to 255, not clamped
+        """
+        width = SCALE * (lr.shape[3] - 2 * HALO_LR)
+        lr = F.pad(lr.float(), (0, 2 * (-width - 2) % 5, 0, 0), mode="replicate")  # whole fives of columns
+        lr = lr.permute(0, 2, 3, 1).contiguous()
+        x = lr.to(self.dtype).unfold(1, 7, 1).unfold(2, 7, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+        n, h = x.shape[:2]
+        weight1, bias1, weight2, bias2, weight3, bias3 = self.layers
+        x = _conv(x, weight1, bias1, relu=True).reshape(n, h, -1, 64)
+        x = _conv(x, weight2, bias2, relu=not self.fine)
+        if self.fine:
+            fine1, fine_bias1, fine2, _, fine3, fine_bias3 = self.fine
+            y = _conv(lr, fine1, fine_bias1, relu=True).reshape(n, h, -1, 3)
+            # What the others add to the first four of conv2: four, since those can be moved as one of 64 bits.
+            y = _conv(y, fine2, None).add_(x.view(torch.int64)[..., :1].contiguous().view(x.dtype))
+            y = _conv(_spread(_relu(y)), fine3, fine_bias3, stride=5)
+            y += _conv(_spread(_relu(x)), weight3, bias3, stride=5)
+        else:
+            y = _conv(_spread(x), weight3, bias3, stride=5)
+        return y.reshape(n, 3 * h - 4, -1, 3)[:, 1:-1, 1 : 1 + width].permute(0, 3, 1, 2)
+
+
+def _dense(part: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """Weights or biases as :func:`_conv` wants them, all outputs in the first dimension."""
+    if part is None or part.ndim == 1:
+        return part if part is None else part.to(dtype)
+    return part.flatten(0, part.ndim - 4).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, stride: int = 1) -> Tensor:
+    """Convolution with the channels last, in x and in the result."""
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, (1, stride))
+    return (_relu(x) if relu else x).permute(0, 2, 3, 1)
+
+
+def _relu(x: Tensor) -> Tensor:
+    """ReLU in place. A bfloat16's sign is that of its bits as an integer, and integers are faster."""
+    if x.dtype == torch.bfloat16 and not x.requires_grad:
+        return x.view(torch.int16).clamp_(min=0).view(x.dtype)
+    return x.relu_()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """(N, h, 9w, C), the nine HR pixels of an LR pixel in a row, to (N, 3h, 3w, C)."""
+    n, h, w, c = x.shape
+    return x.view(n, h, w // 9, 3, 3 * c).transpose(2, 3).reshape(n, 3 * h, w // 3, c)
+
+
+@lru_cache
+def _bicubic_kernel() -> Tensor:
+    """What bicubic interpolation by 3 makes of an LR pixel and its 3 neighbours on each side,
+    as seen by the 9 HR pixels around each of the 3 that it becomes: shape (3 * 7, 9)."""
+    with torch.inference_mode(False):  # kept for training, too
+        impulses = F.pad(torch.eye(7, dtype=torch.float64), (6, 6)).view(7, 1, 19, 1).expand(7, 1, 19, 5)
+        seen = upscale(impulses)[:, 0, 17:28, 0]
+        return seen.unfold(1, 9, 1).transpose(0, 1).reshape(21, 9)
 
 
 def upscale(lr: Tensor) -> Tensor:
@@ -147,34 +191,69 @@ def to_8bit(image: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def super_resolve(model: SRCNN, lr: Tensor, tile: int = 64) -> Tensor:
+def bands(model: SRCNN, lr: Tensor, dtype: torch.dtype = torch.float32, tile: int = TILE) -> Iterator[Tensor]:
     """One image through the network, in tiles, so that memory stays small however large it is.
 
     Parameters
     ----------
     model : on the device to compute on
     lr : uint8 Tensor of shape (3, h, w)
+    dtype : as of :class:`Folded`
     tile : side of a tile in LR pixels, at most
 
-    Returns
-    -------
-    uint8 Tensor of shape (3, 3h, 3w), on lr's device
+    Yields
+    ------
+    uint8 Tensor of shape (3, rows, 3w), one below the other; on lr's device
     """
-    folded, device = Folded(model), model.conv1.weight.device
+    folded, device = Folded(model, dtype, fine=True), model.conv1.weight.device
     _, height, width = lr.shape
-    sr = torch.empty(3, SCALE * height, SCALE * width, dtype=torch.uint8, device=lr.device)
     rows, columns = (torch.arange(-HALO_LR, n + HALO_LR).clamp(0, n - 1) for n in (height, width))
-    for top, bottom in _split(height, tile):
-        band = lr[:, rows[top : bottom + 2 * HALO_LR]]
-        for left, right in _split(width, tile):
-            x = band[:, :, columns[left : right + 2 * HALO_LR]].to(device).unsqueeze(0).float() / 255
-            x = folded(x.contiguous(memory_format=torch.channels_last))[0]
-            sr[:, SCALE * top : SCALE * bottom, SCALE * left : SCALE * right] = to_8bit(x)
+    for top in range(0, height, tile):
+        part = lr[:, rows[top : top + tile + 2 * HALO_LR]][..., columns].to(device).unsqueeze(0)
+        sr = torch.empty(SCALE * min(tile, height - top), SCALE * width, 3, dtype=torch.uint8, device=lr.device)
+        for left in range(0, width, tile):
+            x = folded(part[..., left : left + tile + 2 * HALO_LR])[0].permute(1, 2, 0)
+            sr[:, SCALE * left : SCALE * (left + tile)] = x.clamp_(0, 255).round_()
+        yield sr.permute(2, 0, 1)
+
+
+def super_resolve(model: SRCNN, lr: Tensor, dtype: torch.dtype = torch.float32, tile: int = TILE) -> Tensor:
+    """All :func:`bands` in one uint8 Tensor of shape (3, 3h, 3w)."""
+    sr = torch.empty(SCALE * lr.shape[1], SCALE * lr.shape[2], 3, dtype=torch.uint8, device=lr.device).permute(2, 0, 1)
+    for part, band in zip(sr.split(SCALE * tile, 1), bands(model, lr, dtype, tile), strict=True):
+        part.copy_(band)
     return sr
 
 
-def _split(length: int, most: int) -> list[tuple[int, int]]:
-    """Ranges as equal as can be, none longer than ``most``."""
-    count = math.ceil(length / most)
-    ends = [length * i // count for i in range(count + 1)]
-    return list(pairwise(ends))
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device computes distinctly faster with bfloat16: known of GPUs, tried on CPUs.
+
+    On a CPU with one thread, since other programs that keep the other cores busy would disturb it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _seconds(torch.bfloat16) < 0.85 * _seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _seconds(dtype: torch.dtype) -> float:
+    """The time of conv1's product, which takes the most of the network's."""
+    x, weight, times = torch.ones(1, 48, 48, 147, dtype=dtype), torch.ones(576, 147, 1, 1, dtype=dtype), []
+    for _ in range(8):
+        start = time.perf_counter()
+        _conv(x, weight, None)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bf16_is_fine(model: SRCNN) -> bool:
+    """Whether bfloat16 changes at most 1 in 10,000 pixels of a pattern by more than a grey level."""
+    blocks = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    blocks = blocks.repeat_interleave(6, 1).repeat_interleave(6, 2)
+    exact, rounded = (super_resolve(model, blocks, dtype).int() for dtype in (torch.float32, torch.bfloat16))
+    return ((exact - rounded).abs().amax(0) > 1).double().mean().item() <= 1e-4

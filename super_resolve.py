@@ -6,23 +6,28 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import io
 import math
 import time
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import bicubic, open_image, to_image, to_tensor
-from model import SCALE, SRCNN, super_resolve
+from model import SCALE, SRCNN, TILE, bands
 from utils import (
+    PRECISION_HELP,
     ArgumentParser,
     Failure,
     load_checkpoint,
+    number,
+    precision,
     psnr_rgb,
     psnr_y,
     run,
     select_device,
+    select_dtype,
     write_file,
 )
 
@@ -34,6 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="PATH", help="(default: IMAGE_srcnn_x3 beside the input)")
     parser.add_argument("--ground-truth", type=Path, metavar="HR", help="measure against it, and picture both as PNG")
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
+    parser.add_argument("--precision", type=precision, default="auto", metavar="P", help=PRECISION_HELP)
+    text = "side of the tiles to work in, in LR pixels (default: %(default)s)"
+    parser.add_argument("--tile", type=number(int), default=TILE, metavar="N", help=text)
     return parser.parse_args()
 
 
@@ -45,14 +53,18 @@ def format_of(path: Path) -> str:
     return name
 
 
-def encode(image: Image.Image, path: Path) -> bytes:
-    buffer = io.BytesIO()
+def save(image: Image.Image, path: Path) -> None:
     format = format_of(path)
-    try:
-        image.save(buffer, format, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {}))
-    except Exception as problem:  # Pillow's encoders raise errors of many types
-        raise Failure(f"{path}: cannot be written as {format}: {problem}") from problem
-    return buffer.getvalue()
+    # PNG at level 1 takes a quarter of the time of Pillow's 6 and gives files a third larger.
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 1}}.get(format, {})
+
+    def write(file: BinaryIO) -> None:
+        try:
+            image.save(file, format, **options)
+        except Exception as problem:  # Pillow's encoders raise errors of many types
+            raise Failure(f"{path}: cannot be written as {format}: {problem}") from problem
+
+    write_file(path, write)
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
@@ -107,13 +119,18 @@ def main() -> None:
         if path.exists() and any(path.samefile(p) for p in inputs):
             raise Failure(f"{path} is an input; give another --output")
 
-    start = time.perf_counter()
-    sr = to_image(super_resolve(model.to(device), to_tensor(lr)))
-    seconds = time.perf_counter() - start
-    write_file(output, encode(sr, output))
-    print(f"{output}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {device}")
+    model.to(device, memory_format=torch.channels_last)
+    dtype = select_dtype(args.precision, device, model)
+    start, top = time.perf_counter(), 0
+    sr = Image.new("RGB", (SCALE * lr.width, SCALE * lr.height))
+    for band in bands(model, to_tensor(lr), dtype, args.tile):
+        sr.paste(to_image(band), (0, top))
+        top += band.shape[1]
+    how = f"{time.perf_counter() - start:.2f} s on {device}, {str(dtype).removeprefix('torch.')}"
+    save(sr, output)
+    print(f"{output}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {how}")
     if hr:
-        write_file(picture, encode(compare(lr, sr, hr), picture))
+        save(compare(lr, sr, hr), picture)
         print(picture)
 
 

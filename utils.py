@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
 from info import Info, info
-from model import SCALE, SRCNN, super_resolve, to_8bit
+from model import SCALE, SRCNN, bf16_is_fast, bf16_is_fine, super_resolve, to_8bit
 
 MAX_CHECKPOINT_BYTES = 2**26  # ours have half a megabyte
 
@@ -72,7 +73,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     except (MemoryError, RuntimeError) as problem:
         if not isinstance(problem, MemoryError | torch.OutOfMemoryError) and "memory" not in str(problem):
             raise
-        status, message = 1, "error: out of memory: take a smaller --batch-size or --patch-size, or a smaller image"
+        status, message = (
+            1,
+            "error: out of memory: take a smaller --batch-size, --patch-size or --tile, or a smaller image",
+        )
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     if message and sys.stderr:
@@ -95,6 +99,38 @@ def select_device(cuda: bool) -> torch.device:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # trained conv1 weights are large and cancel: they need all of fp32
     return torch.device("cuda" if cuda else "cpu")
+
+
+PRECISION_HELP = "auto, fp32 or bf16; auto is bf16 where the device is faster with it"
+
+
+def precision(text: str) -> str:
+    """A check for argparse: how to compute."""
+    if text not in ("auto", "fp32", "bf16"):
+        raise argparse.ArgumentTypeError(f"must be auto, fp32 or bf16, not {text!r}")
+    return text
+
+
+def select_dtype(precision: str, device: torch.device, model: SRCNN | None = None) -> torch.dtype:
+    """What to compute in: for auto bfloat16 where that is faster and, given a model, harmless.
+
+    Raises Failure where bf16 is asked for, but the device is not fast with it.
+    """
+    if precision == "fp32":
+        return torch.float32
+    fast = bf16_is_fast(device)
+    if precision == "bf16" and not fast:
+        raise Failure(f"this {device.type.upper()} is not distinctly faster with bf16; use --precision=fp32")
+    return torch.bfloat16 if fast and (precision == "bf16" or model is None or bf16_is_fine(model)) else torch.float32
+
+
+def keep_memory() -> None:
+    """Let the C library keep what one training step frees for the next one.
+
+    glibc keeps as much as twice the largest block that it has freed so far, where no block above
+    32 MB counts: so one of that size is freed. Elsewhere this does nothing.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -191,17 +227,21 @@ def summary(report: dict) -> str:
 # ------------------------------------------------------------------------- checkpoints
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment either the old content is there or the new."""
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Have a file written so that at any moment either the old content is there or the new.
+
+    What ``write`` gets has no ``fileno``: through that Pillow would write past Python, and miss
+    that a disk is full.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(content)
+            write(SimpleNamespace(write=file.write, seek=file.seek, tell=file.tell, flush=file.flush))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as problem:
-        raise Failure(f"cannot write {path}: {problem.strerror}") from problem
+        raise Failure(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -210,9 +250,9 @@ def write_file(path: Path, content: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> Path:
     """Write a checkpoint, stamped with who, when and with what; returns its path."""
     stamp = {"info": asdict(info), "torch": str(torch.__version__), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(checkpoint | stamp, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, lambda file: file.write(buffer.getbuffer()))
     return path
 
 

@@ -69,10 +69,10 @@ def cli(monkeypatch, capsys):
 
 @pytest.fixture
 def train_small(cli, photos):
-    """Train on the small set; --num-epoch=2 and --batch-size=4 unless told."""
+    """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 unless told."""
 
     def call(*args, command=("train",)):
-        quick = ("--num-epoch=2", "--batch-size=4") if command == ("train",) else ()
+        quick = ("--num-epoch=2", "--batch-size=4", "--patch-size=48") if command == ("train",) else ()
         sets = (f"--train-data={photos}", f"--test-data={photos}") if command == ("train",) else ()
         return cli("train.py", *command, *quick, *sets, *args)
 

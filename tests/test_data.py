@@ -130,18 +130,23 @@ def mapped(tmp_path):
         pixels = np.zeros((height, width, 3), np.uint8)
         pixels[..., 0], pixels[..., 1], pixels[..., 2] = np.arange(width), np.arange(height)[:, None], blue * 100
         Image.fromarray(pixels).save(folder / f"{blue}.png")
-    return data.TrainSet(folder, CPU)
+    return folder
+
+
+def draw(folder, patch, count, seed, steps=1):
+    batches = list(data.TrainSet(folder, patch, CPU).batches(steps, count, torch.Generator().manual_seed(seed)))
+    assert len(batches) == steps
+    return (torch.cat(side) for side in zip(*batches, strict=True))
 
 
 def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
-    generator = torch.Generator().manual_seed(1)
-    lr, hr = mapped.draw(400, 12, generator)
+    lr, hr = draw(mapped, 12, 200, seed=1, steps=2)
     assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
     assert hr.shape == (400, 3, 12, 12)
     sizes = {0: (45, 60), 100: (90, 33)}
     orientations, corners = set(), {0: set(), 100: set()}
-    starts = mapped.starts.tolist()
-    for lr_patch, hr_patch in zip((lr * 255).round().long(), (hr * 255).round().long(), strict=True):
+    images = {k * 100: data.to_tensor(data.degrade(data.open_image(mapped / f"{k}.png"))[0]).long() for k in (0, 1)}
+    for lr_patch, hr_patch in zip(lr.long(), hr.long(), strict=True):
         blue = hr_patch[2, 0, 0].item()
         height, width = sizes[blue]
         left, top = hr_patch[0].min().item(), hr_patch[1].min().item()
@@ -153,11 +158,10 @@ def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
         orientations.add(matches[0])
         corners[blue].add((top, left))
         # The LR patch: the same place in the LR image with 4 pixels around, edges replicated.
-        start = starts[blue // 100]
-        image = mapped.lr[start : start + height * width // 9].view(height // 3, width // 3, 3).long()
+        image = images[blue]
         y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, height // 3 - 1)
         x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, width // 3 - 1)
-        assert torch.equal(lr_patch, dihedral(image[y][:, x].permute(2, 0, 1))[matches[0]])
+        assert torch.equal(lr_patch, dihedral(image[:, y][..., x])[matches[0]])
     assert orientations == set(range(8))
     assert len(corners[0]) == 17 * 12 or len(corners[0]) > 100  # all over the image
     assert {0, 33 - 12} <= {left for _, left in corners[100]}  # to both its edges
@@ -165,7 +169,7 @@ def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
 
 
 def test_large_images_are_drawn_from_more_often(mapped):
-    _, hr = mapped.draw(4000, 3, torch.Generator().manual_seed(2))
+    _, hr = draw(mapped, 3, 4000, seed=2)
     share = (hr[:, 2, 0, 0] > 0).double().mean().item()
     assert share == pytest.approx(33 * 90 / (33 * 90 + 60 * 45), abs=0.03)
 
@@ -173,17 +177,20 @@ def test_large_images_are_drawn_from_more_often(mapped):
 def test_an_image_smaller_than_a_patch_is_used_whole(tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "small.png")
-    _, hr = data.TrainSet(tmp_path, CPU).draw(8, 15, torch.Generator().manual_seed(0))
+    lr, hr = draw(tmp_path, 15, 8, seed=0)
+    small = data.to_tensor(data.bicubic(Image.fromarray(pixels), 4, 3)).numpy()
+    lr_expected = dihedral(torch.from_numpy(np.pad(small, ((0, 0), (4, 6), (4, 5)), mode="edge")))
     padded = np.pad(pixels, ((0, 6), (0, 3), (0, 0)), mode="edge")
     expected = dihedral(torch.from_numpy(padded).permute(2, 0, 1))
-    for patch in (hr * 255).round().to(torch.uint8):
-        assert any(torch.equal(patch, e) for e in expected)
+    for lr_patch, patch in zip(lr, hr, strict=True):
+        (k,) = [k for k, e in enumerate(expected) if torch.equal(patch, e)]
+        assert torch.equal(lr_patch, lr_expected[k])
 
 
 def test_the_same_generator_draws_the_same(mapped):
-    a, b = (mapped.draw(5, 9, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(a[0], b[0])
-    assert torch.equal(a[1], b[1])
+    (lr, hr), (lr_again, hr_again) = (draw(mapped, 9, 5, seed=5) for _ in range(2))
+    assert torch.equal(lr, lr_again)
+    assert torch.equal(hr, hr_again)
 
 
 # --------------------------------------------------------------------- generated images

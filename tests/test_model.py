@@ -1,5 +1,4 @@
 import ast
-import copy
 import inspect
 import math
 import sys
@@ -8,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import data
 import model as model_module
 import utils
-from model import HALO_LR, SRCNN, Folded
+from model import HALO_LR, SRCNN, Folded, crop
 from model import super_resolve as upscale_image
 
 
@@ -73,7 +73,6 @@ def test_a_pixel_depends_on_four_lr_pixels_to_each_side_and_on_no_more():
     whole = model(lr)
     middle = model(lr[..., 6:17, 6:17])  # 11 pixels; its own middle 3 have their full context
     assert torch.allclose(middle[..., 12:21, 12:21], whole[..., 30:39, 30:39], atol=1e-12, rtol=0)
-    assert torch.allclose(model.interior(lr[..., 6:17, 6:17]), whole[..., 30:39, 30:39], atol=1e-12, rtol=0)
     for distance, seen in ((HALO_LR, True), (HALO_LR + 1, False)):
         changed = lr.clone()
         changed[..., 11 - distance, 11] += 0.5
@@ -81,17 +80,66 @@ def test_a_pixel_depends_on_four_lr_pixels_to_each_side_and_on_no_more():
         assert same is not seen
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 9, 9), (2, 3, 9, 14), (1, 3, 40, 21)])
-def test_folded_is_the_same_function(shape):
-    lr = torch.rand(shape, dtype=torch.float64)
-    for model in (random_model(1), random_model(2)):
-        expected = model.interior(lr)
-        assert torch.allclose(Folded(model)(lr), expected, atol=1e-12, rtol=0)
-        single = Folded(copy.deepcopy(model).float().to(memory_format=torch.channels_last))(
-            lr.float().contiguous(memory_format=torch.channels_last)
-        )
+def trained_model():
+    model = SRCNN().requires_grad_(False)
+    model.load_state_dict(utils.load_checkpoint(ROOT / "checkpoint.pth")["model"])
+    return model
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (32, 13), (21, 66)])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_folded_is_the_same_function(shape, onednn):
+    """At all edges, over random weights and trained ones, with oneDNN and where it is missing."""
+    lr = torch.randint(256, (2, 3, *shape), generator=torch.Generator().manual_seed(sum(shape)))
+    context = F.pad(lr.double(), (HALO_LR,) * 4, mode="replicate")
+    for model in (random_model(1), random_model(2), trained_model().double()):
+        expected = model(lr.double() / 255) * 255
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            assert torch.allclose(Folded(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
+            single = Folded(model.float(), torch.float32)(context.byte())
         assert single.shape == expected.shape
-        assert (single - expected).abs().max() < 1e-5
+        assert (single - expected).abs().max() < 1e-5 * 255
+
+
+def test_gradients_flow_through_the_folding():
+    lr = torch.randint(256, (3, 3, 15, 19), generator=torch.Generator().manual_seed(0))
+    model = random_model(3).requires_grad_()
+    model_module._bicubic_kernel.cache_clear()
+    upscale_image(SRCNN(), lr[0].byte())  # what inference leaves behind serves training, too
+    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # so that each pixel counts differently
+    plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
+    folded = torch.autograd.grad((Folded(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
+
+
+def differences(model, lr):
+    fp32, bf16 = (upscale_image(model, lr, dtype).int() for dtype in (torch.float32, torch.bfloat16))
+    return (fp32 - bf16).abs().amax(0)
+
+
+def test_bf16_is_within_a_level():
+    """But for 1 pixel in 10,000."""
+    model = trained_model()
+    for _, image in data.dead_leaves("test", 2):
+        picture = data.to_tensor(image)
+        difference = differences(model, picture)
+        assert 0 < (difference > 0).double().mean() < 0.5  # it is another arithmetic
+        assert (difference > 1).double().mean() <= 1e-4
+    # Without float32 for the channels that carry the image it would not do.
+    context = F.pad(picture[None].float(), (HALO_LR,) * 4, mode="replicate")
+    exact, coarse = (Folded(model, dtype)(context) for dtype in (torch.float32, torch.bfloat16))
+    assert ((exact - coarse).abs().amax(1) > 1).double().mean() > 1e-3
+
+
+def test_bf16_costs_no_quality(real_data):
+    model, images = trained_model(), data.load_test_set(real_data / "Set5").images
+    psnr = {
+        dtype: sum(utils.psnr_y(upscale_image(model, image.lr, dtype), image.hr) for image in images) / len(images)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert abs(psnr[torch.float32] - psnr[torch.bfloat16]) < 0.005
+    far = sum((differences(model, image.lr) > 1).sum().item() for image in images)
+    assert far <= 1e-4 * sum(image.hr[0].numel() for image in images)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 5), (16, 17), (29, 33)])
@@ -105,7 +153,7 @@ def test_tiles_leave_no_seam(size, tile):
     lr = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     with torch.no_grad():
         whole = model.double()(lr[None].double() / 255)[0].clamp(0, 1) * 255
-    sr = upscale_image(model.float(), lr, tile)
+    sr = upscale_image(model.float(), lr, tile=tile)
     assert sr.shape == whole.shape
     assert (sr - whole).abs().max() < 0.5 + 1e-3
     assert (whole > 0).float().mean() > 0.3  # and not by being black

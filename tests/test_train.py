@@ -23,7 +23,7 @@ import data
 import train
 import utils
 from info import Info
-from model import SRCNN
+from model import SRCNN, crop
 from model import super_resolve as upscale_image
 
 
@@ -61,13 +61,13 @@ def test_training_beats_bicubic(cli, photos):
 
 def test_an_epoch_draws_as_many_pixels_as_the_set_has(train_small, monkeypatch):
     drawn = []
-    draw = data.TrainSet.draw
+    batches = data.TrainSet.batches
 
-    def count(self, number, patch, generator):
-        drawn.append(number * patch**2)
-        return draw(self, number, patch, generator)
+    def count(self, steps, number, generator):
+        drawn.append(steps * number * self.patch**2)
+        return batches(self, steps, number, generator)
 
-    monkeypatch.setattr(data.TrainSet, "draw", count)
+    monkeypatch.setattr(data.TrainSet, "batches", count)
     _, out, _ = train_small("--num-epoch=1", "--patch-size=24")
     pixels = int(re.search(r"([\d,]+) pixels", out)[1].replace(",", ""))
     assert pixels == 96 * 90 + 120 * 75 + 30 * 39 + 63 * 63 + 99 * 81
@@ -89,10 +89,12 @@ def test_a_run_of_a_few_steps_does_no_harm(train_small):
 
 def test_whitening_whitens():
     """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
-    lr = torch.rand(64, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
     whiten = train.whitening_matrix(lr, floor=1e-9)
     assert torch.allclose(whiten, whiten.T)
-    x = torch.nn.functional.interpolate(lr.double(), scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
+    x = torch.nn.functional.interpolate(lr.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[
+        ..., 6:-6, 6:-6
+    ]
     patches = torch.nn.functional.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
     values = torch.linalg.eigvalsh((patches @ whiten).T.cov())
     assert values.max().item() == pytest.approx(1, abs=1e-3)
@@ -107,10 +109,10 @@ def test_with_nothing_to_whiten_it_is_adam():
         torch.manual_seed(3)
         model = SRCNN()
         optimizer = train.WhitenedAdam(model, torch.eye(243)) if whitened else torch.optim.Adam(model.parameters())
-        lr, hr = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12, 12)
+        lr, hr = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 36, 36)
         for _ in range(3):
             optimizer.zero_grad()
-            loss = (model.interior(lr) - hr).square().mean()
+            loss = (model(lr) - hr).square().mean()
             loss.backward()
             optimizer.step()
         models.append(model.state_dict())
@@ -125,7 +127,7 @@ def test_a_whitened_step_moves_the_weight_by_v_times_p():
     before = model.conv1.weight.detach().flatten(1).clone()
     optimizer = train.WhitenedAdam(model, whiten)
     assert torch.allclose(optimizer.v @ whiten, before, atol=1e-5)
-    model.interior(torch.rand(1, 3, 12, 12)).square().mean().backward()
+    model(torch.rand(1, 3, 20, 20)).square().sum().backward()  # for gradients much above Adam's epsilon
     sign = (model.conv1.weight.grad.flatten(1) @ whiten.T).sign()
     optimizer.step()
     moved = model.conv1.weight.detach().flatten(1) - before  # Adam's first step is lr times the sign
@@ -143,6 +145,7 @@ def test_a_checkpoint_holds_what_the_spec_says(train_small, photos):
     assert saved["args"] == {
         "lr": 0.001,
         "batch_size": 4,
+        "precision": "auto",
         "num_epoch": 3,
         "save_freq": 2,
         "patch_size": 48,
@@ -306,20 +309,22 @@ def test_every_epoch_is_reported_in_one_line(train_small, photos):
 def test_the_reported_loss_is_the_mean_of_the_steps(train_small, monkeypatch):
     """With a vanishing learning rate every step's loss is that of the first network."""
     drawn = []
-    draw = data.TrainSet.draw
+    batches = data.TrainSet.batches
 
     def record(self, *args):
-        drawn.append(draw(self, *args))
-        return drawn[-1]
+        for batch in batches(self, *args):
+            drawn.append(batch)
+            yield batch
 
-    monkeypatch.setattr(data.TrainSet, "draw", record)
+    monkeypatch.setattr(data.TrainSet, "batches", record)
     began = time.perf_counter()
-    _, out, _ = train_small("--num-epoch=1", "--lr=1e-12")
+    _, out, _ = train_small("--num-epoch=1", "--lr=1e-12", "--precision=fp32")
     seconds = time.perf_counter() - began
     model = SRCNN()
     model.load_state_dict(weights("checkpoint.1"))
     with torch.no_grad():
-        losses = [(model.interior(lr) - hr).square().mean().item() for lr, hr in drawn[1:]]
+        crops = ((crop(model(lr / 255), 12), hr / 255) for lr, hr in drawn[1:])
+        losses = [(sr - hr).square().mean().item() for sr, hr in crops]
     assert len(losses) == 4
     loss, speed = re.search(r"loss ([\d.]+)  ([\d.]+) Mpx/s", out).groups()
     assert float(loss) == pytest.approx(sum(losses) / 4, abs=2e-6)
@@ -350,7 +355,7 @@ def test_tensorboard_goes_on_without_overlap_or_gap(train_small, photos, tmp_pat
     assert log.Scalars(f"{name}_psnr_y/leaves1")[-1].value == pytest.approx(
         last["report"]["images"]["leaves1"]["psnr_y"]
     )
-    rates = [train.learning_rate(0.0025, 4 * epoch - 0.5, 20) for epoch in range(1, 6)]
+    rates = [train.learning_rate(0.003, 4 * epoch - 0.5, 20) for epoch in range(1, 6)]
     assert [event.value for event in log.Scalars("train/learning_rate")] == pytest.approx(rates)
     (tag,) = (tag for tag in images if "leaves1" in tag)
     with Image.open(io.BytesIO(log.Images(tag)[-1].encoded_image_string)) as sheet:
@@ -605,16 +610,17 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(photos):
 
 def test_what_is_saved_at_ctrl_c_is_the_last_whole_epoch(train_small, monkeypatch):
     assert train_small("--num-epoch=4", "--save-freq=1", "--output=straight")[0] == 0
-    draw, calls = data.TrainSet.draw, []
+    batches, calls = data.TrainSet.batches, []
 
     def stop_in_the_third_epoch(self, *args):
-        calls.append(args)
-        if len(calls) == 1 + 2 * 4 + 3:
-            raise KeyboardInterrupt
-        return draw(self, *args)
+        for batch in batches(self, *args):
+            calls.append(args)
+            if len(calls) == 1 + 2 * 4 + 3:
+                raise KeyboardInterrupt
+            yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.TrainSet, "draw", stop_in_the_third_epoch)
+        patch.setattr(data.TrainSet, "batches", stop_in_the_third_epoch)
         status, out, _ = train_small("--num-epoch=4", "--output=stopped")
     assert status == 130
     assert "to go on from epoch 2: python train.py resume stopped/checkpoint.2\n" in out
@@ -648,6 +654,32 @@ def test_the_hint_for_a_checkpoint_of_the_course_is_understood(train_small, phot
     assert status == 130
     (hint,) = re.findall(r"^to go on from epoch 2: python train.py (.*)$", out, re.M)
     assert train_small(command=shlex.split(hint))[0] == 0
+
+
+def test_resume_goes_on_in_the_arithmetic_that_auto_had_chosen(train_small, monkeypatch):
+    for fast, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(utils, "bf16_is_fast", lambda device, fast=fast: fast)
+        assert train_small(f"--output={name}")[0] == 0
+        assert load(f"{name}/checkpoint.2")["precision"] == name
+        assert load(f"{name}/checkpoint.2")["args"]["precision"] == "auto"
+    # Elsewhere, where auto would choose otherwise.
+    _, _, err = train_small("--num-epoch=3", command=("resume", "bf16/checkpoint.2"))
+    assert_one_line(err, "not distinctly faster with bf16", "--precision=fp32")
+    assert train_small("--num-epoch=3", "--precision=auto", command=("resume", "bf16/checkpoint.2"))[0] == 0
+    monkeypatch.setattr(utils, "bf16_is_fast", lambda device: True)
+    assert ", float32," in train_small("--num-epoch=3", command=("resume", "fp32/checkpoint.2"))[1]
+    assert load("fp32/checkpoint.3")["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("patch", [9, 63, 360])
+def test_the_sample_for_whitening_is_as_large_for_any_patch(train_small, monkeypatch, patch):
+    sizes = []
+    matrix = train.whitening_matrix
+    monkeypatch.setattr(
+        train, "whitening_matrix", lambda lr: sizes.append(len(lr) * (3 * lr.shape[-1] - 24) ** 2) or matrix(lr)
+    )
+    assert train_small("--num-epoch=1", "--batch-size=1", f"--patch-size={patch}", "--lr=1e-9")[0] == 0
+    assert 64 * 63**2 <= sizes[0] < 1.6 * 64 * 63**2
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train_small, monkeypatch, tmp_path):

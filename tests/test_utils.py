@@ -3,14 +3,17 @@ import json
 import math
 import os
 import pickle
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, assert_one_line
 
 import data
+import model as model_module
 import utils
 from info import Info
 from model import SRCNN
@@ -131,7 +134,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(utils.Failure, match=r"checkpoint\.best: No space left on device"):
-        utils.write_file(path, b"half of the next")
+        utils.write_file(path, lambda file: file.write(b"half of the next"))
     assert path.read_bytes() == b"the last good one"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.best"]
 
@@ -141,7 +144,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path):
     path, link = tmp_path / "checkpoint.best", tmp_path / "link"
     path.write_bytes(b"the last good one")
     os.link(path, link)
-    utils.write_file(path, b"the next")
+    utils.write_file(path, lambda file: file.write(b"the next"))
     assert path.read_bytes() == b"the next"
     assert link.read_bytes() == b"the last good one"
 
@@ -280,3 +283,58 @@ def test_run_turns_failures_into_one_line(capsys):
     assert fail(KeyboardInterrupt())[0] == 130
     with pytest.raises(RuntimeError, match="a bug"):  # our own mistakes keep their traceback
         fail(RuntimeError("a bug"))
+
+
+# -------------------------------------------------------------------------- precision
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, torch.bfloat16), (1.0, torch.float32), (4.0, torch.float32)])
+def test_auto_is_bf16_where_that_is_faster(monkeypatch, ratio, chosen):
+    monkeypatch.setattr(model_module, "_seconds", {torch.float32: 1.0, torch.bfloat16: ratio}.get)
+    trained = SRCNN()
+    trained.load_state_dict(utils.load_checkpoint(ROOT / "checkpoint.pth")["model"])
+    assert utils.select_dtype("auto", CPU) == chosen
+    assert utils.select_dtype("auto", CPU, trained) == chosen
+    assert utils.select_dtype("fp32", CPU, trained) == torch.float32
+    # The same function, but the image is carried by other channels: bfloat16 would show.
+    for first, second in ((trained.conv1, trained.conv2), (trained.conv2, trained.conv3)):
+        first.weight.data, first.bias.data = first.weight.data.flip(0), first.bias.data.flip(0)
+        second.weight.data = second.weight.data.flip(1)
+    assert utils.select_dtype("auto", CPU, trained) == torch.float32
+    if ratio < 1:
+        assert utils.select_dtype("bf16", CPU, trained) == torch.bfloat16
+    else:
+        with pytest.raises(utils.Failure, match="--precision=fp32"):
+            utils.select_dtype("bf16", CPU, trained)
+
+
+def test_choosing_leaves_the_number_of_threads_as_it_was():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    utils.select_dtype("auto", CPU)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="of glibc with pages of 4 KiB",
+)
+def test_memory_is_kept_from_step_to_step():
+    """Without keep_memory a block larger than all before is new to the process: a page fault per 4 KiB."""
+    code = """if True:
+        import resource, sys, torch, utils
+        if sys.argv[1] == "keep": utils.keep_memory()
+        for turn in range(8):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**21 + turn * 2**18)  # 8 MB and 1 MB more each time
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", code, how], text=True, cwd=ROOT, env=env))
+        for how in ("keep", "-")
+    }
+    assert faults["keep"] < 1500 < 3000 < faults["-"]
