@@ -1,0 +1,90 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line
+from PIL import Image
+
+import bench
+import utils
+from model import SRCNN
+
+
+def test_it_measures_each_job_and_prints_json(photos):
+    """In small: the whole program on pictures of a hundred pixels."""
+    code = """if True:
+        import bench, utils
+        bench.SIZES, bench.PHOTO, bench.REPETITIONS = (12, 20), (30, 40), 1
+        utils.run(bench.main)"""
+    command = [sys.executable, "-c", code, f"--data={photos}", "--json"]
+    result = json.loads(subprocess.check_output(command, text=True, cwd=ROOT, timeout=100))
+    assert result["cores"] == torch.get_num_threads()
+    kinds = ["plain", *result["gflops"]]
+    jobs = [(row["job"], row["how"]) for row in result["rows"]]
+    expected = [("training", kind) for kind in kinds]
+    expected += [(f"training, {kinds[-1]}, images", f"{n} times") for n in (1, 4, 16)]
+    expected += [(f"inference, {n} x {n}", kind) for n in (12, 20) for kind in kinds]
+    assert jobs == [*expected, ("inference, 40 x 30", kinds[-1])]
+    for job, rows in itertools.groupby(result["rows"], lambda row: row["job"]):
+        rows = list(rows)
+        for row in rows:
+            assert row["ratio"] == pytest.approx(row["mpx_per_s"] / rows[0]["mpx_per_s"])
+            precision = {"plain": "fp32", "fp32": "fp32"}.get(row["how"], kinds[-1])
+            ceiling = result["gflops"][precision]
+            multiplications = 20_000 if job.startswith("inference") else 44_448
+            share = row["mpx_per_s"] * 2e6 * multiplications / (ceiling * 1e9)
+            assert row["ceiling"] == pytest.approx(share)
+    table = bench.table(result).splitlines()
+    assert len(table) == 4 + len(jobs)
+    assert all(len(line.split("|")) == 8 for line in table[2:])
+
+
+def test_the_multiplications_are_those_of_the_network():
+    """A weight is used once for each HR pixel; the gradient of conv1's input is not needed."""
+    conv1, conv2, conv3 = (w.numel() for w in SRCNN().parameters() if w.ndim == 4)
+    assert conv1 + conv2 + conv3 == bench.MULTIPLICATIONS["inference"]
+    assert 2 * conv1 + 3 * (conv2 + conv3) == bench.MULTIPLICATIONS["training"]
+
+
+def test_the_jobs_count_hr_pixels_and_learn(photos):
+    plain = bench.plain_training(photos)
+    assert [next(plain), next(plain)] == [128 * 33 * 33] * 2
+    fast = bench.fast_training(photos, torch.float32)
+    batch, patch = (bench.train.OPTIONS[name][1] for name in ("batch_size", "patch_size"))
+    assert bench.steps(fast, 3)() == 3 * batch * patch**2
+    assert bench.inference(5, 7, torch.float32)() == bench.inference(5, 7, None)() == 9 * 35
+
+
+def test_a_job_reports_its_memory_and_speed():
+    def make():
+        block = np.ones(2**23)  # 64 MB; not by torch, whose threads do not survive a fork
+        return lambda: time.sleep(0.1) or 10**6 + int(block[0])
+
+    speed, megabytes = bench.in_child(lambda: bench.once(make))
+    assert 64 <= megabytes < 80
+    assert 3 < speed <= 10.1  # a megapixel in a tenth of a second, or later where the machine is busy
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("nowhere", "no such folder"), ("tiny", "33x33"), ("empty", "no images")]
+)
+def test_a_wrong_folder_is_one_clear_line(tmp_path, folder, reason):
+    """Also where it is found out in another process."""
+    for name in ("tiny", "empty"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "tiny" / "a.png")
+    command = [sys.executable, str(ROOT / "bench.py"), f"--data={folder}"]
+    end = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (end.returncode, end.stdout) == (1, "")
+    assert_one_line(end.stderr, folder, reason)
+
+
+def test_a_killed_measurement_is_a_failure():
+    with pytest.raises(utils.Failure, match="killed"):
+        bench.in_child(lambda: os._exit(9))
