@@ -246,7 +246,7 @@ def test_it_starts_without_what_it_does_not_need():
     assert end.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("ending", ["bmp", "png", "jpg", "tif", "webp", "gif"])
+@pytest.mark.parametrize("ending", ["bmp", "jpg", "tif"])
 def test_a_full_disk_leaves_nothing_half_written(pictures, ending):
     """Writing stops at a size a little below that of the file."""
     command = [sys.executable, str(ROOT / "super_resolve.py"), "--checkpoint=net", "lr.bmp", f"--output=o.{ending}"]
