@@ -40,8 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ground-truth", type=Path, metavar="HR", help="measure against it, and picture both as PNG")
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
     parser.add_argument("--precision", type=precision, default="auto", metavar="P", help=PRECISION_HELP)
-    text = "side of the tiles to work in, in LR pixels (default: %(default)s)"
-    parser.add_argument("--tile", type=number(int), default=TILE, metavar="N", help=text)
+    text = f"side of the tiles to work in, in LR pixels (default: {TILE['cpu']}, on a GPU {TILE['cuda']})"
+    parser.add_argument("--tile", type=number(int), metavar="N", help=text)
     return parser.parse_args()
 
 
