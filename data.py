@@ -182,7 +182,7 @@ class TrainSet:
 
     def __init__(self, folder: str, patch: int, device: torch.device) -> None:
         self.name, images = load_images(folder, "train")
-        self.patch, self.device, least = patch, device, patch // SCALE
+        self.patch, least = patch, patch // SCALE
         lrs, hrs, sizes = [], [], []
         for _, image in images:
             lr, hr = map(to_tensor, degrade(image))
@@ -190,8 +190,8 @@ class TrainSet:
             sizes.append((h, w))
             lrs.append(_rows(lr, HALO_LR, max(h, least) + HALO_LR, max(w, least) + HALO_LR))
             hrs.append(_rows(hr, 0, SCALE * max(h, least), SCALE * max(w, least)))
-        self.count, self.pixels = len(images), SCALE**2 * sum(h * w for h, w in sizes)
         self.areas = torch.tensor(sizes).prod(1)
+        self.count, self.pixels = len(images), SCALE**2 * self.areas.sum().item()
         self.sizes = torch.tensor(sizes).clamp(min=least)
         areas_lr, areas_hr = (self.sizes + 2 * HALO_LR).prod(1), (SCALE * self.sizes).prod(1)
         self.starts_lr, self.starts_hr = (areas.cumsum(0) - areas for areas in (areas_lr, areas_hr))
