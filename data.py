@@ -115,13 +115,15 @@ def require_folder(folder: str) -> None:
         raise Failure(f"{folder}: no such folder of images")
 
 
-def load_images(folder: str, role: str) -> tuple[str, list[tuple[str, Image.Image]]]:
+def load_images(folder: str, role: str, hold_out: int = 0) -> tuple[str, list[tuple[str, Image.Image]]]:
     """Read a set of HR images.
 
     Parameters
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
     role : "train" or "test", which of the generated images to make
+    hold_out : where it is not 0, both roles share the images for training: one of this many is
+        for testing, the others are for training
 
     Returns
     -------
@@ -131,6 +133,13 @@ def load_images(folder: str, role: str) -> tuple[str, list[tuple[str, Image.Imag
     ------
     Failure if the folder is missing or empty, or a file in it is no image of at least 9x9
     """
+    if hold_out:
+        name, images = load_images(folder, "train")
+        held_out = range(hold_out // 2, len(images), hold_out)
+        images = [image for i, image in enumerate(images) if (i in held_out) == (role == "test")]
+        if not images:
+            raise Failure(f"{folder}: too few images to hold out one of {hold_out}")
+        return f"{name} ({'' if role == 'test' else 'without '}1 of {hold_out})", images
     require_folder(folder)
     if folder == DEAD_LEAVES:
         return f"{DEAD_LEAVES}-{role}", dead_leaves(role)
@@ -158,9 +167,9 @@ def set_name(folder: Path, files: list[Path]) -> str:
     return name
 
 
-def load_test_set(folder: str) -> TestSet:
-    """Read the images to measure on; raises as :func:`load_images`."""
-    set_name, images = load_images(folder, "test")
+def load_test_set(folder: str, hold_out: int = 0) -> TestSet:
+    """Read the images to measure on; parameters and what is raised as of :func:`load_images`."""
+    set_name, images = load_images(folder, "test", hold_out)
     tests = []
     for name, image in images:
         lr, hr = degrade(image)
@@ -178,10 +187,11 @@ class TrainSet:
     patch : size of the patches to draw in HR pixels, a multiple of 3; a smaller image is
         continued by replication, as every LR image is around its edges
     device : where the pixels live and batches are made
+    hold_out : as in :func:`load_images`
     """
 
-    def __init__(self, folder: str, patch: int, device: torch.device) -> None:
-        self.name, images = load_images(folder, "train")
+    def __init__(self, folder: str, patch: int, device: torch.device, hold_out: int = 0) -> None:
+        self.name, images = load_images(folder, "train", hold_out)
         self.patch, least = patch, patch // SCALE
         lrs, hrs, sizes = [], [], []
         for _, image in images:

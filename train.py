@@ -65,6 +65,7 @@ OPTIONS = {  # name: (check, default, help)
     "seed":       (number(int, least=-1),       0,               "of the initial weights and the patches drawn"),
     "train_data": (str,                         "data/91-image", "folder of training images, or dead-leaves"),
     "test_data":  (str,                         "data/Set5",     "folder of test images, or dead-leaves"),
+    "hold_out":   (number(int, least=-1),       0,               "to choose options: test on 1 of N training images"),
 }
 # fmt: on
 MAX_STEP = 2**26  # HR pixels; the features of that many take more than 16 GB
@@ -114,6 +115,8 @@ def find_data(options: dict, given: dict, fresh: bool) -> None:
     for name in {"train_data", "test_data"} & given.keys():
         data.require_folder(given[name])
     defaults = {name: OPTIONS[name][1] for name in ("train_data", "test_data") if name not in given}
+    if options["hold_out"]:
+        defaults.pop("test_data", None)
     missing = {n: Path(d) for n, d in defaults.items() if options[n] == d and not Path(d).exists()}
     if not missing:
         return
@@ -239,8 +242,9 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     if batch_size * patch_size**2 > MAX_STEP:
         raise Failure(f"a step has at most {MAX_STEP:,} pixels: take a smaller --batch-size or --patch-size")
     dtype = select_dtype(options["precision"], device)
-    train_set = data.TrainSet(options["train_data"], patch_size, device)
-    test_set = data.load_test_set(options["test_data"])
+    hold_out = options["hold_out"]
+    train_set = data.TrainSet(options["train_data"], patch_size, device, hold_out)
+    test_set = data.load_test_set(options["train_data" if hold_out else "test_data"], hold_out)
     steps = math.ceil(train_set.pixels / (batch_size * patch_size**2))
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     print(f"SRCNN 9-1-5 on {device}{threads}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
