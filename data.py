@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from http.client import HTTPException
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -181,6 +182,8 @@ def load_test_set(folder: str, hold_out: int = 0) -> TestSet:
 class TrainSet:
     """All training images in memory, as two long rows of uint8 pixels on the device.
 
+    Each image has nine LR versions, one for each place where the grid of LR pixels can begin.
+
     Parameters
     ----------
     folder : as in :func:`load_images`, whose Failure it raises
@@ -193,18 +196,22 @@ class TrainSet:
     def __init__(self, folder: str, patch: int, device: torch.device, hold_out: int = 0) -> None:
         self.name, images = load_images(folder, "train", hold_out)
         self.patch, least = patch, patch // SCALE
-        lrs, hrs, sizes = [], [], []
+        lrs, hrs, sizes, starts, widths, position = [], [], [], [], [], 0
         for _, image in images:
-            lr, hr = map(to_tensor, degrade(image))
-            _, h, w = lr.shape
-            sizes.append((h, w))
-            lrs.append(_rows(lr, HALO_LR, max(h, least) + HALO_LR, max(w, least) + HALO_LR))
-            hrs.append(_rows(hr, 0, SCALE * max(h, least), SCALE * max(w, least)))
-        self.areas = torch.tensor(sizes).prod(1)
-        self.count, self.pixels = len(images), SCALE**2 * self.areas.sum().item()
-        self.sizes = torch.tensor(sizes).clamp(min=least)
-        areas_lr, areas_hr = (self.sizes + 2 * HALO_LR).prod(1), (SCALE * self.sizes).prod(1)
-        self.starts_lr, self.starts_hr = (areas.cumsum(0) - areas for areas in (areas_lr, areas_hr))
+            width, height = (max(n, patch + SCALE - 1) for n in image.size)
+            for top, left in product(range(SCALE), repeat=2):
+                lr = to_tensor(degrade(image.crop((left, top, *image.size)))[0])
+                sizes.append(lr.shape[1:])
+                starts.append(position + top * width + left)
+                widths.append(width)
+                lrs.append(_rows(lr, HALO_LR, *(max(n, least) + HALO_LR for n in lr.shape[1:])))
+            hrs.append(_rows(to_tensor(image), 0, height, width))
+            position += height * width
+        sizes, self.starts_hr, self.widths_hr = map(torch.tensor, (sizes, starts, widths))
+        self.areas, self.sizes = sizes.prod(1), sizes.clamp(min=least)
+        self.count, self.pixels = len(images), SCALE**2 * self.areas[:: SCALE**2].sum().item()
+        areas = (self.sizes + 2 * HALO_LR).prod(1)
+        self.starts_lr = areas.cumsum(0) - areas
         self.lr, self.hr = (torch.cat(rows).to(device) for rows in (lrs, hrs))
 
     def batches(self, steps: int, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -222,13 +229,11 @@ class TrainSet:
         hr : (count, 3, patch, patch); both uint8, channels last in memory
         """
         total, size = steps * count, self.patch // SCALE
-        image = torch.multinomial(self.areas.double(), total, replacement=True, generator=generator)
-        room = self.sizes[image] - size + 1
-        top, left = (torch.rand(total, 2, generator=generator) * room).long().T
+        i = torch.multinomial(self.areas.double(), total, replacement=True, generator=generator)
+        top, left = (torch.rand(total, 2, generator=generator) * (self.sizes[i] - size + 1)).long().T
         turn = torch.rand(total, 3, generator=generator) < 0.5
-        width = self.sizes[image, 1]
-        lr = _walk(self.starts_lr[image], top, left, width + 2 * HALO_LR, size + 2 * HALO_LR, turn)
-        hr = _walk(self.starts_hr[image], SCALE * top, SCALE * left, SCALE * width, self.patch, turn)
+        lr = _walk(self.starts_lr[i], top, left, self.sizes[i, 1] + 2 * HALO_LR, size + 2 * HALO_LR, turn)
+        hr = _walk(self.starts_hr[i], SCALE * top, SCALE * left, self.widths_hr[i], self.patch, turn)
         lr, hr = (x.to(self.lr.device).split(count) for x in (lr, hr))
         for walk_lr, walk_hr in zip(lr, hr, strict=True):
             yield _cut(self.lr, walk_lr, size + 2 * HALO_LR), _cut(self.hr, walk_hr, self.patch)
