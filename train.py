@@ -56,7 +56,7 @@ from utils import (
 
 # fmt: off
 OPTIONS = {  # name: (check, default, help)
-    "lr":         (number(float),               0.003,           "peak learning rate of Adam"),
+    "lr":         (number(float),               0.005,           "peak learning rate of Adam"),
     "batch_size": (number(int),                 16,              "patches in a step"),
     "num_epoch":  (number(int),                 100,             "epochs, each as many pixels as the training set has"),
     "save_freq":  (number(int),                 10,              "epochs from one checkpoint to the next"),
@@ -135,12 +135,11 @@ def find_data(options: dict, given: dict, fresh: bool) -> None:
 
 
 class WhitenedAdam(torch.optim.Adam):
-    """Adam, but on V instead of conv1.weight = V P, where P whitens the layer's input patches.
+    """Adam in whitened coordinates of conv1: what it moves is V, and conv1.weight moves by P times that.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
     their covariance are orders of magnitude apart; Adam, which scales each value by itself, is
-    slow there. Working on V it sees uncorrelated inputs of like variance. The network itself
-    stays plain: after each step conv1.weight is set to V P.
+    slow there. On V it sees uncorrelated inputs of like variance. The network itself stays plain.
 
     Parameters
     ----------
@@ -150,24 +149,23 @@ class WhitenedAdam(torch.optim.Adam):
 
     def __init__(self, model: SRCNN, whiten: Tensor) -> None:
         self.weight, self.whiten = model.conv1.weight, whiten.to(model.conv1.weight)
-        v = torch.linalg.solve(self.whiten.double(), self.weight.detach().flatten(1).double(), left=False)
-        self.v = nn.Parameter(v.to(self.weight))
+        self.v = nn.Parameter(torch.zeros_like(self.whiten[:1]).repeat(len(self.weight), 1))
         super().__init__([self.v, *list(model.parameters())[1:]], fused=True)
 
     @torch.no_grad()
     def step(self) -> None:
         self.v.grad = self.weight.grad.flatten(1) @ self.whiten.T
         self.weight.grad = None
+        self.v.zero_()
         super().step()
-        self.weight.copy_((self.v @ self.whiten).view_as(self.weight))
+        self.weight += (self.v @ self.whiten).view_as(self.weight)
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"v": self.v.detach(), "whiten": self.whiten}
+        return super().state_dict() | {"whiten": self.whiten}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take over V and the moments; the hyperparameters stay this optimizer's."""
-        good = sound(state["v"], self.v.shape)
+        """Take over the moments; the hyperparameters stay this optimizer's."""
+        good = True
         for i, parameter in enumerate(self.param_groups[0]["params"]):
             step, average, square = (state["state"][i][key] for key in ("step", "exp_avg", "exp_avg_sq"))
             good &= sound(average, parameter.shape) and sound(square, parameter.shape) and bool((square >= 0).all())
@@ -175,15 +173,35 @@ class WhitenedAdam(torch.optim.Adam):
         if not good:
             raise ValueError("not this optimizer's state")
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
-        self.v.copy_(state["v"])
 
 
-def whitening_matrix(lr: Tensor, floor: float = 1e-3) -> Tensor:
-    """(C + floor)^(-1/2), with C the covariance of what conv1 sees when these LR patches,
-    uint8 of shape (N, 3, h, w), are upscaled; ``floor`` keeps noise from being blown up."""
-    x = F.unfold(upscale(lr.double() / 255), kernel_size=9, stride=5)
-    variances, directions = torch.linalg.eigh(x.transpose(1, 2).flatten(0, 1).T.cov())
-    return (directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T
+def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.1) -> Tensor:
+    """P = ``size`` (C + floor)^(-1/2) for :class:`WhitenedAdam`, which leaves out what all pixels have in common.
+
+    C is the covariance of what conv1 sees when these LR patches, uint8 of shape (N, 3, h, w), are
+    upscaled, each channel less its mean in the 9x9 pixels; ``floor`` keeps noise from being blown
+    up, ``size`` is the order of conv1's features. P has no such means either, so that conv1's
+    response to plain colours stays as it begins: a network that learns of colours from few images
+    shifts those that it has not seen.
+    """
+
+    def less_mean(x: Tensor) -> Tensor:
+        return (x.unflatten(1, (3, 81)) - x.unflatten(1, (3, 81)).mean(2, keepdim=True)).flatten(1)
+
+    x = F.unfold(upscale(lr.double() / 255), kernel_size=9, stride=5).transpose(1, 2).flatten(0, 1)
+    variances, directions = torch.linalg.eigh(less_mean(x).T.cov())
+    return size * less_mean((directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T)
+
+
+@torch.no_grad()
+def whiten_features(model: SRCNN, whiten: Tensor) -> None:
+    """Make conv1's random filters, all but the image's three, such that their features are alike in size.
+
+    As they are drawn they answer to brightness above all, so that many units of conv2 would be
+    always or never on, and a third of them never again.
+    """
+    filters = model.conv1.weight[3:]
+    filters.copy_((filters.flatten(1) @ whiten.to(filters)).view_as(filters))
 
 
 def learning_rate(peak: float, step: float, total: int) -> float:
@@ -205,11 +223,13 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
         model.load_state_dict(checkpoint["model"])
     saved = checkpoint.get("optimizer", {})
     past = {"epoch": checkpoint.get("epoch", 0), "args": checkpoint.get("args", {})}
-    if "v" not in saved:
+    if "whiten" not in saved:
         if checkpoint:
             print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
         count = math.ceil(64 * 63**2 / train_set.patch**2)  # about as many pixels for any size of patch
         whiten = whitening_matrix(next(train_set.batches(1, count, generator))[0][..., :160, :160].cpu())
+        if not checkpoint:
+            whiten_features(model, whiten)
         return model, WhitenedAdam(model, whiten), generator, past
     try:
         values = model.conv1.weight[0].numel()
@@ -384,7 +404,7 @@ def main() -> None:
     if args.command == "resume":
         path = args.checkpoint
         checkpoint = load_checkpoint(path)
-        if "v" in checkpoint["optimizer"]:  # of this trainer: exactness needs the arithmetic that auto had found
+        if "whiten" in checkpoint["optimizer"]:  # of this trainer: exactness needs the arithmetic that auto had found
             checkpoint["args"]["precision"] = checkpoint.get("precision", "fp32")
         saved = saved_options(checkpoint, path)
     options = {name: default for name, (_, default, _) in OPTIONS.items()} | saved | given
