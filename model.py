@@ -43,6 +43,12 @@ class SRCNN(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
+        self.conv3.weight *= 0.005
+        for conv in (self.conv1, self.conv2, self.conv3):
+            if conv is not self.conv3:
+                conv.weight[:3] = 0
+            middle = conv.kernel_size[0] // 2
+            conv.weight[range(3), range(3), middle, middle] = 1
 
     def forward(self, lr: Tensor) -> Tensor:
         """Super-resolve whole images, their edges continued by replication.
