@@ -228,7 +228,8 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
             print(f"{path} has no state of this optimizer: its weights are trained on with a fresh one")
         count = math.ceil(64 * 63**2 / train_set.patch**2)  # about as many pixels for any size of patch
         whiten = whitening_matrix(next(train_set.batches(1, count, generator))[0][..., :160, :160].cpu())
-        whiten = torch.eye(243)
+        if not checkpoint:
+            whiten_features(model, whiten)
         return model, WhitenedAdam(model, whiten), generator, past
     try:
         values = model.conv1.weight[0].numel()
