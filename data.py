@@ -199,7 +199,7 @@ class TrainSet:
         lrs, hrs, sizes, starts, widths, position = [], [], [], [], [], 0
         for _, image in images:
             width, height = (max(n, patch + SCALE - 1) for n in image.size)
-            for top, left in [(0, 0)]:
+            for top, left in product(range(SCALE), repeat=2):
                 lr = to_tensor(degrade(image.crop((left, top, *image.size)))[0])
                 sizes.append(lr.shape[1:])
                 starts.append(position + top * width + left)
@@ -209,7 +209,7 @@ class TrainSet:
             position += height * width
         sizes, self.starts_hr, self.widths_hr = map(torch.tensor, (sizes, starts, widths))
         self.areas, self.sizes = sizes.prod(1), sizes.clamp(min=least)
-        self.count, self.pixels = len(images), SCALE**2 * self.areas.sum().item()
+        self.count, self.pixels = len(images), SCALE**2 * self.areas[:: SCALE**2].sum().item()
         areas = (self.sizes + 2 * HALO_LR).prod(1)
         self.starts_lr = areas.cumsum(0) - areas
         self.lr, self.hr = (torch.cat(rows).to(device) for rows in (lrs, hrs))
