@@ -175,42 +175,6 @@ class WhitenedAdam(torch.optim.Adam):
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
 
 
-class SOAP(torch.optim.Adam):
-    """Adam in the eigenbasis of Shampoo's factors, refreshed every 10 steps (Vyas et al., 2024)."""
-
-    def __init__(self, model: SRCNN) -> None:
-        weights = list(model.parameters())
-        super().__init__(weights[1::2], fused=True)
-        self.matrices = [{"w": w, "factors": [torch.zeros(n, n) for n in w.flatten(1).shape]} for w in weights[::2]]
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        super().step()
-        self.count += 1
-        for s in self.matrices:
-            g = s["w"].grad.flatten(1)
-            s["w"].grad = None
-            if "basis" in s:
-                left, right = s["basis"]
-                s["m"].lerp_(g, 0.1)
-                s["v"].lerp_((left.T @ g @ right).square(), 0.001)
-                m = left.T @ s["m"] @ right / (1 - 0.9**self.count)
-                u = m / ((s["v"] / (1 - 0.999**self.count)).sqrt() + 1e-8)
-                s["w"] -= self.param_groups[0]["lr"] * (left @ u @ right.T).view_as(s["w"])
-            for factor, square in zip(s["factors"], (g @ g.T, g.T @ g)):
-                factor.lerp_(square, 0.05)
-            if "basis" not in s:
-                s["basis"] = [torch.linalg.eigh(factor.double())[1].float().flip(1) for factor in s["factors"]]
-                s["m"], s["v"] = torch.zeros_like(g), torch.zeros_like(g)
-            elif self.count % 10 == 0:
-                for i, factor in enumerate(s["factors"]):
-                    q = s["basis"][i]
-                    order = (q * (factor @ q)).sum(0).argsort(descending=True)
-                    s["v"] = s["v"].index_select(i, order)
-                    s["basis"][i] = torch.linalg.qr(factor @ q[:, order])[0]
-
-
 def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.1) -> Tensor:
     """P = ``size`` (C + floor)^(-1/2) for :class:`WhitenedAdam`, which leaves out what all pixels have in common.
 
@@ -266,7 +230,7 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
         whiten = whitening_matrix(next(train_set.batches(1, count, generator))[0][..., :160, :160].cpu())
         if not checkpoint:
             whiten_features(model, whiten)
-        return model, SOAP(model), generator, past
+        return model, WhitenedAdam(model, whiten), generator, past
     try:
         values = model.conv1.weight[0].numel()
         if not sound(saved["whiten"], torch.Size((values, values))):
