@@ -195,8 +195,6 @@ class TrainSet:
 
     def __init__(self, folder: str, patch: int, device: torch.device, hold_out: int = 0) -> None:
         self.name, images = load_images(folder, "train", hold_out)
-        shrunk = [(n, i.resize((max(9, round(i.width * s)), max(9, round(i.height * s))), 3)) for s in (0.8, 0.6) for n, i in images]
-        own, images = len(images), images + shrunk
         self.patch, least = patch, patch // SCALE
         lrs, hrs, sizes, starts, widths, position = [], [], [], [], [], 0
         for _, image in images:
@@ -211,7 +209,7 @@ class TrainSet:
             position += height * width
         sizes, self.starts_hr, self.widths_hr = map(torch.tensor, (sizes, starts, widths))
         self.areas, self.sizes = sizes.prod(1), sizes.clamp(min=least)
-        self.count, self.pixels = own, SCALE**2 * self.areas[: 9 * own : 9].sum().item()
+        self.count, self.pixels = len(images), SCALE**2 * self.areas[:: SCALE**2].sum().item()
         areas = (self.sizes + 2 * HALO_LR).prod(1)
         self.starts_lr = areas.cumsum(0) - areas
         self.lr, self.hr = (torch.cat(rows).to(device) for rows in (lrs, hrs))
