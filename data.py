@@ -212,11 +212,6 @@ class TrainSet:
         self.count, self.pixels = len(images), SCALE**2 * self.areas[:: SCALE**2].sum().item()
         areas = (self.sizes + 2 * HALO_LR).prod(1)
         self.starts_lr = areas.cumsum(0) - areas
-        mse = []
-        for _, image in images:
-            lr, hr = degrade(image)
-            mse += [10 ** (-psnr_rgb(to_tensor(bicubic(lr, *hr.size)), to_tensor(hr)) / 10)] * 9
-        self.areas = self.areas.double() * torch.tensor(mse).double() ** -0.5
         self.lr, self.hr = (torch.cat(rows).to(device) for rows in (lrs, hrs))
 
     def batches(self, steps: int, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
