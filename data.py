@@ -139,7 +139,7 @@ def load_images(folder: str, role: str, hold_out: int = 0) -> tuple[str, list[tu
         held_out = range(hold_out // 2, len(images), hold_out)
         images = [image for i, image in enumerate(images) if (i in held_out) == (role == "test")]
         if not images:
-            raise Failure(f"{folder}: too few images to hold out one of {hold_out}")
+            raise Failure(f"{folder}: with 1 of {hold_out} images held out none is left for {role}ing")
         return f"{name} ({'' if role == 'test' else 'without '}1 of {hold_out})", images
     require_folder(folder)
     if folder == DEAD_LEAVES:
@@ -209,6 +209,7 @@ class TrainSet:
             position += height * width
         sizes, self.starts_hr, self.widths_hr = map(torch.tensor, (sizes, starts, widths))
         self.areas, self.sizes = sizes.prod(1), sizes.clamp(min=least)
+        # What counts is the images' own size, as it is where the grid begins in the corner.
         self.count, self.pixels = len(images), SCALE**2 * self.areas[:: SCALE**2].sum().item()
         areas = (self.sizes + 2 * HALO_LR).prod(1)
         self.starts_lr = areas.cumsum(0) - areas

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NoReturn
@@ -178,7 +179,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     return _psnr(torch.einsum("c,chw->hw", weights, error))
 
 
-def evaluate(model: SRCNN, test_set) -> dict:
+def evaluate(model: SRCNN, test_set, self_ensemble: bool = False) -> dict:
     """PSNR of bicubic interpolation and of the network on a :class:`data.TestSet`.
 
     Returns
@@ -188,11 +189,11 @@ def evaluate(model: SRCNN, test_set) -> dict:
     """
     images = {}
     for image in test_set.images:
-        sr = super_resolve(model, image.lr)
+        sr = super_resolve(model, image.lr, self_ensemble=self_ensemble)
         images[image.name] = image.bicubic_psnr | {"psnr_y": psnr_y(sr, image.hr), "psnr_rgb": psnr_rgb(sr, image.hr)}
     rows = list(images.values())
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    return {"set": test_set.name, "images": images, "mean": mean}
+    return {"set": test_set.name + " (self-ensemble)" * self_ensemble, "images": images, "mean": mean}
 
 
 def known_by(report: dict) -> list:
@@ -358,12 +359,31 @@ def _fault(checkpoint: object) -> str | None:
 
 def as_flags(options: dict) -> str:
     """Options as they would stand on a command line."""
-    return " ".join(f"--{name.replace('_', '-')}={shlex.quote(printable(v))}" for name, v in options.items())
+    return " ".join(shlex.quote(printable(f"--{name.replace('_', '-')}={v}")) for name, v in options.items())
 
 
-def describe(path: Path, as_json: bool = False) -> str:
-    """What a checkpoint holds, as text for people or as JSON. Raises as :func:`load_checkpoint`."""
-    saved = load_checkpoint(path)
+def commands(checkpoint: dict) -> list[str]:
+    """What would train a checkpoint of this project again."""
+    args = checkpoint["args"] | {"precision": checkpoint.get("precision", "fp32")}
+    stages = [*checkpoint.get("history", []), [checkpoint["epoch"], args]]
+    lines, before = [], None
+    for (last, _), (epoch, options) in pairwise([[0, None], *stages]):
+        if not options:
+            lines.append("a training of another program")
+            continue
+        if len(lines) + 1 < len(stages) and epoch % options["save_freq"]:  # the next one needs this file
+            options = options | {"save_freq": epoch}
+        changed = {name: value for name, value in options.items() if (before or {}).get(name) != value}
+        if lines:
+            changed.pop("seed", None)  # no option of resume
+        what = f"resume checkpoint.{int(last)}" if lines else "train"
+        lines.append(f"python train.py {what} {as_flags(changed)}".rstrip())
+        before = options
+    return lines
+
+
+def describe(path: Path, saved: dict, as_json: bool = False) -> str:
+    """What the checkpoint of this path holds, as text for people or as JSON. Raises Failure if that is damaged."""
     keys = ("epoch", "psnr", "best", "best_epoch", "report", "args", "info", "train_set", "torch", "time")
     facts = {key: saved.get(key) for key in keys}
     try:
@@ -371,20 +391,22 @@ def describe(path: Path, as_json: bool = False) -> str:
         facts["optimizer_steps"] = max(
             (int(m["step"]) for m in saved["optimizer"].get("state", {}).values()), default=0
         )
+        facts["commands"] = commands(saved) if saved.get("run") else None
         if as_json:  # which knows no infinity and no NaN
             return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
         lines = {
             "epoch": f"{facts['epoch']} of {facts['args'].get('num_epoch', 'an unknown number')}",
             "optimizer": f"Adam, {facts['optimizer_steps']:,} steps",
             "trained on": facts["train_set"],
-            "arguments": as_flags(facts["args"]),
+            "arguments": None if facts["commands"] else as_flags(facts["args"]),
+            "commands": facts["commands"] and "; ".join(facts["commands"]),
             "best": facts["best"] and f"{facts['best']:.3f} dB Y, after epoch {facts['best_epoch']}",
             "info": ", ".join(f"{key}: {value}" for key, value in facts["info"].items()),
             "written": facts["time"] and f"{facts['time']}, torch {facts['torch']}",
             "PSNR": None if facts["report"] else f"{facts['psnr']:.3f} dB, on a set that it does not name",
         }
         text = f"{path}: SRCNN 9-1-5, {facts['parameters']:,} parameters\n"
-        text += "\n".join(f"{name:10} {line}" for name, line in lines.items() if line)
+        text += "\n".join(f"{name:10} {printable(line)}" for name, line in lines.items() if line)
         text += f"\n\n{table(facts['report'])}" if facts["report"] else ""
     except Exception as problem:  # of whatever type what is damaged provokes
         raise Failure(f"{path}: what inspect shows is damaged in it") from problem

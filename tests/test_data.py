@@ -69,6 +69,22 @@ def test_a_test_set_holds_what_the_protocol_says(photos):
     assert psnr == {"bicubic_y": utils.psnr_y(up, hr), "bicubic_rgb": utils.psnr_rgb(up, hr)}
 
 
+def test_images_are_held_out_of_the_training_set(photos, tmp_path):
+    name, held_out = data.load_images(photos, "test", 2)
+    assert name == f"{photos.name} (1 of 2)"
+    assert [name for name, _ in held_out] == ["leaves2", "leaves4"]
+    name, others = data.load_images(photos, "train", 2)
+    assert name == f"{photos.name} (without 1 of 2)"
+    assert [name for name, _ in others] == ["leaves1", "leaves3", "leaves5"]
+    assert [i.name for i in data.load_test_set(photos, 3).images] == ["leaves2", "leaves5"]
+    assert data.TrainSet(photos, 9, CPU, 3).count == 3
+    assert data.TrainSet(photos, 9, CPU, 3).pixels == 96 * 90 + 30 * 39 + 63 * 63
+    with pytest.raises(utils.Failure, match="with 1 of 1 images held out none is left for training"):
+        data.load_images(photos, "train", 1)
+    with pytest.raises(utils.Failure, match="none is left for testing"):
+        data.load_images(photos, "test", 12)
+
+
 def test_any_image_that_pillow_reads_will_do(tmp_path):
     grey = Image.linear_gradient("L").crop((0, 0, 30, 60))
     grey.save(tmp_path / "a.tiff")
@@ -143,14 +159,11 @@ def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
     lr, hr = draw(mapped, 12, 200, seed=1, steps=2)
     assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
     assert hr.shape == (400, 3, 12, 12)
-    sizes = {0: (45, 60), 100: (90, 33)}
     orientations, corners = set(), {0: set(), 100: set()}
-    images = {k * 100: data.to_tensor(data.degrade(data.open_image(mapped / f"{k}.png"))[0]).long() for k in (0, 1)}
+    images = {k * 100: data.open_image(mapped / f"{k}.png") for k in (0, 1)}
     for lr_patch, hr_patch in zip(lr.long(), hr.long(), strict=True):
         blue = hr_patch[2, 0, 0].item()
-        height, width = sizes[blue]
         left, top = hr_patch[0].min().item(), hr_patch[1].min().item()
-        assert left % 3 == top % 3 == 0
         grid_y, grid_x = torch.meshgrid(torch.arange(top, top + 12), torch.arange(left, left + 12), indexing="ij")
         expected = torch.stack([grid_x, grid_y, torch.full_like(grid_x, blue)])
         matches = [k for k, patch in enumerate(dihedral(expected)) if torch.equal(patch, hr_patch)]
@@ -158,14 +171,19 @@ def test_patches_are_oriented_crops_and_lr_fits_hr(mapped):
         orientations.add(matches[0])
         corners[blue].add((top, left))
         # The LR patch: the same place in the LR image with 4 pixels around, edges replicated.
-        image = images[blue]
-        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, height // 3 - 1)
-        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, width // 3 - 1)
+        whole = images[blue]  # less the rows and columns before the LR image's grid begins
+        part = whole.crop((left % 3, top % 3, whole.width, whole.height))
+        image = data.to_tensor(data.degrade(part)[0]).long()
+        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, part.height // 3 - 1)
+        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, part.width // 3 - 1)
         assert torch.equal(lr_patch, dihedral(image[:, y][..., x])[matches[0]])
     assert orientations == set(range(8))
-    assert len(corners[0]) == 17 * 12 or len(corners[0]) > 100  # all over the image
-    assert {0, 33 - 12} <= {left for _, left in corners[100]}  # to both its edges
-    assert {0, 90 - 12} <= {top for top, _ in corners[100]}
+    for blue, image in images.items():  # all over the image, to all its edges, at all nine phases
+        assert len(corners[blue]) > 120
+        tops, lefts = zip(*corners[blue], strict=True)
+        assert (min(tops), max(tops)) == (0, image.height - 12)
+        assert (min(lefts), max(lefts)) == (0, image.width - 12)
+        assert len({(top % 3, left % 3) for top, left in corners[blue]}) == 9
 
 
 def test_large_images_are_drawn_from_more_often(mapped):
@@ -178,13 +196,16 @@ def test_an_image_smaller_than_a_patch_is_used_whole(tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "small.png")
     lr, hr = draw(tmp_path, 15, 8, seed=0)
-    small = data.to_tensor(data.bicubic(Image.fromarray(pixels), 4, 3)).numpy()
-    lr_expected = dihedral(torch.from_numpy(np.pad(small, ((0, 0), (4, 6), (4, 5)), mode="edge")))
-    padded = np.pad(pixels, ((0, 6), (0, 3), (0, 0)), mode="edge")
-    expected = dihedral(torch.from_numpy(padded).permute(2, 0, 1))
+    padded = torch.from_numpy(np.pad(pixels, ((0, 8), (0, 5), (0, 0)), mode="edge")).permute(2, 0, 1)
+    lrs, hrs = [], []
+    for top in range(3):
+        for left in range(3):
+            small = data.to_tensor(data.degrade(Image.fromarray(pixels[top:, left:]))[0]).numpy()
+            pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
+            lrs += dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
+            hrs += dihedral(padded[:, top : top + 15, left : left + 15])
     for lr_patch, patch in zip(lr, hr, strict=True):
-        (k,) = [k for k, e in enumerate(expected) if torch.equal(patch, e)]
-        assert torch.equal(lr_patch, lr_expected[k])
+        assert any(torch.equal(lr_patch, a) and torch.equal(patch, b) for a, b in zip(lrs, hrs, strict=True))
 
 
 def test_the_same_generator_draws_the_same(mapped):

@@ -63,6 +63,31 @@ def test_forward_is_bicubic_and_three_convolutions_on_the_continued_image(shape)
     assert torch.allclose(sr, x[..., 3 * far : -3 * far, 3 * far : -3 * far], atol=1e-12, rtol=0)
 
 
+def test_the_self_ensemble_is_the_mean_of_eight(noise):
+    """Of all flips and rotations, each once, turned back; so it commutes with them."""
+    model = random_model().float()
+    folded = Folded(model, torch.float32)
+    lr = F.pad(noise[None].float(), (4,) * 4, mode="replicate")
+    views = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
+
+    def turn(x, turns, mirror):
+        return (x.flip(3) if mirror else x).rot90(turns, (2, 3))
+
+    def back(x, turns, mirror):
+        x = x.rot90(-turns, (2, 3))
+        return x.flip(3) if mirror else x
+
+    mean = torch.stack([back(folded(turn(lr, *view)), *view) for view in views]).mean(0)
+    expected = mean[0].clamp(0, 255).round().to(torch.uint8)
+    for tile in (None, 7):
+        result = upscale_image(model, noise, tile=tile, self_ensemble=True)
+        assert (result.int() - expected.int()).abs().max() <= 1
+        assert (result != expected).double().mean() < 1e-3
+    turned = upscale_image(model, noise.transpose(1, 2), self_ensemble=True).transpose(1, 2)
+    assert (turned.int() - expected.int()).abs().max() <= 1
+    assert (upscale_image(model, noise).int() - expected.int()).abs().max() > 1
+
+
 def test_a_constant_image_stays_constant_up_to_the_edge():
     sr = random_model()(torch.full((1, 3, 5, 9), 0.37, dtype=torch.float64))
     assert torch.allclose(sr, sr[..., :1, :1].expand_as(sr), atol=1e-12, rtol=0)

@@ -87,20 +87,91 @@ def test_a_run_of_a_few_steps_does_no_harm(train_small):
     assert mean["psnr_y"] > mean["bicubic_y"] - 0.2
 
 
+def test_diverging_is_reported_and_not_the_best(train_small):
+    assert train_small("--num-epoch=1", "--lr=1e-6")[:3:2] == (0, "")
+    status, _, err = train_small("--num-epoch=4", "--lr=3", "--output=bad")
+    assert status == 0
+    assert re.fullmatch(r"WARNING: epoch \d is worse than bicubic interpolation; lower --lr\n", err)
+    last = load("bad/checkpoint.4")
+    assert last["psnr"] < last["report"]["mean"]["bicubic_y"] - 0.5
+    assert last["best"] > last["report"]["mean"]["bicubic_y"] - 0.1  # of the beginning
+    assert not os.path.exists("bad/checkpoint.best")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("count", "size"), [(1, (80, 70)), (1, (9, 9)), (3, (11, 10))])
+def test_one_image_tiny_ones_and_grey_ones_will_do(train_small, cli, tmp_path, mode, count, size):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name, image in data.dead_leaves("train", count, 80):
+        image.crop((0, 0, *size)).convert(mode).save(folder / f"{name}.png")
+    status, out, err = train_small("--save-freq=1", f"--train-data={folder}")
+    assert (status, err) == (0, "")
+    assert f"{count} images" in out
+    mean = load("checkpoint.2")["report"]["mean"]
+    assert mean["psnr_y"] > mean["bicubic_y"] - 0.2
+    assert train_small("--output=on", command=("resume", "checkpoint.1"))[0] == 0
+    assert same(weights("on/checkpoint.2"), weights("checkpoint.2"))
+
+
+def test_images_held_out_serve_as_the_test_set(train_small, photos, tmp_path):
+    status, out, _ = train_small("--num-epoch=1", "--hold-out=2", "--test-data=missing")
+    assert status == 1
+    status, out, _ = train_small("--num-epoch=1", "--hold-out=2")
+    assert status == 0
+    assert f"training set {photos.name} (without 1 of 2): 3 images" in out
+    report = load("checkpoint.1")["report"]
+    assert (report["set"], list(report["images"])) == (f"{photos.name} (1 of 2)", ["leaves2", "leaves4"])
+    assert train_small("--num-epoch=2", command=("resume", "checkpoint.1"))[0] == 0
+    assert load("checkpoint.2")["report"]["images"].keys() == report["images"].keys()
+
+
 def test_whitening_whitens():
     """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
     lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
-    whiten = train.whitening_matrix(lr, floor=1e-9)
-    assert torch.allclose(whiten, whiten.T)
+    whiten = train.whitening_matrix(lr, floor=1e-9, size=1)
+    assert torch.allclose(whiten, whiten.T, atol=1e-6 * whiten.abs().max().item())
     x = torch.nn.functional.interpolate(lr.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[
         ..., 6:-6, 6:-6
     ]
     patches = torch.nn.functional.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
-    values = torch.linalg.eigvalsh((patches @ whiten).T.cov())
+    values = torch.linalg.eigvalsh((patches @ whiten).T.cov())[3:]
     assert values.max().item() == pytest.approx(1, abs=1e-3)
     assert values.median().item() > 0.9
-    # The floor bounds what is amplified: 1e-3 allows a factor of about 30.
-    assert torch.linalg.eigvalsh(train.whitening_matrix(lr)).max().item() == pytest.approx(1e-3**-0.5, rel=0.01)
+    # The floor bounds what is amplified: 1e-3 allows a factor of about 30, times the size of 0.1.
+    assert torch.linalg.eigvalsh(train.whitening_matrix(lr)).max().item() == pytest.approx(0.1 * 1e-3**-0.5, rel=0.01)
+    # What all 81 pixels of a channel have in common it passes over.
+    plain = torch.block_diag(*[torch.ones(1, 81, dtype=torch.float64)] * 3)
+    assert (whiten @ plain.T).abs().max() < 1e-6
+
+
+def test_new_filters_are_blind_to_plain_colour_and_alike_in_size(train_small, photos):
+    """Each random filter's features deviate by about as much, those of the image pass unchanged."""
+    assert train_small("--num-epoch=1", "--lr=1e-12")[0] == 0
+    conv1 = SRCNN().conv1
+    conv1.load_state_dict({key[6:]: value for key, value in weights("checkpoint.1").items() if "conv1" in key})
+    assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
+    assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
+    images = [image.bicubic for image in data.load_test_set(photos).images]
+    features = [torch.nn.functional.conv2d(image / 255, conv1.weight).flatten(1) for image in images]
+    deviations = torch.cat(features, 1)[3:].std(1)
+    assert 0.03 < deviations.median() < 0.15  # the order of 0.1, less for what the floor takes
+    assert deviations.max() / deviations.min() < 2.5
+
+
+def test_colours_never_seen_keep_their_place(train_small, tmp_path):
+    """Trained on grey images alone, a plain colour stays what it is."""
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    for name, image in data.dead_leaves("train", 2, 60):
+        image.convert("L").save(grey / f"{name}.png")
+    assert train_small("--num-epoch=30", "--patch-size=30", f"--train-data={grey}")[0] == 0
+    mean = load("checkpoint.30")["report"]["mean"]
+    assert abs(mean["psnr_y"] - mean["bicubic_y"]) > 0.1  # it did learn something
+    model = SRCNN()
+    model.load_state_dict(weights("checkpoint.30"))
+    plain = torch.tensor([70, 40, 200], dtype=torch.uint8)[:, None, None].expand(3, 12, 12)
+    assert (upscale_image(model, plain).int() - plain[:, :1, :1].int()).abs().max() <= 6
 
 
 def test_with_nothing_to_whiten_it_is_adam():
@@ -126,7 +197,6 @@ def test_a_whitened_step_moves_the_weight_by_v_times_p():
     model, whiten = SRCNN(), torch.eye(243) + 0.01 * torch.ones(243, 243)
     before = model.conv1.weight.detach().flatten(1).clone()
     optimizer = train.WhitenedAdam(model, whiten)
-    assert torch.allclose(optimizer.v @ whiten, before, atol=1e-5)
     model(torch.rand(1, 3, 20, 20)).square().sum().backward()  # for gradients much above Adam's epsilon
     sign = (model.conv1.weight.grad.flatten(1) @ whiten.T).sign()
     optimizer.step()
@@ -195,7 +265,8 @@ def test_resuming_is_exact(train_small, epoch):
     assert same(straight["model"], resumed["model"])
     assert straight["report"] == resumed["report"]
     assert straight["best"] == resumed["best"]
-    assert torch.equal(straight["optimizer"]["v"], resumed["optimizer"]["v"])
+    for i, moments in straight["optimizer"]["state"].items():
+        assert same(moments, resumed["optimizer"]["state"][i])
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(train_small):
@@ -284,6 +355,38 @@ def test_the_best_of_the_same_run_goes_on(train_small, tmp_path):
     torch.save(load("checkpoint.2") | {"best_epoch": best}, "checkpoint.2")
     assert train_small("--num-epoch=3", command=("resume", "checkpoint.2"))[0] == 0
     assert not list(tmp_path.glob("checkpoint.best.*"))
+
+
+def test_inspect_prints_the_commands_that_repeat_the_training(train_small, cli, tmp_path):
+    """And so they do, to the last bit, over a change of options on the way."""
+    assert train_small("--save-freq=1", "--seed=5", "--output=a")[0] == 0
+    stopped = load("a/checkpoint.1")  # as Ctrl-C leaves it, at an epoch that --save-freq passes over
+    stopped["args"]["save_freq"] = 10
+    torch.save(stopped, "a/checkpoint.1")
+    assert train_small("--num-epoch=3", "--lr=0.001", command=("resume", "a/checkpoint.1"))[0] == 0
+    assert train_small("--num-epoch=4", command=("resume", "a/checkpoint.3"))[0] == 0
+    commands = json.loads(cli("train.py", "inspect", "a/checkpoint.4", "--json")[1])["commands"]
+    assert [command.split()[2] for command in commands] == ["train", "resume", "resume"]
+    assert [shlex.split(command)[3:] for command in commands[1:]] == [
+        ["checkpoint.1", "--lr=0.001", "--num-epoch=3", "--save-freq=3"],
+        ["checkpoint.3", "--num-epoch=4", "--save-freq=10"],
+    ]
+    shown = cli("train.py", "inspect", "a/checkpoint.4")[1]
+    assert all(command in shown for command in commands)
+    for command in commands:
+        assert cli("train.py", *shlex.split(command)[2:])[0] == 0
+    assert same(weights("checkpoint.4"), weights("a/checkpoint.4"))
+
+
+def test_what_another_program_began_has_no_command(train_small, cli, photos):
+    skeleton_checkpoint("legacy")
+    folders = (f"--train-data={photos}", f"--test-data={photos}")
+    assert train_small(*folders, "--output=new", command=("resume", "legacy"))[0] == 0
+    commands = json.loads(cli("train.py", "inspect", "new/checkpoint.4", "--json")[1])["commands"]
+    assert commands[0] == "a training of another program"
+    assert commands[1].startswith("python train.py resume checkpoint.2 --lr=0.0001 --batch-size=8 --num-epoch=4")
+    assert "--seed" not in commands[1]
+    assert json.loads(cli("train.py", "inspect", "legacy", "--json")[1])["commands"] is None
 
 
 def test_the_seed_is_not_an_option_of_resume(cli):
@@ -424,6 +527,29 @@ def test_inspect_tells_what_is_inside(train_small, cli):
     assert facts["optimizer_steps"] == 2 * math.ceil(30_798 / (4 * 48**2))
 
 
+def test_inspect_measures_on_any_images(train_small, cli, photos):
+    assert train_small("--num-epoch=1")[0] == 0
+    model = SRCNN()
+    model.load_state_dict(weights("checkpoint.1"))
+    test_set = data.load_test_set("dead-leaves")
+    for ensemble in (False, True):
+        options = ["--test-data=dead-leaves", *["--self-ensemble"] * ensemble]
+        status, out, _ = cli("train.py", "inspect", "checkpoint.1", *options)
+        assert status == 0
+        assert out.endswith(utils.table(utils.evaluate(model, test_set, ensemble)) + "\n")
+        report = json.loads(cli("train.py", "inspect", "checkpoint.1", *options, "--json")[1])["report"]
+        assert report["set"] == "dead-leaves-test" + " (self-ensemble)" * ensemble
+        first = test_set.images[0]
+        psnr = utils.psnr_y(upscale_image(model, first.lr, self_ensemble=ensemble), first.hr)
+        assert report["images"][first.name]["psnr_y"] == pytest.approx(psnr, abs=1e-9)
+    status, _, err = cli("train.py", "inspect", "checkpoint.1", "--self-ensemble")
+    assert status == 2
+    assert_one_line(err, "--self-ensemble is for --test-data")
+    status, _, err = cli("train.py", "inspect", "checkpoint.1", "--test-data=missing")
+    assert status == 1
+    assert_one_line(err, "missing: no such folder")
+
+
 def test_inspect_of_damaged_parts_is_one_line(train_small, cli):
     assert train_small()[0] == 0
     for part in ({"report": {"images": 5}}, {"optimizer": {"state": {0: 7}}}, {"report": {"set": "x", "images": {}}}):
@@ -495,8 +621,12 @@ def test_bad_checkpoints(cli, command, tmp_path):
     [
         ("args", {"batch_size": -4}),
         ("args", {"lr": "\x1b[31m"}),
-        ("optimizer", {"v": torch.zeros(2, 2), "whiten": torch.zeros(243, 243), "state": {}, "param_groups": []}),
-        ("optimizer", {"v": "x"}),
+        ("optimizer", {"whiten": torch.zeros(243, 243), "state": {}, "param_groups": []}),
+        ("optimizer", {"whiten": "x"}),
+        ("history", 3),
+        ("history", [[1]]),
+        ("history", [["x", {}]]),
+        ("history", [[1, 2]]),
         ("random_state", torch.zeros(3)),
         ("run", 5),
         ("run", ".."),
@@ -512,14 +642,14 @@ def test_bad_checkpoints(cli, command, tmp_path):
         ("exp_avg_sq", torch.full((64, 243), -1.0)),
         ("exp_avg", torch.full((64, 243), math.nan)),
         ("exp_avg", torch.zeros(64, 243, dtype=torch.complex64)),
-        ("v", torch.full((64, 243), math.inf)),
+        ("whiten", torch.full((243, 243), math.inf)),
     ],
 )
 def test_damaged_parts_of_a_checkpoint_end_in_one_line(train_small, tmp_path, part, value):
     assert train_small("--output=in")[0] == 0
     saved = load("in/checkpoint.2")
     first = saved["optimizer"]["state"][0]
-    inner = {"step": first, "exp_avg": first, "exp_avg_sq": first, "v": saved["optimizer"]}
+    inner = {"step": first, "exp_avg": first, "exp_avg_sq": first, "whiten": saved["optimizer"]}
     inner.get(part, saved)[part] = value
     torch.save(saved, "damaged")
     status, _, err = train_small("--num-epoch=3", "--output=out", command=("resume", "damaged"))
@@ -746,6 +876,12 @@ def test_a_run_on_real_images_is_not_resumed_on_generated_ones(cli, offline, tra
     status, _, err = cli("train.py", "resume", "checkpoint.2", "--num-epoch=3")
     assert status == 1
     assert_one_line(err, "cannot fetch 91-image and Set5")
+
+
+def test_who_holds_images_out_needs_no_set5(cli, offline, photos):
+    status, out, err = cli("train.py", "train", "--num-epoch=1", f"--train-data={photos}", "--hold-out=2")
+    assert (status, err) == (0, "")
+    assert f"{photos.name} (1 of 2) mean" in out
 
 
 def test_dead_leaves_may_be_asked_for(cli, offline):

@@ -248,7 +248,7 @@ def test_what_a_gpu_saved_is_read_where_there_is_none(tmp_path, monkeypatch):
 
 def test_json_has_no_number_that_json_lacks(tmp_path):
     utils.save_checkpoint(tmp_path / "x", checkpoint(psnr=math.inf, best=math.nan))
-    text = utils.describe(tmp_path / "x", as_json=True)
+    text = utils.describe(tmp_path / "x", utils.load_checkpoint(tmp_path / "x"), as_json=True)
     assert "Infinity" not in text
     assert "NaN" not in text
     facts = json.loads(text)
