@@ -222,6 +222,7 @@ def test_a_checkpoint_holds_what_the_spec_says(train_small, photos):
         "seed": 5,
         "train_data": str(photos),
         "test_data": str(photos),
+        "hold_out": 0,
     }
     assert saved["info"] == {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"}
     assert saved["epoch"] == 3
@@ -458,7 +459,7 @@ def test_tensorboard_goes_on_without_overlap_or_gap(train_small, photos, tmp_pat
     assert log.Scalars(f"{name}_psnr_y/leaves1")[-1].value == pytest.approx(
         last["report"]["images"]["leaves1"]["psnr_y"]
     )
-    rates = [train.learning_rate(0.003, 4 * epoch - 0.5, 20) for epoch in range(1, 6)]
+    rates = [train.learning_rate(0.005, 4 * epoch - 0.5, 20) for epoch in range(1, 6)]
     assert [event.value for event in log.Scalars("train/learning_rate")] == pytest.approx(rates)
     (tag,) = (tag for tag in images if "leaves1" in tag)
     with Image.open(io.BytesIO(log.Images(tag)[-1].encoded_image_string)) as sheet:
