@@ -193,7 +193,8 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.1) -> Tens
     """
 
     def less_mean(x: Tensor) -> Tensor:
-        return (x.unflatten(1, (3, 81)) - x.unflatten(1, (3, 81)).mean(2, keepdim=True)).flatten(1)
+        x = x.unflatten(1, (3, 81))
+        return (x - x.mean(2, keepdim=True)).flatten(1)
 
     x = F.unfold(upscale(lr.double() / 255), kernel_size=9, stride=5).transpose(1, 2).flatten(0, 1)
     variances, directions = torch.linalg.eigh(less_mean(x).T.cov())

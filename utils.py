@@ -405,9 +405,9 @@ def describe(path: Path, saved: dict, as_json: bool = False) -> str:
             "written": facts["time"] and f"{facts['time']}, torch {facts['torch']}",
             "PSNR": None if facts["report"] else f"{facts['psnr']:.3f} dB, on a set that it does not name",
         }
-        text = f"{path}: SRCNN 9-1-5, {facts['parameters']:,} parameters\n"
+        text = f"{printable(path)}: SRCNN 9-1-5, {facts['parameters']:,} parameters\n"
         text += "\n".join(f"{name:10} {printable(line)}" for name, line in lines.items() if line)
         text += f"\n\n{table(facts['report'])}" if facts["report"] else ""
     except Exception as problem:  # of whatever type what is damaged provokes
         raise Failure(f"{path}: what inspect shows is damaged in it") from problem
-    return "\n".join(map(printable, text.split("\n")))
+    return text
