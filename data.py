@@ -10,6 +10,7 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import hashlib
 import io
 import math
@@ -20,6 +21,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from http.client import HTTPException
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -27,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +50,9 @@ MIRRORS = (
 MAX_BYTES = 2**27  # of an archive, and of the images in it
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
+
+MAX_PIXELS = 2**28 // 3  # of an image to read, unless told; Pillow warns of larger ones
+WITH_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # other formats have further images for purposes of their own
 
 DEAD_LEAVES = "dead-leaves"  # stands for a folder: the generated images
 
@@ -90,24 +95,106 @@ def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
     return bicubic(hr, width, height), hr
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image to 8-bit RGB. Raises Failure, naming the file, where that cannot be done."""
+def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    """Decode an image, all of its frames or pages, upright.
+
+    Parameters
+    ----------
+    path : a file of any format that Pillow reads by itself
+    max_pixels : the most to decode in all; a file of a few bytes can claim to be of any size
+
+    Returns
+    -------
+    images of mode L or RGB, with alpha LA or RGBA, or I;16 (gray of 16 bits), with Pillow's ``info``
+
+    Raises
+    ------
+    Failure, naming the file, where that cannot be done
+    """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise Failure(f"{path}: not a file")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of oddities that it copes with
-            image.load()
-            if image.mode.startswith("I;16"):  # convert() would cut off at 255
-                return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5)).convert("RGB")
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel, of a range unknown: save it with 8 or 16")
-            return image.convert("RGB")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_formats()) as image:
+                count = getattr(image, "n_frames", 1) if image.format in WITH_FRAMES else 1
+                if count * image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{count} frames of {image.width}x{image.height} pixels")
+                frames = []
+                for i in range(count):
+                    image.seek(i)
+                    image.load()
+                    frames.append(_plain(image))
+                return frames
     except FileNotFoundError as problem:
         raise Failure(f"{path}: no such file") from problem
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise Failure(f"{path}: {problem}; super_resolve.py --max-pixels=N lifts the limit") from problem
     except Exception as problem:  # Pillow's decoders raise errors of many types
         reason = (
             "" if isinstance(problem, UnidentifiedImageError) else f": {getattr(problem, 'strerror', None) or problem}"
         )
         raise Failure(f"{path}: not an image that can be read{reason}") from problem
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@lru_cache
+def _formats() -> list[str]:
+    """What Pillow reads, but for EPS, which it has another program run: Ghostscript."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """A frame as :func:`read_frames` returns it."""
+    info = dict(image.info)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # it has 16 bits there
+        gray, key = np.asarray(image).astype(np.uint16), info.pop("transparency", None)
+        frame = Image.fromarray(gray)
+        if key is not None:  # no mode of Pillow has 16 bits and alpha
+            frame = Image.fromarray(np.uint8(gray / 257 + 0.5))
+            frame.putalpha(Image.fromarray(np.uint8(255 * (gray != key))))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, of a range unknown: save it with 8 or 16")
+    else:
+        mode = ("L" if image.mode in ("1", "L", "LA", "La") else "RGB") + "A" * image.has_transparency_data
+        profile, frame = info.pop("icc_profile", None), None
+        if image.mode != "CMYK":
+            info["icc_profile"] = profile
+        elif profile:  # it is of these inks: it tells their colours, and is of no use after that
+            with contextlib.suppress(Exception):  # damaged ones provoke errors of many types
+                inks, srgb = ImageCms.getOpenProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                frame = ImageCms.profileToProfile(image, inks, srgb, outputMode=mode)
+        frame = frame or image.convert(mode)  # a copy, since the next frame is loaded into the same image
+        info.pop("transparency", None)
+    frame.info = info
+    with contextlib.suppress(Exception):  # EXIF data that are damaged say nothing
+        ImageOps.exif_transpose(frame, in_place=True)
+    return frame
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """What :func:`read_frames` returns as 8-bit RGB, without its alpha."""
+    if image.mode == "I;16":  # convert() would cut off at 255
+        image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image, or its first frame, to 8-bit RGB. Raises what :func:`read_frames` does."""
+    return to_rgb(read_frames(path)[0])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder, sorted, by their endings. Raises Failure if there are none."""
+    known = {ending for ending, name in Image.registered_extensions().items() if name in _formats()}
+    files = [f for f in folder.iterdir() if f.suffix.lower() in known and f.is_file() and not f.name.startswith(".")]
+    if not files:
+        raise Failure(f"{folder}: this folder holds no images")
+    return sorted(files)
 
 
 def require_folder(folder: str) -> None:

@@ -3,7 +3,7 @@ Deep Convolutional Networks", TPAMI 2015). This file stands alone: it needs torc
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -203,41 +203,6 @@ def eightfold(function: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def bands(
-    model: SRCNN,
-    lr: Tensor,
-    dtype: torch.dtype = torch.float32,
-    tile: int | None = None,
-    self_ensemble: bool = False,
-) -> Iterator[Tensor]:
-    """One image through the network, in tiles, so that memory stays small however large it is.
-
-    Parameters
-    ----------
-    model : on the device to compute on
-    lr : uint8 Tensor of shape (3, h, w)
-    dtype : as of :class:`Folded`
-    tile : side of a tile in LR pixels, at most; TILE for the device unless told
-    self_ensemble : take the mean of :func:`eightfold`, at eight times the cost
-
-    Yields
-    ------
-    uint8 Tensor of shape (3, rows, 3w), one below the other; on lr's device
-    """
-    folded, device = Folded(model, dtype, fine=True), model.conv1.weight.device
-    tile = tile or TILE[device.type]
-    _, height, width = lr.shape
-    rows, columns = (torch.arange(-HALO_LR, n + HALO_LR).clamp(0, n - 1) for n in (height, width))
-    for top in range(0, height, tile):
-        part = lr[:, rows[top : top + tile + 2 * HALO_LR]][..., columns].to(device).unsqueeze(0)
-        sr = torch.empty(SCALE * min(tile, height - top), SCALE * width, 3, dtype=torch.uint8, device=lr.device)
-        for left in range(0, width, tile):
-            x = part[..., left : left + tile + 2 * HALO_LR]
-            x = (eightfold(folded, x) if self_ensemble else folded(x))[0].permute(1, 2, 0)
-            sr[:, SCALE * left : SCALE * (left + tile)] = x.clamp_(0, 255).round_()
-        yield sr.permute(2, 0, 1)
-
-
 def super_resolve(
     model: SRCNN,
     lr: Tensor,
@@ -245,13 +210,33 @@ def super_resolve(
     tile: int | None = None,
     self_ensemble: bool = False,
 ) -> Tensor:
-    """All :func:`bands`, whose parameters it has, in one uint8 Tensor of shape (3, 3h, 3w)."""
-    sr = torch.empty(SCALE * lr.shape[1], SCALE * lr.shape[2], 3, dtype=torch.uint8, device=lr.device).permute(2, 0, 1)
-    top = 0
-    for band in bands(model, lr, dtype, tile, self_ensemble):
-        sr[:, top : top + band.shape[1]] = band
-        top += band.shape[1]
-    return sr
+    """One image through the network, in tiles, so that memory for its features does not grow with the image.
+
+    Parameters
+    ----------
+    model : on the device to compute on
+    lr : uint8 Tensor of shape (3, h, w), or a floating one with values from 0 to 255
+    dtype : as of :class:`Folded`; torch.float32 for a floating lr
+    tile : side of a tile in LR pixels, at most; TILE for the device unless told
+    self_ensemble : take the mean of :func:`eightfold`, at eight times the cost
+
+    Returns
+    -------
+    Tensor of shape (3, 3h, 3w), from 0 to 255; of lr's type, rounded for uint8, and on lr's device
+    """
+    folded, device = Folded(model, dtype, fine=True), model.conv1.weight.device
+    tile = tile or TILE[device.type]
+    _, height, width = lr.shape
+    rows, columns = (torch.arange(-HALO_LR, n + HALO_LR).clamp(0, n - 1) for n in (height, width))
+    sr = torch.empty(SCALE * height, SCALE * width, 3, dtype=lr.dtype, device=lr.device)
+    for top in range(0, height, tile):
+        part = lr[:, rows[top : top + tile + 2 * HALO_LR]][..., columns].to(device).unsqueeze(0)
+        for left in range(0, width, tile):
+            x = part[..., left : left + tile + 2 * HALO_LR]
+            x = (eightfold(folded, x) if self_ensemble else folded(x))[0].permute(1, 2, 0).clamp_(0, 255)
+            bottom, right = top + tile, left + tile
+            sr[SCALE * top : SCALE * bottom, SCALE * left : SCALE * right] = x if lr.is_floating_point() else x.round_()
+    return sr.permute(2, 0, 1)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

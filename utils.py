@@ -69,20 +69,22 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (Failure, OSError) as problem:
-        status, message = 1, f"error: {printable(problem)}"
-    except (MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, MemoryError | torch.OutOfMemoryError) and "memory" not in str(problem):
-            raise
-        status, message = (
-            1,
-            "error: out of memory: take a smaller --batch-size, --patch-size or --tile, or a smaller image",
-        )
+    except (Failure, OSError, MemoryError, RuntimeError) as problem:
+        status, message = 1, f"error: {explain(problem)}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     if message and sys.stderr:
         print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def explain(problem: Exception) -> str:
+    """What an exception tells the user, in one line. Raises it where it is a fault of ours."""
+    if isinstance(problem, Failure | OSError):
+        return printable(problem)
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError) or "memory" in str(problem):
+        return "out of memory: take a smaller --batch-size, --patch-size or --tile, or a smaller image"
+    raise problem
 
 
 def printable(text: object) -> str:
@@ -137,20 +139,19 @@ def keep_memory() -> None:
 # ---------------------------------------------------------------------------- metrics
 
 
-def _error(sr: Tensor, hr: Tensor, shave: int) -> Tensor:
-    """The difference of two images on a scale of [0, 1], in float64, without its border."""
+def _psnr(sr: Tensor, hr: Tensor, shave: int, weights: list[list[float]]) -> float:
+    """PSNR of the channels' sums by these weights; a row of weights for each sum."""
     if sr.shape != hr.shape or sr.ndim != 3 or sr.shape[0] != 3:
         raise ValueError(f"two (3, H, W) images are needed, not {tuple(sr.shape)}, {tuple(hr.shape)}")
     if min(sr.shape[1:]) <= 2 * shave:
         raise ValueError(f"nothing is left of {tuple(sr.shape)} with {shave} pixels shaved off")
-    a, b = (x if x.dtype == torch.uint8 else to_8bit(x) for x in (sr, hr))
-    error = (a.double() - b.double()) / 255
-    return error[:, shave : error.shape[1] - shave, shave : error.shape[2] - shave]
-
-
-def _psnr(error: Tensor) -> float:
-    mse = error.square().mean().item()
-    return -10 * math.log10(mse) if mse else math.inf
+    weights, total, count = torch.tensor(weights, dtype=torch.float64, device=sr.device), 0.0, 0
+    pieces = (x[:, shave : x.shape[1] - shave, shave : x.shape[2] - shave].split(256, 1) for x in (sr, hr))
+    for piece in zip(*pieces, strict=True):  # float64 takes eight times an image's memory
+        a, b = (x if x.dtype == torch.uint8 else to_8bit(x) for x in piece)
+        error = torch.einsum("kc,chw->khw", weights, (a.double() - b.double()) / 255)
+        total, count = total + error.square().sum().item(), count + error.numel()
+    return 10 * math.log10(count / total) if total else math.inf
 
 
 def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
@@ -165,7 +166,7 @@ def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     -------
     dB; infinite for equal images
     """
-    return _psnr(_error(sr, hr, shave))
+    return _psnr(sr, hr, shave, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
 
 
 def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
@@ -174,9 +175,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     Luma is that of ITU-R BT.601 as in MATLAB's rgb2ycbcr, not rounded, with a peak of 255:
     Y = 16 + 65.481 R + 128.553 G + 24.966 B. Parameters and result as in :func:`psnr_rgb`.
     """
-    error = _error(sr, hr, shave)
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=error.dtype, device=error.device) / 255
-    return _psnr(torch.einsum("c,chw->hw", weights, error))
+    return _psnr(sr, hr, shave, [[65.481 / 255, 128.553 / 255, 24.966 / 255]])
 
 
 def evaluate(model: SRCNN, test_set, self_ensemble: bool = False) -> dict:
@@ -191,9 +190,13 @@ def evaluate(model: SRCNN, test_set, self_ensemble: bool = False) -> dict:
     for image in test_set.images:
         sr = super_resolve(model, image.lr, self_ensemble=self_ensemble)
         images[image.name] = image.bicubic_psnr | {"psnr_y": psnr_y(sr, image.hr), "psnr_rgb": psnr_rgb(sr, image.hr)}
+    return {"set": test_set.name + " (self-ensemble)" * self_ensemble, "images": images, "mean": mean_row(images)}
+
+
+def mean_row(images: dict[str, dict]) -> dict:
+    """The mean of the images' PSNR, for a report like that of :func:`evaluate`."""
     rows = list(images.values())
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    return {"set": test_set.name + " (self-ensemble)" * self_ensemble, "images": images, "mean": mean}
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def known_by(report: dict) -> list:
@@ -207,8 +210,10 @@ def _gain(row: dict, key: str) -> float:
 
 
 def table(report: dict) -> str:
-    """A report of :func:`evaluate` as text, a line per image."""
-    rows = [*report["images"].items(), (report["set"] + " mean", report["mean"])]
+    """A report of :func:`evaluate` as text, a line per image and one for the mean of several."""
+    rows = list(report["images"].items())
+    if len(rows) > 1:
+        rows.append((report["set"] + " mean", report["mean"]))
     width = max(len(printable(name)) for name, _ in rows)
     lines = [f"{'':{width}}      bicubic Y / RGB        SRCNN Y / RGB            gain"]
     for name, row in rows:
@@ -236,8 +241,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            write(SimpleNamespace(write=file.write, seek=file.seek, tell=file.tell, flush=file.flush))
+        with open(part, "w+b") as file:
+            names = ("read", "write", "seek", "tell", "flush")
+            write(SimpleNamespace(**{name: getattr(file, name) for name in names}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

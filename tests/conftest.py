@@ -4,12 +4,15 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import data
 import super_resolve
 import train
+import utils
+from model import SRCNN
 from utils import run
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,40 @@ def train_small(cli, photos):
         return cli("train.py", *command, *quick, *sets, *args)
 
     return call
+
+
+def checkpoint(**changes):
+    """The contents of one; None leaves something out."""
+    base = {"model": SRCNN().state_dict(), "optimizer": {}, "args": {}, "info": {}, "epoch": 3, "psnr": 30.5}
+    return {k: v for k, v in (base | changes).items() if v is not None}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An LR image, its ground truth, and a network that does more than bicubic."""
+    lr, hr = data.degrade(data.dead_leaves("test", 1, 90)[0][1])
+    lr.save("lr.bmp")
+    hr.save("hr.png")
+    torch.manual_seed(1)
+    model = SRCNN()
+    model.conv3.weight.data[range(3), range(3), 2, 2] = 0.9
+    utils.save_checkpoint(tmp_path / "net", checkpoint(model=model.state_dict()))
+    return lr, hr, model
+
+
+def expected(model, lr):
+    """What the network makes of an RGB image, or of values from 0 to 255 of shape (h, w, 3), before it is rounded."""
+    with torch.inference_mode():
+        sr = model(torch.from_numpy(np.array(lr, dtype=np.float32)).permute(2, 0, 1)[None] / 255)[0]
+    return (sr.clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+
+
+def assert_same(image, wanted, levels=1.0):
+    """Equal but for roundings: the command works in tiles and in another order."""
+    assert np.shape(image) == np.shape(wanted)
+    difference = abs(np.asarray(image).astype(float) - np.asarray(wanted))
+    assert difference.max() <= levels
+    assert (difference > 0.51 * levels).mean() < 1e-3
 
 
 @pytest.fixture(scope="session")

@@ -5,39 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, assert_same, expected
 from PIL import Image
-from test_utils import checkpoint, skeleton_checkpoint
+from test_utils import skeleton_checkpoint
 
 import data
 import model as model_module
 import super_resolve
 import utils
-from model import SRCNN, Folded, bands
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """An LR image, its ground truth, and a network that does more than bicubic."""
-    lr, hr = data.degrade(data.dead_leaves("test", 1, 90)[0][1])
-    lr.save("lr.bmp")
-    hr.save("hr.png")
-    torch.manual_seed(1)
-    model = SRCNN()
-    model.conv3.weight.data[range(3), range(3), 2, 2] = 0.9
-    utils.save_checkpoint(tmp_path / "net", checkpoint(model=model.state_dict()))
-    return lr, hr, model
-
-
-def expected(model, lr):
-    with torch.inference_mode():
-        sr = model(torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None] / 255)[0]
-    return (sr.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+from model import Folded
+from model import super_resolve as upscale_image
 
 
 def test_it_writes_the_networks_output_beside_the_input(cli, pictures, tmp_path):
@@ -53,13 +36,6 @@ def test_it_writes_the_networks_output_beside_the_input(cli, pictures, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hr.png", "lr.bmp", "lr_srcnn_x3.bmp", "net"]
 
 
-def assert_same(image, wanted):
-    """Equal but for roundings: the command works in tiles and in another order."""
-    difference = abs(np.asarray(image).astype(int) - np.asarray(wanted))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
-
-
 @pytest.mark.parametrize(("ending", "format"), [("png", "PNG"), ("jpg", "JPEG"), ("tif", "TIFF"), ("webp", "WEBP")])
 def test_the_output_has_the_inputs_format(cli, pictures, tmp_path, ending, format):
     lr, _, model = pictures
@@ -68,7 +44,7 @@ def test_the_output_has_the_inputs_format(cli, pictures, tmp_path, ending, forma
     assert cli("super_resolve.py", "--precision=fp32", f"deep/a.b.{ending}", "--checkpoint=net")[0] == 0
     with Image.open(f"deep/a.b_srcnn_x3.{ending}") as sr:
         assert (sr.format, sr.size) == (format, (90, 90))
-        difference = abs(np.asarray(sr).astype(int) - expected(model, Image.open(f"deep/a.b.{ending}").convert("RGB")))
+        difference = abs(np.asarray(sr) - expected(model, Image.open(f"deep/a.b.{ending}").convert("RGB")).round())
     assert difference.mean() < (4 if format in ("JPEG", "WEBP") else 1e-3)
 
 
@@ -89,19 +65,51 @@ def test_ground_truth_gives_the_psnr_and_a_labelled_picture(cli, pictures):
     assert (status, err) == (0, "")
     up, sr = data.bicubic(lr, 90, 90), Image.open("lr_srcnn_x3.bmp")
     assert_same(sr, expected(model, lr))
-    for name, image in (("bicubic", up), ("SRCNN", sr)):
-        y, rgb = (f(data.to_tensor(image), data.to_tensor(hr)) for f in (utils.psnr_y, utils.psnr_rgb))
-        assert re.search(rf"^{name} +{y:.3f} dB Y, {rgb:.3f} dB RGB$", out, re.M)
+    figures = [
+        f"{f(data.to_tensor(image), data.to_tensor(hr)):.3f}"
+        for image in (up, sr)
+        for f in (utils.psnr_y, utils.psnr_rgb)
+    ]
+    row = "lr.bmp *{} / {} dB *{} / {} dB ".format(*figures)
+    assert len(re.findall(row, out)) == 1
+    assert "mean" not in out
     assert "lr_srcnn_x3_comparison.png" in out
     with Image.open("lr_srcnn_x3_comparison.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     assert pixels.shape[1] == 4 * 90 + 3 * 8
     panels = [lr.resize((90, 90), Image.Resampling.NEAREST), up, sr, hr]
+    red = (pixels == (255, 0, 0)).all(2)
+    top, left = (indices.min() for indices in red[:, :98].nonzero())
+    label_height = pixels.shape[0] - 90 - 8 - 88
+    window = (left, top - label_height, left + 22, top - label_height + 22)
     for i, panel in enumerate(panels):
-        label, picture = np.split(pixels[:, i * 98 : i * 98 + 90], [-90])
-        assert np.array_equal(picture, panel)
+        label, picture, gap, detail = np.split(pixels[:, i * 98 : i * 98 + 90], np.cumsum([label_height, 90, 8]))
+        frame = red[:, i * 98 : i * 98 + 90][label_height : label_height + 90]
+        assert frame.sum() == 4 * 21
+        assert np.array_equal(picture[~frame], np.asarray(panel)[~frame])
         assert (label < 128).any()  # there is text above it
         assert (label > 128).mean() > 0.7
+        assert np.array_equal(detail[:, :88], np.asarray(panel.crop(window)).repeat(4, 0).repeat(4, 1))
+        assert (gap == 255).all()
+    # In the detail bicubic and SRCNN differ nearly as much as they do anywhere.
+    difference = abs(np.asarray(up).astype(int) - np.asarray(sr)).sum(2)
+    sums = np.lib.stride_tricks.sliding_window_view(difference, (22, 22)).sum((2, 3))
+    assert sums[window[1], window[0]] > 0.98 * sums.max()
+
+
+def test_a_large_comparison_is_made_smaller_but_for_its_detail():
+    hr = Image.new("RGB", (1500, 600), "gray")
+    up, sr = hr.copy(), hr.copy()
+    up.paste("white", (1210, 410, 1260, 460))  # this is where they differ
+    sheet, _ = super_resolve.compare(up.resize((500, 200), Image.Resampling.BOX), sr, up)
+    pixels = np.asarray(sheet).astype(int)
+    assert sheet.width == 4 * 512 + 3 * 8
+    red = (pixels == (255, 0, 0)).all(2)[:, :512]
+    left = red.any(0).argmax()
+    assert 1170 <= left * 1500 / 512 <= 1215
+    detail = pixels[-192:, 512 + 8 :][:, :192]  # of bicubic; 205 // 64 times enlarged
+    assert (detail > 200).mean() == pytest.approx((50 / 64) ** 2, abs=0.05)
+    assert abs(pixels[-192:, 2 * 520 :][:, :192] - 128).max() == 0  # of what stands for SRCNN
 
 
 def test_a_label_is_never_cut_off():
@@ -124,7 +132,7 @@ def test_the_courses_examples_work_as_they_are(cli, pictures, image_examples):
     assert "256x256" in out
     up = Image.open(image_examples / "butterfly_lr.bmp").convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
     y = utils.psnr_y(data.to_tensor(up), data.to_tensor(Image.open(image_examples / "butterfly_GT.bmp").convert("RGB")))
-    assert f"bicubic  {y:.3f} dB Y" in out
+    assert re.search(rf"butterfly_lr.bmp *{y:.3f} / ", out)
     assert Image.open("sr.bmp").size == (255, 255)
 
 
@@ -149,13 +157,34 @@ def test_auto_precision_is_the_choice_of_select_dtype(cli, pictures, monkeypatch
         assert np.array_equal(np.array(Image.open("lr_srcnn_x3.bmp")), wanted.permute(1, 2, 0).byte().numpy())
 
 
-@pytest.mark.parametrize("tile", [1, 7, 1000])
-def test_any_tile_gives_the_same_image(cli, pictures, tile, monkeypatch):
+@pytest.mark.parametrize(("tile", "used"), [(1, 1), (7, 7), (1000, 1000), (None, 66)])
+def test_any_tile_gives_the_same_image(cli, pictures, tile, used, monkeypatch):
     tiles = []
-    monkeypatch.setattr(super_resolve, "bands", lambda *args: tiles.append(args[3]) or bands(*args))
-    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", f"--tile={tile}", "lr.bmp")[0] == 0
-    assert tiles == [tile]
+    monkeypatch.setattr(super_resolve, "super_resolve", lambda *args: tiles.append(args[3]) or upscale_image(*args))
+    options = [f"--tile={tile}"] if tile else []
+    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", *options, "lr.bmp")[0] == 0
+    assert set(tiles) == {used}
     assert_same(Image.open("lr_srcnn_x3.bmp"), expected(pictures[2], pictures[0]))
+
+
+def test_too_little_memory_on_the_gpu_halves_the_tile(cli, pictures, monkeypatch):
+    tiles = []
+
+    def small_gpu(model, lr, dtype, tile, self_ensemble):
+        tiles.append(tile)
+        if tile > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return upscale_image(model, lr, dtype, tile, self_ensemble)
+
+    monkeypatch.setattr(super_resolve, "super_resolve", small_gpu)
+    monkeypatch.setattr(super_resolve, "BLOCK", 20)
+    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "--tile=20", "lr.bmp")[0] == 0
+    assert tiles == [20, 10, 5, 5, 5, 5]  # once for all of the four pieces
+    assert_same(Image.open("lr_srcnn_x3.bmp"), expected(pictures[2], pictures[0]))
+    monkeypatch.setattr(super_resolve, "super_resolve", lambda *_: small_gpu(*_[:3], 10, False))
+    status, _, err = cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "--tile=4", "lr.bmp")
+    assert status == 1
+    assert_one_line(err, "out of memory", "--tile")
 
 
 def test_one_thread_gives_the_same_image(pictures):
@@ -192,7 +221,12 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
     (tmp_path / "cut.bmp").write_bytes((tmp_path / "lr.bmp").read_bytes()[:500])
     (tmp_path / "lr.xyz").write_bytes((tmp_path / "lr.bmp").read_bytes())
     Image.new("RGB", (50, 50)).save("other.png")
-    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for folder in ("d", "empty", "done"):
+        (tmp_path / folder).mkdir()
+    for name in ("hr_srcnn_x3.png", "d/lr.bmp", "done/lr_srcnn_x3.bmp", "done/x.txt"):
+        (tmp_path / name).write_bytes((tmp_path / "lr.bmp").read_bytes())
+    os.mkfifo("pipe.png")
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     cases = [
         (1, ["missing.bmp", "--checkpoint=net"], ["missing.bmp", "no such file"]),
         (1, ["text.bmp", "--checkpoint=net"], ["text.bmp", "not an image"]),
@@ -205,11 +239,21 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp"], ["lr.bmp is an input"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=nowhere/a.bmp"], ["nowhere/a.bmp", "No such file or directory"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp/a.bmp"], ["lr.bmp/a.bmp", "Not a directory"]),
-        (1, ["lr.bmp", "--checkpoint=net", "--output=."], [". is no file"]),
-        (1, [".", "--checkpoint=net"], [". is no file"]),
+        (1, ["lr.bmp", "missing.bmp", "--checkpoint=net", "--output=lr.bmp"], ["the folder lr.bmp", "File exists"]),
+        (1, ["lr.bmp", "d", "--checkpoint=net", "--output=d"], ["d/lr_srcnn_x3.bmp is the output of lr.bmp, too"]),
+        (1, ["lr.bmp", "hr_srcnn_x3.png", "hr.png", "--checkpoint=net"], ["hr_srcnn_x3.png is an input"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=lr.bmp"], ["no ground truth for lr.bmp"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=done"], ["done: no ground truth for lr.bmp"]),
+        (1, ["d", "--checkpoint=net", "--ground-truth=d"], ["d: this folder holds no image that d holds"]),
+        (1, ["lr.bmp", "hr.png", "--checkpoint=net", "--ground-truth=hr.png"], ["hr.png: one ground truth"]),
+        (1, ["empty", "--checkpoint=net"], ["empty: this folder holds no images"]),
+        (1, ["done", "--checkpoint=net"], ["done: this folder holds no image but outputs"]),
+        (1, ["pipe.png", "--checkpoint=net"], ["pipe.png: not a file"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--max-pixels=899"], ["lr.bmp", "900 pixels", "--max-pixels"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--max-pixels=449"], ["lr.bmp", "900 pixels", "--max-pixels"]),
         (2, ["lr.bmp", "--checkpoint=net", "--a\nb"], ["--a\\nb"]),
         (2, ["lr.bmp"], ["--checkpoint"]),
-        (2, ["--checkpoint=net"], ["image"]),
+        (2, ["--checkpoint=net"], ["INPUT"]),
         (2, ["lr.bmp", "--checkpoint=net", "--scale=4"], ["--scale"]),
     ]
     if not torch.cuda.is_available():
@@ -218,7 +262,7 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         status, out, err = cli("super_resolve.py", "--precision=fp32", *arguments)
         assert (status, out) == (wanted, ""), arguments
         assert_one_line(err, *says)
-        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files, arguments
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files, arguments
 
 
 def test_names_that_the_terminal_cannot_show(pictures, tmp_path):
@@ -260,3 +304,137 @@ def test_a_full_disk_leaves_nothing_half_written(pictures, ending):
     assert_one_line(end.stderr, f"o.{ending}", "File too large")
     assert Path(f"o.{ending}").read_bytes() == whole
     assert not list(Path().glob(".*part"))
+
+
+# ------------------------------------------------------------------------ files and folders
+
+
+def test_files_and_folders_mixed(cli, pictures, tmp_path):
+    """A file that fails is reported at the end, the others are done; what was written before is passed over."""
+    lr, _, model = pictures
+    Path("in").mkdir()
+    for name in ("b.png", "a.jpg", "c_srcnn_x3.png", ".hidden.png"):
+        lr.save(f"in/{name}", quality=100, subsampling=0)
+    Path("in/notes.txt").write_text("no image")
+    Path("in/deeper.png").mkdir()
+    Path("in/broken.png").write_bytes(b"\x89PNG\r\n")
+    status, out, err = cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "lr.bmp", "in", "--output=o/p")
+    assert status == 1
+    assert len(err.splitlines()) == 2
+    assert err.startswith("error: in/broken.png: not an image")
+    assert err.endswith("error: 1 of 4 images failed\n")
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        f"o/p/{name}" for name in ("lr_srcnn_x3.bmp", "a_srcnn_x3.jpg", "b_srcnn_x3.png")
+    ]
+    assert sorted(p.name for p in Path("o/p").iterdir()) == ["a_srcnn_x3.jpg", "b_srcnn_x3.png", "lr_srcnn_x3.bmp"]
+    assert_same(Image.open("o/p/lr_srcnn_x3.bmp"), expected(model, lr))
+    assert_same(Image.open("o/p/b_srcnn_x3.png"), expected(model, lr))
+    assert_same(Image.open("o/p/a_srcnn_x3.jpg"), expected(model, Image.open("in/a.jpg")), levels=16)
+
+
+def test_twice_over_a_folder_gives_the_same_files(cli, pictures, tmp_path):
+    Path("in").mkdir()
+    pictures[0].save("in/a.png")
+    for _ in range(2):
+        assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "in", "in/a.png")[0] == 0
+        assert sorted(p.name for p in Path("in").iterdir()) == ["a.png", "a_srcnn_x3.png"]
+
+
+@pytest.mark.parametrize("output", ["there", "new/"])
+def test_one_file_into_a_folder(cli, pictures, output):
+    Path("there").mkdir()
+    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "lr.bmp", f"--output={output}")[0] == 0
+    assert [p.name for p in Path(output).iterdir()] == ["lr_srcnn_x3.bmp"]
+
+
+def rows_of(out):
+    """The table in what a command prints: {first column: figures}."""
+    rows = (re.match(r"(\S+)(?: mean)? +(.*dB)", line) for line in out.splitlines())
+    return {row[1]: [float(x) for x in re.findall(r"[-+]?[\d.]+", row[2])] for row in rows if row}
+
+
+def test_ground_truths_paired_by_name(cli, pictures):
+    """As the course has them, LR, bicubic and ground truth in one folder; and with the same names in another."""
+    lr, hr, _ = pictures
+    for folder in ("course", "lr", "hr"):
+        Path(folder).mkdir()
+    for name in ("a", "b"):
+        lr.save(f"course/{name}_lr.bmp")
+        hr.save(f"course/{name}_bicubic_x3.bmp")
+        hr.save(f"course/{name}_GT.bmp")
+        lr.save(f"lr/{name}.png")
+    hr.save("hr/a.bmp")
+    hr.transpose(Image.Transpose.ROTATE_180).save("hr/b_GT.png")
+    hr.resize((9, 9)).save("hr/b.bmp")  # the one with the ending goes first
+    command = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
+    status, out, err = cli(*command, "course", "--ground-truth=./course", "--output=o")
+    assert (status, err) == (0, "")
+    course = rows_of(out)
+    assert [*course] == ["course/a_lr.bmp", "course/b_lr.bmp", "course"]
+    assert len({*map(tuple, course.values())}) == 1
+    assert len(list(Path("o").iterdir())) == 4
+    status, out, err = cli(*command, "lr/a.png", "lr", "--ground-truth=hr", "--output=o")
+    assert (status, err) == (0, "")
+    rows = rows_of(out)
+    assert [*rows] == ["lr/a.png", "lr/b.png", "hr"]
+    assert rows["lr/a.png"] == course["course/a_lr.bmp"]
+    assert rows["lr/b.png"][0] < rows["lr/a.png"][0] - 5
+    assert rows["hr"] == pytest.approx(np.mean([rows["lr/a.png"], rows["lr/b.png"]], 0), abs=1.1e-3)
+
+
+def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(cli, pictures):
+    lr, _, model = pictures
+    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "lr.bmp", "--self-ensemble")[0] == 0
+    pixels, outputs = np.asarray(lr).astype(np.float32), []
+    for turns, flip in product(range(4), (1, -1)):
+        sr = expected(model, np.rot90(pixels, turns)[:, ::flip].copy())
+        outputs.append(np.rot90(sr[:, ::flip], -turns))
+    assert_same(Image.open("lr_srcnn_x3.bmp"), np.mean(outputs, 0))
+
+
+def test_pieces_leave_no_seam(cli, pictures, monkeypatch):
+    """The image is cut where nothing is to be seen of it, in gray, colour, and with alpha."""
+    lr, _, model = pictures
+    for block, tile in ((7, 4), (13, 13), (29, 7)):
+        monkeypatch.setattr(super_resolve, "BLOCK", block)
+        options = ("--precision=fp32", "--checkpoint=net", f"--tile={tile}")
+        assert cli("super_resolve.py", *options, "lr.bmp")[0] == 0
+        assert_same(Image.open("lr_srcnn_x3.bmp"), expected(model, lr))
+    clear = lr.convert("RGBA")
+    clear.putalpha(lr.convert("L").point(lambda v: 0 if v < 110 else v))
+    clear.save("clear.png")
+    wholes = []
+    for block in (30, 11, 6):
+        monkeypatch.setattr(super_resolve, "BLOCK", block)
+        options = ("--precision=fp32", "--checkpoint=net", f"--tile={block}")
+        assert cli("super_resolve.py", *options, "clear.png")[0] == 0
+        wholes.append(np.asarray(Image.open("clear_srcnn_x3.png")).astype(int))
+    assert (wholes[0][..., 3] == 0).any()
+    for other in wholes[1:]:
+        visible = wholes[0][..., 3:] > 0
+        assert_same(visible * other, visible * wholes[0])
+
+
+def test_memory_does_not_grow_with_the_image():
+    """Beyond input and output, 4 bytes a pixel of Pillow's; the features of the whole would take 2 GB."""
+    code = """if True:
+        import resource, sys
+        from functools import partial
+        import torch
+        from PIL import Image
+        import super_resolve
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        network = super_resolve.in_tiles(super_resolve.SRCNN(), torch.float32, 66, False)
+        super_resolve.enlarge(Image.new("RGBA", (540, 540)), network)
+        small = peak()
+        super_resolve.enlarge(Image.new("RGBA", (1000, 900)), network)
+        print(peak() - small)"""
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(end.stdout) < 10 * 4 * 1000 * 900 / 2**20 + 30
+
+
+def test_it_starts_as_fast_as_torch_does():
+    code = "import time, torch; a = time.perf_counter(); import super_resolve; print(time.perf_counter() - a)"
+    command = [sys.executable, "-c", code]
+    times = (float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) for _ in range(3))
+    assert min(times) < 0.3

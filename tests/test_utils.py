@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, checkpoint
 
 import data
 import model as model_module
@@ -103,11 +103,6 @@ def test_reports_as_text():
 
 
 # ------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint(**changes):
-    base = {"model": SRCNN().state_dict(), "optimizer": {}, "args": {}, "info": {}, "epoch": 3, "psnr": 30.5}
-    return {k: v for k, v in (base | changes).items() if v is not None}
 
 
 def changed(name, tensor):
