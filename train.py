@@ -19,6 +19,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from utils import (
     select_device,
     select_dtype,
     set_aside,
+    sole_writer,
     sound,
     summary,
     table,
@@ -265,8 +267,6 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     output : folder for checkpoints and logs
     path, checkpoint : where to go on from; None and {} to train from scratch
     """
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
-
     batch_size, patch_size, num_epoch = (options[k] for k in ("batch_size", "patch_size", "num_epoch"))
     if batch_size * patch_size**2 > MAX_STEP:
         raise Failure(f"a step has at most {MAX_STEP:,} pixels: take a smaller --batch-size or --patch-size")
@@ -293,12 +293,8 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     state.setdefault("run", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     print(f"bicubic        {report['set']} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
     print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise Failure(f"cannot make the folder {output}: {problem.strerror}") from problem
     set_aside(output / "checkpoint.best", state)
-    log = SummaryWriter(str(output / "runs" / state["run"]), purge_step=state["epoch"] + 1)
+    log = Log(output / "runs" / state["run"], state["epoch"])
     saved = state["epoch"]  # the epoch of the file `path`
     interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
 
@@ -359,9 +355,9 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                 path, saved = save_checkpoint(output / f"checkpoint.{epoch}", state), epoch
             loss = losses.mean().item()
             print(f"epoch {epoch:3}/{num_epoch}  {summary(report)}  loss {loss:.6f}  {speed:.2f} Mpx/s", flush=True)
-            write_log(log, epoch, report, loss, optimizer.param_groups[0]["lr"])
+            log.write(epoch, report, {"loss": loss, "learning_rate": optimizer.param_groups[0]["lr"]})
             if epoch in (1, saved):
-                write_images(log, epoch, model, test_set)
+                log.write_images(epoch, model, test_set)
     except BaseException:  # Ctrl-C, a loss that is no number, no memory: what is finished is kept
         if saved < state["epoch"]:
             with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
@@ -389,23 +385,58 @@ def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
         raise Failure(f"the loss is no finite number at step {step} of epoch {epoch}; lower the learning rate (--lr)")
 
 
-def write_log(log, epoch: int, report: dict, loss: float, learning_rate: float) -> None:
-    log.add_scalar("train/loss", loss, epoch)
-    log.add_scalar("train/learning_rate", learning_rate, epoch)
-    for key in ("psnr_y", "psnr_rgb"):
-        log.add_scalar(f"{report['set']}/{key}", report["mean"][key], epoch)
-        for name, row in report["images"].items():
-            log.add_scalar(f"{report['set']}_{key}/{name}", row[key], epoch)
-    log.flush()
+class Log:
+    """TensorBoard's log of a run. Where it cannot be written training goes on without, after one warning.
 
+    Parameters
+    ----------
+    folder : for the events
+    epoch : what was logged after it, by a run that ended later than what is resumed, is void
+    """
 
-def write_images(log, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
-    """Bicubic, SRCNN and ground truth side by side, for each test image."""
-    from torchvision.utils import make_grid
+    def __init__(self, folder: Path, epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
-    for image in test_set.images:
-        panels = [image.bicubic, super_resolve(model, image.lr), image.hr]
-        log.add_image(f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth", make_grid(panels), epoch)
+        # TensorBoard writes in a thread; what fails there is raised here at the next call.
+        self.hook, threading.excepthook = threading.excepthook, lambda _: None
+        self.writer = None
+        with self.guarded():
+            self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            self.writer = None
+            print(f"WARNING: TensorBoard's log cannot be written: {printable(problem)}", file=sys.stderr)
+
+    def write(self, epoch: int, report: dict, training: dict[str, float]) -> None:
+        if not self.writer:
+            return
+        values = {f"train/{name}": value for name, value in training.items()}
+        for key in ("psnr_y", "psnr_rgb"):
+            values[f"{report['set']}/{key}"] = report["mean"][key]
+            values |= {f"{report['set']}_{key}/{name}": row[key] for name, row in report["images"].items()}
+        with self.guarded():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+
+    def write_images(self, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
+        """Bicubic, SRCNN and ground truth side by side, for each test image."""
+        from torchvision.utils import make_grid
+
+        for image in test_set.images if self.writer else ():
+            panels = make_grid([image.bicubic, super_resolve(model, image.lr), image.hr])
+            with self.guarded():
+                self.writer.add_image(f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth", panels, epoch)
+
+    def close(self) -> None:
+        if self.writer:
+            with self.guarded():
+                self.writer.close()
+        threading.excepthook = self.hook
 
 
 # ---------------------------------------------------------------------------- commands
@@ -443,7 +474,8 @@ def main() -> None:
             print(f"its --num-epoch={options['num_epoch']} is reached; to train further, give a larger one")
             return
     find_data(options, given, fresh=not path)
-    train(options, device, output, path, checkpoint)
+    with sole_writer(output):
+        train(options, device, output, path, checkpoint)
 
 
 if __name__ == "__main__":

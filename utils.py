@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +22,15 @@ from typing import BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from info import Info, info
 from model import SCALE, SRCNN, bf16_is_fast, bf16_is_fine, super_resolve, to_8bit
 
-MAX_CHECKPOINT_BYTES = 2**26  # ours have half a megabyte
+MAX_CHECKPOINT_BYTES = 2**24  # ours have half a megabyte; packed and unpacked
 
 
 class Failure(Exception):
@@ -263,6 +269,34 @@ def save_checkpoint(path: Path, checkpoint: dict) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other trainings out of it, until the end of the context or of the process.
+
+    Raises Failure where another one is in there, or the folder cannot be made.
+    """
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as problem:
+        os.close(lock)
+        raise Failure(f"another training is writing to {folder}; give another --output") from problem
+    except OSError as problem:
+        if lock is None:
+            raise Failure(f"cannot make the folder {folder}: {problem.strerror}") from problem
+        # Else it has no locks, as some network drives have none.
+    try:
+        for part in folder.glob(".checkpoint.*.part"):  # of one that was killed
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def set_aside(best: Path, past: dict) -> None:
     """Rename a checkpoint.best that is not of this run's past, lest a worse one replace it."""
     if not best.exists():
@@ -302,6 +336,11 @@ def load_checkpoint(path: Path) -> dict:
     except OSError as problem:
         raise Failure(f"cannot read {path}: {problem.strerror}") from problem
     try:
+        if zipfile.is_zipfile(content):
+            with zipfile.ZipFile(content) as zipped:
+                if sum(member.file_size for member in zipped.infolist()) > MAX_CHECKPOINT_BYTES:
+                    raise ValueError("unpacks to more than a checkpoint of SRCNN has")
+        content.seek(0)
         # The two classes that the skeleton's checkpoints contain; nothing else is built.
         with torch.serialization.safe_globals([argparse.Namespace, Info]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of files in unexpected formats
@@ -316,6 +355,29 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+def _modest(things: list, most: int = 10**6) -> bool:
+    """Whether what is nested in things from a file is plain and of ordinary size.
+
+    References make a small file stand for billions of values, which would be met at printing.
+    """
+    for thing in things:  # which grows meanwhile
+        if isinstance(thing, dict):
+            thing = [*thing, *thing.values()]
+        if isinstance(thing, list | tuple):
+            if len(things) + len(thing) > most:
+                return False
+            things += thing
+        elif isinstance(thing, str):
+            if len(thing) > 10_000:
+                return False
+        elif isinstance(thing, int):
+            if abs(thing) > 2**63:
+                return False
+        elif not isinstance(thing, float | Tensor | None):
+            return False
+    return True
+
+
 def sound(tensor: object, shape: torch.Size) -> bool:
     """Whether something from a file is an ordinary tensor of finite numbers of this shape."""
     return (
@@ -324,7 +386,7 @@ def sound(tensor: object, shape: torch.Size) -> bool:
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and tensor.shape == shape
-        and bool(tensor.isfinite().all())
+        and bool(tensor.float().isfinite().all())  # float64 holds more than a network computes with
     )
 
 
@@ -348,6 +410,8 @@ def _fault(checkpoint: object) -> str | None:
     """What keeps a loaded object from being one of our checkpoints, if anything does."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         return "it holds no model"
+    if not _modest([checkpoint]):
+        return "it holds other things than a network and what was noted of its training"
     for name, expected in SRCNN().state_dict().items():
         tensor = checkpoint["model"].get(name)
         if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
@@ -360,7 +424,7 @@ def _fault(checkpoint: object) -> str | None:
     for key, kind in {"optimizer": dict, "args": dict, "info": dict, "epoch": int, "psnr": float}.items():
         if not isinstance(checkpoint.get(key), kind):
             return f"its {key} is missing or damaged"
-    return None if checkpoint["epoch"] >= 0 else "its epoch is negative"
+    return None if 0 <= checkpoint["epoch"] < 2**31 else "its epoch is negative or absurd"
 
 
 def as_flags(options: dict) -> str:
