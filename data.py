@@ -52,7 +52,7 @@ TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
 MAX_PIXELS = 2**28 // 3  # of an image to read, unless told; Pillow warns of larger ones
-WITH_FRAMES = ("GIF", "PNG", "TIFF", "WEBP")  # other formats have further images for purposes of their own
+WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # other formats have further images for purposes of their own
 
 DEAD_LEAVES = "dead-leaves"  # stands for a folder: the generated images
 
@@ -111,26 +111,31 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     ------
     Failure, naming the file, where that cannot be done
     """
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise Failure(f"{path}: not a file")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise Failure(f"{path}: not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of oddities that it copes with
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_formats()) as image:
+                Image.MAX_IMAGE_PIXELS = max_pixels  # for what decoders find inside
                 count = getattr(image, "n_frames", 1) if image.format in WITH_FRAMES else 1
-                if count * image.width * image.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{count} frames of {image.width}x{image.height} pixels")
-                frames = []
-                for i in range(count):
+                first = bool(image.info.get("default_image"))  # of PNG: for those who show no animations
+                frames, pixels = [], 0
+                for i in range(first, count):
                     image.seek(i)
+                    pixels += image.width * image.height
+                    if pixels > max_pixels:
+                        which = f" in frame {i + 1} of {count}" * (count > 1)
+                        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels{which} are too many")
                     image.load()
                     frames.append(_plain(image))
                 return frames
     except FileNotFoundError as problem:
         raise Failure(f"{path}: no such file") from problem
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+    except (Failure, MemoryError):
+        raise
+    except Image.DecompressionBombError as problem:
         raise Failure(f"{path}: {problem}; super_resolve.py --max-pixels=N lifts the limit") from problem
     except Exception as problem:  # Pillow's decoders raise errors of many types
         reason = (
@@ -177,15 +182,17 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """What :func:`read_frames` returns as 8-bit RGB, without its alpha."""
+    """What :func:`read_frames` returns as 8-bit RGB, on white where it is transparent."""
     if image.mode == "I;16":  # convert() would cut off at 255
         image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+    elif image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image, or its first frame, to 8-bit RGB. Raises what :func:`read_frames` does."""
-    return to_rgb(read_frames(path)[0])
+    return to_rgb(read_frames(path, max_pixels)[0])
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without
 import argparse
 import contextlib
 import math
+import os
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ from utils import (
     mean_row,
     number,
     precision,
+    printable,
     psnr_rgb,
     psnr_y,
     run,
@@ -70,9 +72,16 @@ FORMATS = {
 }
 
 
+def a_path(text: str) -> Path:
+    """A check for argparse: the empty text of an unset variable would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="super_resolve.py", description=__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
+    parser.add_argument("inputs", type=a_path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
     parser.add_argument("--checkpoint", type=Path, required=True, help="trained weights, such as checkpoint.pth")
     text = f"the output file; for several, their folder (default: INPUT{ENDING} beside each)"
     parser.add_argument("--output", metavar="PATH", help=text)
@@ -111,41 +120,53 @@ def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None,
     Failure where there is nothing to do, a ground truth is missing, or an output would replace an input
     or another output
     """
-    several, truths = len(inputs) > 1 or inputs[0].is_dir(), {}
-    if ground_truth and ground_truth.is_dir():
-        for path in sorted(list_images(ground_truth), key=lambda path: path.stem.endswith("_GT")):
-            truths[path.stem.removesuffix("_GT")] = path  # of two, the one with the ending
+    several, truths = len(inputs) > 1 or os.path.isdir(inputs[0]), {}
+    if ground_truth and os.path.isdir(ground_truth):
+        # Of some with the same key the last is taken: one named just so, or else that of the course's _GT.
+        files = list_images(ground_truth)
+        for path in sorted(files, key=lambda path: (path.stem.endswith("_GT"), not path.stem.endswith("_lr"))):
+            truths[path.stem.removesuffix("_lr").removesuffix("_GT")] = path
+        truths |= {path.stem: path for path in files if path.stem.endswith(("_lr", "_GT"))}
+    elif ground_truth and not os.path.exists(ground_truth):
+        raise Failure(f"{ground_truth}: no such file or folder")
     elif ground_truth and several:
         raise Failure(f"{ground_truth}: one ground truth is for one image; give the folder of them")
 
     def truth_of(image: Path) -> Path | None:
-        path = truths.get(image.stem.removesuffix("_lr")) if truths else ground_truth
-        return None if path and path.resolve() == image.resolve() else path
+        names = (image.stem, image.stem.removesuffix("_lr").removesuffix("_GT"))
+        for path in map(truths.get, names) if truths else (ground_truth,):
+            if path and os.path.realpath(path) != os.path.realpath(image):
+                return path
+        return None
 
     images = []
     for path in inputs:
-        if path.is_dir():
-            files = [f for f in list_images(path) if ENDING not in f.stem and (truth_of(f) or not ground_truth)]
-            if not files:
+        if os.path.isdir(path):
+            files = [file for file in list_images(path) if ENDING not in file.stem]
+            paired = [file for file in files if truth_of(file) or not ground_truth]
+            if not paired:
                 what = f"image that {ground_truth} holds the ground truth of" if ground_truth else "image but outputs"
                 raise Failure(f"{path}: this folder holds no {what}")
-            images += files
+            if len(paired) < len(files):
+                tqdm.write(f"{printable(path)}: {len(files) - len(paired)} images have no ground truth, passed over")
+            images += paired
         elif ground_truth and not truth_of(path):
             raise Failure(f"{ground_truth}: no ground truth for {path.name} in it")
         else:
             images.append(path)
-    folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
+    images = list({os.path.realpath(image): image for image in reversed(images)}.values())[::-1]
+    folder = Path(output) if output and (several or output.endswith("/") or os.path.isdir(output)) else None
     jobs = []
-    for image in dict.fromkeys(images):
+    for image in images:
         path = (folder or image.parent) / f"{image.stem}{ENDING}{image.suffix}"
         jobs.append(Job(image, path if folder or not output else Path(output), truth_of(image)))
     inputs = [checkpoint, *images, *(job.ground_truth for job in jobs if job.ground_truth)]
-    taken = dict.fromkeys((path.resolve() for path in inputs), "an input")
+    taken = dict.fromkeys(map(os.path.realpath, inputs), "an input")
     for job in jobs:
         for path in (job.output, job.picture) if ground_truth else (job.output,):
-            if path.resolve() in taken:
-                raise Failure(f"{path} is {taken[path.resolve()]}; give another --output")
-            taken[path.resolve()] = f"the output of {job.image}, too"
+            if os.path.realpath(path) in taken:
+                raise Failure(f"{path} is {taken[os.path.realpath(path)]}; give another --output")
+            taken[os.path.realpath(path)] = f"the output of {job.image}, too"
     try:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,22 +187,29 @@ def format_of(path: Path) -> str:
 
 
 def check_holds(path: Path, frames: list[Image.Image]) -> None:
-    """Raise Failure unless the format of this path holds what these LR images become."""
+    """Raise Failure unless the format of this path holds what these LR images become, and it can be written there."""
     name = format_of(path)
     holds, most, size, _ = FORMATS[name]
     modes = {frame.mode for frame in frames}
+    if not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+        raise Failure(f"cannot write {path}: there is no such folder, or no right to write in it")
     if modes & {"LA", "RGBA"} and "alpha" not in holds:
         raise Failure(f"{path}: {name} holds no transparency; give --output=NAME.png")
     if "I;16" in modes and "16 bits" not in holds:
         raise Failure(f"{path}: {name} holds no gray of 16 bits; give --output=NAME.png")
+    if len(frames) > 1 and name != "TIFF" and ("I;16" in modes or len({frame.size for frame in frames}) > 1):
+        raise Failure(f"{path}: {name} holds frames of 8 bits and of one size only; give --output=NAME.tif")
     side = SCALE * max(max(frame.size) for frame in frames)
-    if side > most or sum(SCALE**2 * math.prod(f.size) * len(f.mode) for f in frames) >= size:
+    pixel = max(2 if mode == "I;16" else len(mode) for mode in modes)  # bytes
+    if side > most or sum(SCALE**2 * math.prod(frame.size) * pixel for frame in frames) >= size:
         raise Failure(f"{path}: {side} pixels a side are too many for {name}; give --output=NAME.png")
 
 
-def metadata(info: dict, format: str) -> dict:
+def metadata(info: dict, format: str, mode: str) -> dict:
     """Pillow's options for what an output takes over: ICC profile, EXIF data, and the DPI times three."""
-    kept = {"icc_profile": info.get("icc_profile")}
+    kept, space = {}, b"GRAY" if mode in ("L", "LA", "I;16") and format != "WEBP" else b"RGB "
+    if (info.get("icc_profile") or b"")[16:20] == space:  # else the image is of another kind than what was read
+        kept["icc_profile"] = info["icc_profile"]
     with contextlib.suppress(Exception):  # what is damaged in an image's margins is left out
         dpi = tuple(SCALE * float(value) for value in info["dpi"])
         if len(dpi) == 2 and min(dpi) >= 1 and max(dpi) < 2**16:
@@ -190,8 +218,8 @@ def metadata(info: dict, format: str) -> dict:
         warnings.simplefilter("ignore")
         exif, tags = Image.Exif(), ExifTags.Base
         exif.load(info["exif"])
-        for tag in (tags.Orientation, tags.XResolution, tags.YResolution, tags.ResolutionUnit):
-            exif.pop(tag, None)  # the pixels are upright, and the DPI are told elsewhere
+        exif.pop(tags.Orientation, None)  # the pixels are upright
+        exif.update({tag: SCALE * exif[tag] for tag in (tags.XResolution, tags.YResolution) if tag in exif})
         for tag in (tags.ExifImageWidth, tags.ExifImageHeight):
             exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
         if format in ("JPEG", "PNG", "WEBP") and len(data := exif.tobytes()) < 65000:  # what JPEG holds
@@ -202,7 +230,7 @@ def metadata(info: dict, format: str) -> dict:
 def save(frames: list[Image.Image], path: Path, infos: list[dict]) -> None:
     """Write an image of one or more frames; ``infos`` are those of the frames it was made from."""
     format = format_of(path)
-    options = FORMATS[format].options | metadata(infos[0], format)
+    options = FORMATS[format].options | metadata(infos[0], format, frames[0].mode)
     if format == "GIF":  # which knows no half transparent pixels
         frames = [frame if frame.mode in ("L", "RGB") else frame.convert("RGBA") for frame in frames]
         for frame in frames:
@@ -212,13 +240,16 @@ def save(frames: list[Image.Image], path: Path, infos: list[dict]) -> None:
         options |= {"save_all": True, "append_images": frames[1:]}
         if format != "TIFF":
             options |= {"duration": [info.get("duration", 0) for info in infos]}
-            options |= {"loop": infos[0]["loop"]} if "loop" in infos[0] else {}
-            if any(frame.mode in ("LA", "RGBA") for frame in frames):
-                options |= {"disposal": 1 if format == "PNG" else 2}  # a frame replaces the one before
+            if "loop" in infos[0] or format != "GIF":
+                options |= {"loop": infos[0].get("loop", 1)}
+            if format == "GIF" and frames[0].mode == "RGBA":
+                options |= {"disposal": 2}  # a frame replaces the one before
 
     def write(file: BinaryIO) -> None:
         try:
             frames[0].save(file, format, **options)
+        except MemoryError:
+            raise
         except Exception as problem:  # Pillow's encoders raise errors of many types
             raise Failure(f"{path}: cannot be written as {format}: {problem}") from problem
 
@@ -358,16 +389,18 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
 
 def upscale_file(job: Job, network: Callable[[Tensor], Tensor], block: int, max_pixels: int, how: str) -> dict | None:
     """Do a job; the PSNR as a row of :func:`utils.table` where there is a ground truth."""
-    start, format = time.perf_counter(), format_of(job.output)
+    start = time.perf_counter()
     frames = read_frames(job.image, max_pixels)
+    format = format_of(job.output)
     infos = [frame.info for frame in frames]
     if len(frames) > 1 and "frames" not in FORMATS[format].holds:
-        tqdm.write(f"{job.image}: {len(frames)} frames, of which {format} holds one: the first is taken")
+        tqdm.write(f"{printable(job.image)}: {len(frames)} frames, of which {format} holds one: the first is taken")
         del frames[1:]
+    check_holds(job.output, frames)
     if format != "TIFF" and len({frame.mode for frame in frames}) > 1:  # other than pages
         frames = [frame.convert("RGBA") for frame in frames]
-    check_holds(job.output, frames)
-    lr, hr = frames[0], open_image(job.ground_truth) if job.ground_truth else None
+    lr = frames[0]
+    hr = open_image(job.ground_truth, (SCALE + 1) ** 2 * max_pixels) if job.ground_truth else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise Failure(f"{job.ground_truth}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
     if hr and min(hr.size) < 3 * SCALE:
@@ -375,12 +408,12 @@ def upscale_file(job: Job, network: Callable[[Tensor], Tensor], block: int, max_
     srs = [enlarge(frame, network, block, job.image.name) for frame in frames]
     save(srs, job.output, infos)
     sizes = f"{lr.width}x{lr.height} -> {srs[0].width}x{srs[0].height}" + f", {len(srs)} frames" * (len(srs) > 1)
-    tqdm.write(f"{job.output}: {sizes} in {time.perf_counter() - start:.2f} s on {how}")
+    tqdm.write(f"{printable(job.output)}: {sizes} in {time.perf_counter() - start:.2f} s on {how}")
     if not hr:
         return None
     picture, row = compare(to_rgb(lr), to_rgb(srs[0]), hr)
     save([picture], job.picture, [{}])
-    tqdm.write(str(job.picture))
+    tqdm.write(printable(job.picture))
     return row
 
 

@@ -65,13 +65,14 @@ def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], f
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when done, 1 with one line on stderr, 130 on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts had switched it off for the imports
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
-        stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    for name in ("stdout", "stderr"):
+        if not getattr(sys, name):  # it is closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     status, message = 0, None
     try:
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -79,7 +80,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         status, message = 1, f"error: {explain(problem)}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    if message and sys.stderr:
+    if message:
         print(message, file=sys.stderr)
     sys.exit(status)
 

@@ -232,6 +232,54 @@ def test_an_animation_with_transparent_parts(upscaled, pictures):
             assert (visible != wanted).mean() < (0.01 if name == "f.webp" else 1e-9), (name, i)
 
 
+def test_frames_that_are_empty_or_repeated_keep_their_place(upscaled, pictures):
+    """What is seen at each moment is the same, though Pillow stores frames that are alike as one."""
+    lr = pictures[0].convert("RGBA")
+    empty, other = Image.new("RGBA", lr.size), lr.transpose(Image.Transpose.ROTATE_180)
+    frames, times = [lr, empty, lr, empty, empty, other, other], [100, 200, 300, 400, 50, 50, 70]
+    frames[0].save("b.webp", save_all=True, append_images=frames[1:], duration=times, lossless=True)
+    wanted = [
+        bool(frame.getchannel("A").getextrema()[1])
+        for frame, time in zip(frames, times, strict=True)
+        for _ in range(time)
+    ]
+    for name in ("o.png", "o.webp", "o.gif"):
+        sr = upscaled(frames[0], "b.webp", name, save_all=True, append_images=frames[1:], duration=times, lossless=True)
+        seen = []
+        for i in range(sr.n_frames):
+            sr.seek(i)
+            sr.load()
+            seen += [bool(sr.convert("RGBA").getchannel("A").getextrema()[1])] * int(sr.info["duration"])
+        assert seen == wanted, name
+        assert sr.info["loop"] == 0
+
+
+def test_the_picture_for_who_shows_no_animation_is_no_frame(upscaled, pictures):
+    frames = [pictures[0].rotate(turn) for turn in (0, 90, 180)]
+    sr = upscaled(frames[0], "d.png", save_all=True, append_images=frames[1:], duration=[50, 70], default_image=True)
+    assert sr.n_frames == 2
+    assert_same(sr.convert("RGB"), expected(pictures[2], frames[1]))
+
+
+@pytest.mark.parametrize("other", [Image.new("L", (9, 9)), Image.new("I;16", (30, 30))])
+@pytest.mark.parametrize("output", ["o.png", "o.webp", "o.gif"])
+def test_pages_that_are_no_animation(cli, pictures, other, output):
+    pictures[0].save("p.tif", save_all=True, append_images=[other])
+    status, out, err = cli("super_resolve.py", "--checkpoint=net", "p.tif", f"--output={output}")
+    assert (status, out) == (1, "")
+    assert_one_line(err, output, "holds")
+
+
+def test_pixels_are_counted_in_all_pages(cli, pictures):
+    pages = [Image.new("L", (4, 4)), *(Image.new("L", (30, 30)) for _ in range(3))]
+    pages[0].save("p.tif", save_all=True, append_images=pages[1:])
+    command = ("super_resolve.py", "--precision=fp32", "--checkpoint=net", "p.tif")
+    status, _, err = cli(*command, "--max-pixels=2715")
+    assert status == 1
+    assert_one_line(err, "30x30 pixels in frame 4 of 4", "--max-pixels")
+    assert cli(*command, "--max-pixels=2716")[0] == 0
+
+
 def test_the_first_frame_where_the_format_holds_one(cli, pictures):
     lr = pictures[0]
     lr.save("f.gif", save_all=True, append_images=[lr.point(lambda v: 255 - v)])
@@ -273,6 +321,23 @@ def test_icc_profile_and_print_size_are_kept(upscaled, pictures, name):
         assert sr.info["icc_profile"] == profile
     if name != "m.webp":
         assert sr.info["dpi"] == pytest.approx((288, 216), abs=0.05)
+
+
+def test_the_resolution_in_exif_data_is_kept(upscaled, pictures):
+    exif = Image.Exif()
+    exif[0x011A], exif[0x011B], exif[0x0128] = 96.0, 72.0, 2
+    sr = upscaled(pictures[0], "m.webp", exif=exif)
+    assert (sr.getexif()[0x011A], sr.getexif()[0x011B]) == (288, 216)
+
+
+@pytest.mark.parametrize(("name", "output", "mode"), [("g.png", "o.webp", "L"), ("p.png", "o.png", "RGB")])
+def test_a_profile_of_another_kind_of_image_is_dropped(upscaled, pictures, name, output, mode):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = b"GRAY" if mode == "L" else b"Lab "
+    image = pictures[0].convert(mode)
+    assert "icc_profile" not in upscaled(image, name, output, icc_profile=bytes(profile)).info
+    if mode == "L":
+        assert upscaled(image, name, "o.png", icc_profile=bytes(profile)).info["icc_profile"] == profile
 
 
 @pytest.mark.parametrize("dpi", [(0, 0), (30000, 30000)])

@@ -216,7 +216,7 @@ def test_a_checkpoint_of_the_course_serves(cli, pictures):
     assert_same(Image.open("lr_srcnn_x3.bmp"), expected(pictures[2], pictures[0]))
 
 
-def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
+def test_bad_input_is_one_clear_line(cli, pictures, tmp_path, monkeypatch):
     (tmp_path / "text.bmp").write_text("not an image")
     (tmp_path / "cut.bmp").write_bytes((tmp_path / "lr.bmp").read_bytes()[:500])
     (tmp_path / "lr.xyz").write_bytes((tmp_path / "lr.bmp").read_bytes())
@@ -226,6 +226,10 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
     for name in ("hr_srcnn_x3.png", "d/lr.bmp", "done/lr_srcnn_x3.bmp", "done/x.txt"):
         (tmp_path / name).write_bytes((tmp_path / "lr.bmp").read_bytes())
     os.mkfifo("pipe.png")
+    os.symlink("loop.png", "loop.png")
+    Path("locked").mkdir()
+    original = os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: str(path) != "locked" and original(path, *how))  # root may
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     cases = [
         (1, ["missing.bmp", "--checkpoint=net"], ["missing.bmp", "no such file"]),
@@ -237,8 +241,8 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=missing.png"], ["missing.png", "no such file"]),
         (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=other.png"], ["50x50", "three times 30x30"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp"], ["lr.bmp is an input"]),
-        (1, ["lr.bmp", "--checkpoint=net", "--output=nowhere/a.bmp"], ["nowhere/a.bmp", "No such file or directory"]),
-        (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp/a.bmp"], ["lr.bmp/a.bmp", "Not a directory"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--output=nowhere/a.bmp"], ["nowhere/a.bmp", "no such folder"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--output=lr.bmp/a.bmp"], ["lr.bmp/a.bmp", "no such folder"]),
         (1, ["lr.bmp", "missing.bmp", "--checkpoint=net", "--output=lr.bmp"], ["the folder lr.bmp", "File exists"]),
         (1, ["lr.bmp", "d", "--checkpoint=net", "--output=d"], ["d/lr_srcnn_x3.bmp is the output of lr.bmp, too"]),
         (1, ["lr.bmp", "hr_srcnn_x3.png", "hr.png", "--checkpoint=net"], ["hr_srcnn_x3.png is an input"]),
@@ -246,6 +250,11 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path):
         (1, ["lr.bmp", "--checkpoint=net", "--ground-truth=done"], ["done: no ground truth for lr.bmp"]),
         (1, ["d", "--checkpoint=net", "--ground-truth=d"], ["d: this folder holds no image that d holds"]),
         (1, ["lr.bmp", "hr.png", "--checkpoint=net", "--ground-truth=hr.png"], ["hr.png: one ground truth"]),
+        (1, ["lr.bmp", "hr.png", "--checkpoint=net", "--ground-truth=typo"], ["typo: no such file or folder"]),
+        (1, ["typo", "--checkpoint=net"], ["typo: no such file"]),
+        (1, ["loop.png", "--checkpoint=net"], ["loop.png: not an image that can be read: Too many levels"]),
+        (1, ["lr.bmp", "--checkpoint=net", "--output=locked/a.png"], ["cannot write locked/a.png", "no right"]),
+        (2, ["", "--checkpoint=net"], ["must not be empty"]),
         (1, ["empty", "--checkpoint=net"], ["empty: this folder holds no images"]),
         (1, ["done", "--checkpoint=net"], ["done: this folder holds no image but outputs"]),
         (1, ["pipe.png", "--checkpoint=net"], ["pipe.png: not a file"]),
@@ -366,6 +375,9 @@ def test_ground_truths_paired_by_name(cli, pictures):
     hr.save("hr/a.bmp")
     hr.transpose(Image.Transpose.ROTATE_180).save("hr/b_GT.png")
     hr.resize((9, 9)).save("hr/b.bmp")  # the one with the ending goes first
+    hr.save("hr/c_GT.png")
+    lr.save("lr/c_GT.png")  # named alike in both
+    lr.save("lr/d.png")
     command = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
     status, out, err = cli(*command, "course", "--ground-truth=./course", "--output=o")
     assert (status, err) == (0, "")
@@ -376,10 +388,11 @@ def test_ground_truths_paired_by_name(cli, pictures):
     status, out, err = cli(*command, "lr/a.png", "lr", "--ground-truth=hr", "--output=o")
     assert (status, err) == (0, "")
     rows = rows_of(out)
-    assert [*rows] == ["lr/a.png", "lr/b.png", "hr"]
-    assert rows["lr/a.png"] == course["course/a_lr.bmp"]
+    assert [*rows] == ["lr/a.png", "lr/b.png", "lr/c_GT.png", "hr"]
+    assert rows["lr/a.png"] == rows["lr/c_GT.png"] == course["course/a_lr.bmp"]
+    assert "lr: 1 images have no ground truth, passed over" in out
     assert rows["lr/b.png"][0] < rows["lr/a.png"][0] - 5
-    assert rows["hr"] == pytest.approx(np.mean([rows["lr/a.png"], rows["lr/b.png"]], 0), abs=1.1e-3)
+    assert rows["hr"] == pytest.approx(np.mean([*rows.values()][:3], 0), abs=1.1e-3)
 
 
 def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(cli, pictures):
@@ -438,3 +451,34 @@ def test_it_starts_as_fast_as_torch_does():
     command = [sys.executable, "-c", code]
     times = (float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) for _ in range(3))
     assert min(times) < 0.3
+
+
+def test_transparent_images_are_measured_on_white(cli, pictures):
+    lr, hr, _ = pictures
+    mask = Image.new("L", (90, 90))
+    mask.paste(255, (9, 9, 60, 60))
+    for image, shape, name in ((lr, mask.resize((30, 30)), "lr.png"), (hr, mask, "hr.png")):
+        image.putalpha(shape)
+        image.save(name)
+    options = ("--precision=fp32", "--checkpoint=net", "lr.png", "--ground-truth=hr.png")
+    status, out, err = cli("super_resolve.py", *options)
+    assert (status, err) == (0, "")
+    white = [Image.new("RGBA", image.size, "white") for image in (lr, hr)]
+    low, high = (Image.alpha_composite(w, image).convert("RGB") for w, image in zip(white, (lr, hr), strict=True))
+    y = utils.psnr_y(data.to_tensor(data.bicubic(low, 90, 90)), data.to_tensor(high))
+    assert rows_of(out)["lr.png"][0] == pytest.approx(y, abs=1e-3)
+
+
+def test_one_spelling_of_a_file_is_enough(cli, pictures, tmp_path):
+    status, out, _ = cli(
+        "super_resolve.py", "--precision=fp32", "--checkpoint=net", "lr.bmp", "./lr.bmp", tmp_path / "lr.bmp"
+    )
+    assert status == 0
+    assert len(out.splitlines()) == 1
+
+
+def test_names_are_escaped_on_stdout(cli, pictures):
+    pictures[0].save("red\x1b[31m.bmp")
+    assert cli("super_resolve.py", "--precision=fp32", "--checkpoint=net", "red\x1b[31m.bmp")[1].startswith(
+        "red\\x1b[31m_"
+    )
