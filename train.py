@@ -58,7 +58,7 @@ from utils import (
 
 # fmt: off
 OPTIONS = {  # name: (check, default, help)
-    "lr":         (number(float),               0.005,           "peak learning rate of Adam"),
+    "lr":         (number(float),               0.003,           "peak learning rate of Adam"),
     "batch_size": (number(int),                 16,              "patches in a step"),
     "num_epoch":  (number(int),                 100,             "epochs, each as many pixels as the training set has"),
     "save_freq":  (number(int),                 10,              "epochs from one checkpoint to the next"),
@@ -184,7 +184,7 @@ class WhitenedAdam(torch.optim.Adam):
         super().load_state_dict({"state": state["state"], "param_groups": super().state_dict()["param_groups"]})
 
 
-def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.1) -> Tensor:
+def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:
     """P = ``size`` (C + floor)^(-1/2) for :class:`WhitenedAdam`, which leaves out what all pixels have in common.
 
     C is the covariance of what conv1 sees when these LR patches, uint8 of shape (N, 3, h, w), are
@@ -317,7 +317,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                 optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], done, num_epoch * steps)
                 optimizer.zero_grad()
                 sr = Folded(model, dtype)(lr)  # only pixels with their whole context: no cut edge spoils the loss
-                loss = F.mse_loss(sr.float(), hr.float()) / 255**2
+                loss = F.mse_loss(sr.float().clamp(0, 255), hr.float()) / 255**2  # of what an image can show
                 loss.backward()
                 optimizer.step()
                 losses[step] = loss.detach()
