@@ -71,7 +71,7 @@ def fast_training(folder: Path, dtype: torch.dtype) -> Iterator[int]:
     while True:
         for lr, hr in train_set.batches(100, batch_size, generator):
             optimizer.zero_grad()
-            loss = F.mse_loss(Folded(model, dtype)(lr).float(), hr.float()) / 255**2
+            loss = F.mse_loss(Folded(model, dtype)(lr).float().clamp(0, 255), hr.float()) / 255**2
             loss.backward()
             optimizer.step()
             yield hr[:, 0].numel()

@@ -410,6 +410,17 @@ def test_every_epoch_is_reported_in_one_line(train_small, photos):
     assert len(re.findall(r"loss 0\.\d{6}  [\d.]+ Mpx/s$", out, re.M)) == 3
 
 
+def test_the_loss_is_of_what_an_image_can_show(train_small, monkeypatch, tmp_path):
+    """Interpolation overshoots at edges of black and white; as an image is saved, that is cut off."""
+    (tmp_path / "blocks").mkdir()
+    blocks = np.random.default_rng(0).integers(0, 2, (12, 12, 1), dtype=np.uint8) * 255
+    Image.fromarray(blocks.repeat(8, 0).repeat(8, 1).repeat(3, 2)).save("blocks/b.png")
+    seen, original = [], train.F.mse_loss
+    monkeypatch.setattr(train.F, "mse_loss", lambda sr, hr: seen.append(sr.detach()) or original(sr, hr))
+    assert train_small("--num-epoch=1", "--train-data=blocks")[0] == 0
+    assert all((sr.min(), sr.max()) == (0, 255) for sr in seen)
+
+
 def test_the_reported_loss_is_the_mean_of_the_steps(train_small, monkeypatch):
     """With a vanishing learning rate every step's loss is that of the first network."""
     drawn = []
