@@ -36,6 +36,7 @@ from utils import (
     number,
     precision,
     printable,
+    processes,
     psnr_rgb,
     psnr_y,
     run,
@@ -422,7 +423,8 @@ def main() -> None:
     device = select_device(args.cuda)
     model = SRCNN()
     model.load_state_dict(load_checkpoint(args.checkpoint)["model"])
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)
+    rank, count = processes()  # of torchrun: each does its share
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)[rank::count]
     model.to(device, memory_format=torch.channels_last)
     dtype = select_dtype(args.precision, device, model)
     tile = args.tile or TILE[device.type]
@@ -441,7 +443,8 @@ def main() -> None:
                 raise
             failures.append(explain(problem))
     if rows:
-        print(table({"set": args.ground_truth.name, "images": rows, "mean": mean_row(rows)}))
+        name = args.ground_truth.name + f" (part {rank + 1} of {count})" * (count > 1)
+        print(table({"set": name, "images": rows, "mean": mean_row(rows)}))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,6 +43,7 @@ from utils import (
     number,
     precision,
     printable,
+    processes,
     run,
     save_checkpoint,
     select_device,
@@ -270,7 +272,10 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     batch_size, patch_size, num_epoch = (options[k] for k in ("batch_size", "patch_size", "num_epoch"))
     if batch_size * patch_size**2 > MAX_STEP:
         raise Failure(f"a step has at most {MAX_STEP:,} pixels: take a smaller --batch-size or --patch-size")
-    dtype = select_dtype(options["precision"], device)
+    rank, count = processes()
+    if batch_size < count:
+        raise Failure(f"a batch of {batch_size} is too small for {count} processes")
+    dtype = from_first(select_dtype(options["precision"], device))
     hold_out = options["hold_out"]
     train_set = data.TrainSet(options["train_data"], patch_size, device, hold_out)
     test_set = data.load_test_set(options["train_data" if hold_out else "test_data"], hold_out)
@@ -293,8 +298,9 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     state.setdefault("run", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     print(f"bicubic        {report['set']} {mean['bicubic_y']:.3f} dB Y  {mean['bicubic_rgb']:.3f} dB RGB")
     print(f"epoch {state['epoch']:3}/{num_epoch}  {summary(report)}", flush=True)
-    set_aside(output / "checkpoint.best", state)
-    log = Log(output / "runs" / state["run"], state["epoch"])
+    if rank == 0:
+        set_aside(output / "checkpoint.best", state)
+    log = Log(output / "runs" / state["run"] if rank == 0 else None, state["epoch"], options)
     saved = state["epoch"]  # the epoch of the file `path`
     interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
 
@@ -302,28 +308,34 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
         interrupted.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # but only the first one waits
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    # torchrun sends SIGTERM where one of its processes has died.
+    previous = [signal.signal(which, interrupt) for which in (signal.SIGINT, signal.SIGTERM)]
     keep_memory()
     try:
         for epoch in range(state["epoch"] + 1, num_epoch + 1):
             begin = time.perf_counter()
             losses = torch.empty(steps, device=device)
             batches = train_set.batches(steps, batch_size, generator)
-            bar = tqdm(batches, f"epoch {epoch}/{num_epoch}", steps, leave=False, disable=None, unit="step")
+            bar = tqdm(batches, f"epoch {epoch}/{num_epoch}", steps, leave=False, disable=rank > 0 or None, unit="step")
             for step, (lr, hr) in enumerate(bar):
                 if interrupted.is_set():
                     raise KeyboardInterrupt
                 done = (epoch - 1) * steps + step + 0.5
                 optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], done, num_epoch * steps)
                 optimizer.zero_grad()
+                lr, hr = lr[rank::count], hr[rank::count]
                 sr = Folded(model, dtype)(lr)  # only pixels with their whole context: no cut edge spoils the loss
                 loss = F.mse_loss(sr.float().clamp(0, 255), hr.float()) / 255**2  # of what an image can show
                 loss.backward()
-                optimizer.step()
                 losses[step] = loss.detach()
+                if count > 1:
+                    add_up([losses[step], *(p.grad for p in model.parameters())], len(lr) / batch_size)
+                optimizer.step()
                 if step % 20 == 0 and not bar.disable:  # not at each: reading the loss waits for the GPU
                     bar.set_postfix(loss=f"{loss.item():.5f}")
             check_finite(losses, model, epoch)
+            if rank:  # the first process measures, saves and prints
+                continue
             speed = steps * batch_size * patch_size**2 / (time.perf_counter() - begin) / 1e6
 
             report = evaluate(model, test_set)
@@ -371,10 +383,28 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
         print(hint if path else "no epoch is saved", flush=True)
         raise
     finally:
-        signal.signal(signal.SIGINT, previous)
-        log.close()
+        for which, handler in zip((signal.SIGINT, signal.SIGTERM), previous, strict=True):
+            signal.signal(which, handler)
+        log.close(report if state["epoch"] == num_epoch else None)
     best = f"best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y on {report['set']}"
     print(f"\n{table(report)}\n\nwritten: {path}; {best}")
+
+
+def from_first(value: object) -> object:
+    """The value that the first of torchrun's processes has."""
+    values = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def add_up(parts: list[Tensor], weight: float) -> None:
+    """Replace tensors, in place, by their weighted sum over torchrun's processes. Raises Failure if one has ended."""
+    try:
+        for part in parts:
+            dist.all_reduce(part.mul_(weight))
+    except RuntimeError as problem:
+        raise Failure("another process of this training has ended; its message is above") from problem
 
 
 def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
@@ -390,18 +420,23 @@ class Log:
 
     Parameters
     ----------
-    folder : for the events
+    folder : for the events; None for none
     epoch : what was logged after it, by a run that ended later than what is resumed, is void
+    options : of the run, shown as text and for comparing runs by
     """
 
-    def __init__(self, folder: Path, epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
-
+    def __init__(self, folder: Path | None, epoch: int, options: dict) -> None:
         # TensorBoard writes in a thread; what fails there is raised here at the next call.
         self.hook, threading.excepthook = threading.excepthook, lambda _: None
-        self.writer = None
+        self.writer, self.options = None, options
+        if not folder:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
+
         with self.guarded():
             self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+            rows = "".join(f"| {name} | {value} |\n" for name, value in options.items())
+            self.writer.add_text("arguments", f"| option | value |\n| --- | --- |\n{rows}", epoch)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -424,17 +459,30 @@ class Log:
             self.writer.flush()
 
     def write_images(self, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
-        """Bicubic, SRCNN and ground truth side by side, for each test image."""
+        """For each test image bicubic, SRCNN and ground truth side by side; and the filters of the first layer."""
         from torchvision.utils import make_grid
 
-        for image in test_set.images if self.writer else ():
-            panels = make_grid([image.bicubic, super_resolve(model, image.lr), image.hr])
-            with self.guarded():
-                self.writer.add_image(f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth", panels, epoch)
+        if not self.writer:
+            return
+        pictures = {
+            f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth": make_grid(
+                [image.bicubic, super_resolve(model, image.lr), image.hr]
+            )
+            for image in test_set.images
+        }
+        filters = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)
+        pictures["conv1/its 64 filters"] = make_grid(filters, nrow=16, normalize=True, scale_each=True, pad_value=1)
+        with self.guarded():
+            for name, picture in pictures.items():
+                self.writer.add_image(name, picture, epoch)
 
-    def close(self) -> None:
+    def close(self, report: dict | None) -> None:
+        """End the log; with the last report of a run that came to its end, to compare runs by."""
         if self.writer:
             with self.guarded():
+                if report:
+                    final = {f"final/{key}": report["mean"][key] for key in ("psnr_y", "psnr_rgb")}
+                    self.writer.add_hparams(self.options, final, run_name=".")
                 self.writer.close()
         threading.excepthook = self.hook
 
@@ -453,6 +501,11 @@ def main() -> None:
         return print(describe(args.checkpoint, checkpoint, args.json))
     given = {name: value for name, value in vars(args).items() if name in OPTIONS and value is not None}
     device = select_device(args.cuda)
+    rank, count = processes()
+    if count > 1:
+        dist.init_process_group("nccl" if args.cuda else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process prints
     path, checkpoint, saved = None, {}, {}
     defaults = {name: default for name, (_, default, _) in OPTIONS.items()}
     if args.command == "resume":
@@ -473,9 +526,13 @@ def main() -> None:
         if checkpoint["epoch"] >= options["num_epoch"]:
             print(f"its --num-epoch={options['num_epoch']} is reached; to train further, give a larger one")
             return
-    find_data(options, given, fresh=not path)
-    with sole_writer(output):
+    if rank == 0:
+        find_data(options, given, fresh=not path)
+    options = from_first(options)  # and what it has fetched is there
+    with sole_writer(output) if rank == 0 else contextlib.nullcontext():
         train(options, device, output, path, checkpoint)
+    if count > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -99,15 +99,23 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process among those that torchrun has started, and theirs; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def select_device(cuda: bool) -> torch.device:
-    """The device to compute on.
+    """The device to compute on; of several GPUs one for each process that torchrun has started.
 
     Raises Failure if CUDA is asked for and is not there.
     """
-    if cuda and not torch.cuda.is_available():
-        raise Failure("no CUDA device was found; run without --cuda")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and torch.cuda.device_count() <= index:
+        raise Failure(f"no CUDA device{f' number {index}' * bool(index)} was found; run without --cuda")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # trained conv1 weights are large and cancel: they need all of fp32
+    if cuda:
+        torch.cuda.set_device(index)
     return torch.device("cuda" if cuda else "cpu")
 
 

@@ -55,7 +55,11 @@ def read_runs(folders: list[Path]) -> None:
             tag = next(tag for tag in log.Tags()["scalars"] if tag.endswith("/psnr_y"))
             events = log.Scalars(tag)
             for event in events:
-                row = (f"{len(events)} epochs", f"{event.wall_time - log.FirstEventTimestamp():.1f}", f"{event.value:.3f}")
+                row = (
+                    f"{len(events)} epochs",
+                    f"{event.wall_time - log.FirstEventTimestamp():.1f}",
+                    f"{event.value:.3f}",
+                )
                 writer.writerow(row)
 
 
@@ -79,7 +83,9 @@ def curves() -> None:
     for seconds in range(0, int(longest) + 1, 20):
         x, y = place(seconds, low)
         draw.text((x, y + 8 * fine), str(seconds), "black", font, anchor="mt")
-    draw.text((fine * width / 2, fine * (height - 6)), "seconds of training on two CPU cores", "black", font, anchor="mb")
+    draw.text(
+        (fine * width / 2, fine * (height - 6)), "seconds of training on two CPU cores", "black", font, anchor="mb"
+    )
     draw.text((fine * 4, fine * 2), "Set5 x3, mean PSNR on Y (dB)", "black", font)
     for name, psnr in LINES.items():
         draw.line([place(0, psnr), place(longest, psnr)], "#555555", 2 * fine)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,60 @@ def test_two_trainings_do_not_share_a_folder(train_small, tmp_path):
         assert_one_line(err, "another training is writing to o", "--output")
         assert not list((tmp_path / "o").iterdir())
     assert train_small("--output=o", "--num-epoch=1")[0] == 0
+
+
+# --------------------------------------------------------------------- several processes
+
+
+def torchrun(script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), text=True, stdout=pipe, stderr=pipe, env=environment)
+
+
+def test_two_processes_train_as_one_does(photos, train_small):
+    """But for the order of sums; a batch of five is three and two patches."""
+    options = ["--num-epoch=2", "--batch-size=5", "--patch-size=48", "--precision=fp32"]
+    options += [f"--train-data={photos}", f"--test-data={photos}"]
+    process = torchrun("train.py", "train", *options, "--output=two")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert len(re.findall(r"^epoch   2/2", out, re.M)) == 1  # only the first process prints
+    assert train_small(*options, "--output=one")[0] == 0
+    one, two = (torch.load(f"{name}/checkpoint.2", weights_only=True) for name in ("one", "two"))
+    assert two["psnr"] == pytest.approx(one["psnr"], abs=0.002)
+    far = [(one["model"][key] - two["model"][key]).abs().max() for key in one["model"]]
+    assert max(far) < 0.01  # of weights that are up to 3
+    assert sorted(p.name for p in Path("two").iterdir()) == sorted(p.name for p in Path("one").iterdir())
+    assert train_small("--num-epoch=3", command=("resume", "two/checkpoint.2"))[0] == 0  # by one process
+
+
+def test_a_process_that_dies_ends_the_training_with_what_was_done(photos, train_small):
+    options = ["--num-epoch=500", "--save-freq=1000", "--batch-size=4", "--patch-size=48", "--output=o"]
+    process = torchrun("train.py", "train", *options, f"--train-data={photos}", f"--test-data={photos}")
+    for line in process.stdout:
+        if line.startswith("epoch   2/500"):
+            break
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    ranks = {Path(f"/proc/{n}/environ").read_text().split("LOCAL_RANK=")[1][0]: int(n) for n in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    out, _err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    hint = re.search(r"to go on from epoch (\d+): python train.py resume (o/checkpoint.\d+)", out)
+    assert int(hint[1]) >= 2
+    assert train_small(f"--num-epoch={int(hint[1]) + 1}", command=("resume", hint[2]))[0] == 0
+
+
+def test_two_processes_share_the_images(pictures):
+    Path("in").mkdir()
+    for i in range(5):
+        pictures[0].rotate(i).save(f"in/{i}.png")
+    process = torchrun("super_resolve.py", "--checkpoint=net", "in", "--output=o")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert sorted(re.findall(r"^o/(\d)_srcnn_x3.png: 30x30", out, re.M)) == ["0", "1", "2", "3", "4"]
+    assert len(list(Path("o").iterdir())) == 5
 
 
 def in_another_process(code):
