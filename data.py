@@ -115,7 +115,7 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     try:
         if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
             raise Failure(f"{path}: not a file")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _muted():
             warnings.simplefilter("ignore")  # Pillow's, of oddities that it copes with
             with Image.open(path, formats=_formats()) as image:
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for what decoders find inside
@@ -144,6 +144,23 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
         raise Failure(f"{path}: not an image that can be read{reason}") from problem
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Without what libtiff writes to stderr, past Python, of files that are damaged."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @lru_cache

@@ -385,7 +385,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     finally:
         for which, handler in zip((signal.SIGINT, signal.SIGTERM), previous, strict=True):
             signal.signal(which, handler)
-        log.close(report if state["epoch"] == num_epoch else None)
+        log.close(num_epoch, report if state["epoch"] == num_epoch else None)
     best = f"best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y on {report['set']}"
     print(f"\n{table(report)}\n\nwritten: {path}; {best}")
 
@@ -476,13 +476,16 @@ class Log:
             for name, picture in pictures.items():
                 self.writer.add_image(name, picture, epoch)
 
-    def close(self, report: dict | None) -> None:
-        """End the log; with the last report of a run that came to its end, to compare runs by."""
+    def close(self, epoch: int, report: dict | None) -> None:
+        """End the log; with the last report of a run that came to its end, to compare ends by.
+
+        In a folder of its own, since TensorBoard would show a resumed run by the options of its first end.
+        """
         if self.writer:
             with self.guarded():
                 if report:
                     final = {f"final/{key}": report["mean"][key] for key in ("psnr_y", "psnr_rgb")}
-                    self.writer.add_hparams(self.options, final, run_name=".")
+                    self.writer.add_hparams(self.options, final, run_name=f"end-{epoch}")
                 self.writer.close()
         threading.excepthook = self.hook
 

@@ -56,7 +56,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
+def cli(monkeypatch, capfd):
     """Run a command in this process: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
     commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
 
@@ -64,7 +64,7 @@ def cli(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         with pytest.raises(SystemExit) as end:
             run(commands[script])
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return end.value.code, captured.out, captured.err
 
     return call

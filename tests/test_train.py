@@ -500,13 +500,17 @@ def test_tensorboard_tells_the_options_and_the_end(train_small, photos, tmp_path
     text = log.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| lr | 0.002 |" in text
     assert f"| test_data | {photos} |" in text
-    report = load("checkpoint.2")["report"]["mean"]
-    for key in ("psnr_y", "psnr_rgb"):
-        assert [event.value for event in log.Scalars(f"final/{key}")] == pytest.approx([report[key]])
-    content = log.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
-    hparams = metadata.parse_session_start_info_plugin_data(content).hparams
-    assert hparams["lr"].number_value == 0.002
-    assert hparams["train_data"].string_value == str(photos)
+    assert train_small("--num-epoch=3", "--lr=0.001", command=("resume", "checkpoint.2"))[0] == 0
+    for epoch, rate in ((2, 0.002), (3, 0.001)):
+        (folder,) = (tmp_path / "runs").glob(f"*/end-{epoch}")
+        log = EventAccumulator(str(folder)).Reload()
+        report = load(f"checkpoint.{epoch}")["report"]["mean"]
+        for key in ("psnr_y", "psnr_rgb"):
+            assert [event.value for event in log.Scalars(f"final/{key}")] == pytest.approx([report[key]])
+        content = log.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        hparams = metadata.parse_session_start_info_plugin_data(content).hparams
+        assert hparams["lr"].number_value == rate
+        assert hparams["train_data"].string_value == str(photos)
 
 
 def test_no_bar_debris_where_no_terminal_is(photos, tmp_path):
