@@ -200,7 +200,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="bench.py", description=__doc__)
+    parser = ArgumentParser(["python bench.py", "python bench.py --json"], prog="bench.py", description=__doc__)
     parser.add_argument("--data", default="data/91-image", metavar="DIR", help="training images (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     args = parser.parse_args()

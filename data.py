@@ -9,7 +9,6 @@ import signal
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -523,7 +522,8 @@ def _read_folder(folder: Path) -> Iterable[dict[str, bytes]]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = "Fetch 91-Image and Set5 into data/, or take them from a copy."
+    parser = ArgumentParser(["python data.py", "python data.py --from copy.zip"], prog="data.py", description=text)
     parser.add_argument("--from", dest="source", type=Path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
     source = parser.parse_args().source
     root = Path("data")

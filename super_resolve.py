@@ -1,4 +1,4 @@
-"""Upscale images by three with a trained SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
+"""Upscale images by three with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import signal
 
@@ -81,20 +81,22 @@ def a_path(text: str) -> Path:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(prog="super_resolve.py", description=__doc__)
+    start = "python super_resolve.py --checkpoint checkpoint.pth"
+    examples = [f"{start} lr.bmp", f"{start} photos --output=big"]
+    parser = ArgumentParser(examples, prog="super_resolve.py", description=__doc__)
     parser.add_argument("inputs", type=a_path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
     parser.add_argument("--checkpoint", type=Path, required=True, help="trained weights, such as checkpoint.pth")
-    text = f"the output file; for several, their folder (default: INPUT{ENDING} beside each)"
+    text = f"the file, or for several the folder (INPUT{ENDING} beside each)"
     parser.add_argument("--output", metavar="PATH", help=text)
-    text = "the HR image, or a folder of them: measure, and picture both as PNG"
+    text = "HR image, or folder of them: measure and compare"
     parser.add_argument("--ground-truth", type=Path, metavar="HR", help=text)
-    text = "the mean over eight flips and rotations: better, at eight times the cost"
+    text = "mean over eight flips and rotations, at eight times the cost"
     parser.add_argument("--self-ensemble", action="store_true", help=text)
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
     parser.add_argument("--precision", type=precision, default="auto", metavar="P", help=PRECISION_HELP)
-    text = f"side of the tiles to work in, in LR pixels (default: {TILE['cpu']}, on a GPU {TILE['cuda']})"
+    text = f"side of a tile, LR pixels ({TILE['cpu']}, on a GPU {TILE['cuda']})"
     parser.add_argument("--tile", type=number(int), metavar="N", help=text)
-    text = f"refuse inputs with more (default: {MAX_PIXELS})"
+    text = f"refuse inputs with more ({MAX_PIXELS})"
     parser.add_argument("--max-pixels", type=number(int), default=MAX_PIXELS, metavar="N", help=text)
     return parser.parse_args()
 

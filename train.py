@@ -62,28 +62,39 @@ from utils import (
 OPTIONS = {  # name: (check, default, help)
     "lr":         (number(float),               0.003,           "peak learning rate of Adam"),
     "batch_size": (number(int),                 16,              "patches in a step"),
-    "num_epoch":  (number(int),                 100,             "epochs, each as many pixels as the training set has"),
+    "num_epoch":  (number(int),                 100,             "epochs, of as many pixels as the training set"),
     "save_freq":  (number(int),                 10,              "epochs from one checkpoint to the next"),
     "precision":  (precision,                   "auto",          PRECISION_HELP),
-    "patch_size": (number(int, multiple=SCALE), 63,              "side of a patch in HR pixels, a multiple of 3"),
-    "seed":       (number(int, least=-1),       0,               "of the initial weights and the patches drawn"),
-    "train_data": (str,                         "data/91-image", "folder of training images, or dead-leaves"),
-    "test_data":  (str,                         "data/Set5",     "folder of test images, or dead-leaves"),
-    "hold_out":   (number(int, least=-1),       0,               "to choose options: test on 1 of N training images"),
+    "patch_size": (number(int, multiple=SCALE), 63,              "side of a patch, HR pixels, a multiple of 3"),
+    "seed":       (number(int, least=-1),       0,               "of the weights and patches drawn"),
+    "train_data": (str,                         "data/91-image", "training images, or dead-leaves"),
+    "test_data":  (str,                         "data/Set5",     "test images, or dead-leaves"),
+    "hold_out":   (number(int, least=-1),       0,               "instead, test on 1 of N training images"),
 }
 # fmt: on
 MAX_STEP = 2**26  # HR pixels; the features of that many take more than 16 GB
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | resume | inspect")
-    train_parser = commands.add_parser("train", help="train from scratch", description="Train SRCNN from scratch.")
-    resume_parser = commands.add_parser(
-        "resume", help="go on with a training", description="Go on with a training; options override the saved ones."
+    parser = ArgumentParser(
+        ["python train.py train --num-epoch=10", "python train.py resume checkpoint.10 --num-epoch=20"],
+        prog="train.py",
+        description=__doc__.splitlines()[0],
     )
-    inspect_parser = commands.add_parser(
-        "inspect", help="look into a checkpoint", description="Print what a checkpoint holds."
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | resume | inspect", prog="train.py")
+    examples = {
+        "train": ["python train.py train", "python train.py train --lr=0.0005 --batch-size=256 --cuda"],
+        "resume": ["python train.py resume checkpoint.10", "python train.py resume checkpoint.10 --num-epoch=200"],
+        "inspect": ["python train.py inspect checkpoint.pth", "python train.py inspect checkpoint.pth --test-data=DIR"],
+    }
+    texts = {
+        "train": "Train SRCNN from scratch.",
+        "resume": "Go on with a training. Options that are left out are those of the checkpoint.",
+        "inspect": "Print what a checkpoint holds, or measure it.",
+    }
+    train_parser, resume_parser, inspect_parser = (
+        commands.add_parser(name, examples=examples[name], help=text.split(".")[0], description=text)
+        for name, text in texts.items()
     )
     for sub in (resume_parser, inspect_parser):
         sub.add_argument("checkpoint", type=Path, help="the file, such as checkpoint.10")
@@ -92,17 +103,17 @@ def parse_args() -> argparse.Namespace:
         for name, (check, default, text) in OPTIONS.items():
             if name == "seed" and sub is resume_parser:
                 continue  # the random state is the checkpoint's
-            default = default if sub is train_parser else "the saved one"
             flag = "--" + name.replace("_", "-")
             metavar = {str: "DIR", precision: "P"}.get(check, "N")
-            sub.add_argument(flag, type=check, metavar=metavar, help=f"{text} (default: {default})")
-    for sub, where in ((train_parser, "."), (resume_parser, "that of the checkpoint")):
-        text = f"folder for checkpoints and TensorBoard's runs/ (default: {where})"
-        sub.add_argument("--output", type=Path, metavar="DIR", help=text)
-    inspect_parser.add_argument("--test-data", metavar="DIR", help="measure it on these images, or on dead-leaves")
-    inspect_parser.add_argument(
-        "--self-ensemble", action="store_true", help="measure the mean over the eight flips and rotations"
-    )
+            text += f" ({default})" * (sub is train_parser)
+            sub.add_argument(flag, type=check, metavar=metavar, help=text)
+        where = "." if sub is train_parser else "that of the checkpoint"
+        sub.add_argument(
+            "--output", type=Path, metavar="DIR", help=f"for checkpoints and TensorBoard's runs/ ({where})"
+        )
+    inspect_parser.add_argument("--test-data", metavar="DIR", help="measure on these images, or on dead-leaves")
+    text = "measure the mean over the eight flips and rotations"
+    inspect_parser.add_argument("--self-ensemble", action="store_true", help=text)
     inspect_parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     args = parser.parse_args()
     if args.command == "inspect" and args.self_ensemble and args.test_data is None:

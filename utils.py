@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,10 @@ class Failure(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but a mistake costs one line instead of the whole usage."""
+    """argparse's parser, but help begins with examples, and a mistake costs one line instead of the whole usage."""
+
+    def __init__(self, examples: Sequence[str] = (), **options) -> None:
+        super().__init__(usage="\n       ".join(examples) or None, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
@@ -119,7 +122,7 @@ def select_device(cuda: bool) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-PRECISION_HELP = "auto, fp32 or bf16; auto is bf16 where the device is faster with it"
+PRECISION_HELP = "fp32, bf16, or auto, the faster one"
 
 
 def precision(text: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from conftest import PYTHON, ROOT
 from PIL import Image
 
+import bench
 import data
 import super_resolve
 import train
@@ -134,3 +135,25 @@ def test_the_shipped_checkpoint_was_trained_by_a_command_of_the_readme(shipped, 
     assert {**checkpoint["args"], "save_freq": None} == {**wanted, "save_freq": None}  # which changes no weight
     figures = [f"{checkpoint['report']['mean'][key]:.3f} dB" for key in ("psnr_y", "psnr_rgb")]
     assert all(figure in row for figure in figures)
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "train train", "train resume", "train inspect", "super_resolve", "data", "bench"]
+)
+def test_help_fits_a_screen_and_starts_with_two_examples(command, monkeypatch, capsys):
+    """Of 80 columns and 24 lines; the examples are understood."""
+    script, *words = command.split()
+    main = {"train": train, "super_resolve": super_resolve, "data": data, "bench": bench}[script].main
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    examples = [line.removeprefix("usage:").strip() for line in lines[:2]]
+    assert all(example.startswith(f"python {script}.py {' '.join(words)}".strip()) for example in examples)
+    parse = {"train": train, "super_resolve": super_resolve}.get(script)
+    for example in examples if parse else ():
+        monkeypatch.setattr(sys, "argv", shlex.split(example)[1:])
+        parse.parse_args()
