@@ -221,7 +221,6 @@ def metadata(info: dict, format: str, mode: str) -> dict:
         warnings.simplefilter("ignore")
         exif, tags = Image.Exif(), ExifTags.Base
         exif.load(info["exif"])
-        exif.pop(tags.Orientation, None)  # the pixels are upright
         exif.update({tag: SCALE * exif[tag] for tag in (tags.XResolution, tags.YResolution) if tag in exif})
         for tag in (tags.ExifImageWidth, tags.ExifImageHeight):
             exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)

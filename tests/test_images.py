@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import assert_one_line, assert_same, expected
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, JpegImagePlugin
 
 import super_resolve
 from data import bicubic, read_frames
@@ -338,6 +338,14 @@ def test_a_profile_of_another_kind_of_image_is_dropped(upscaled, pictures, name,
     assert "icc_profile" not in upscaled(image, name, output, icc_profile=bytes(profile)).info
     if mode == "L":
         assert upscaled(image, name, "o.png", icc_profile=bytes(profile)).info["icc_profile"] == profile
+
+
+def test_jpeg_has_quality_95_and_colour_at_full_resolution(upscaled, pictures):
+    sr = upscaled(pictures[0], "j.jpg", quality=50)
+    buffer = io.BytesIO()
+    sr.save(buffer, "JPEG", quality=95)
+    assert sr.quantization == Image.open(buffer).quantization
+    assert JpegImagePlugin.get_sampling(sr) == 0  # 4:4:4
 
 
 @pytest.mark.parametrize("dpi", [(0, 0), (30000, 30000)])
