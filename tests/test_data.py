@@ -292,6 +292,8 @@ def web(tiny_sets):
         "absolute": archive(tiny_sets, "/tmp/evil.bmp"),
     }
 
+    redirects = {"loop": "/loop", "elsewhere": "/corrupted", "to-a-file": f"file://{__file__}"}
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -308,6 +310,11 @@ def web(tiny_sets):
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 stalled.wait(20)
+            elif name in redirects:
+                self.send_response(302)
+                self.send_header("Location", redirects[name])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
             elif name in bodies:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(good if name == "cut" else bodies[name])))
@@ -360,6 +367,9 @@ def test_a_good_download_puts_both_sets_in_place(web, tiny_sets, cli, monkeypatc
         ("missing", "Not Found"),
         ("endless", "larger than 1 MiB"),
         ("stall", "timed out"),
+        ("loop", "infinite loop"),
+        ("elsewhere", "no folder in it holds Set5 as published"),
+        ("to-a-file", "not allowed"),
     ],
 )
 def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, cli, monkeypatch, tmp_path, path, reason):

@@ -301,6 +301,7 @@ HOSTILE = {  # each a function that makes a file's content
     "a huge string": lambda: stored(checkpoint(info={"name": "\x1b[2J" * 10**6})),
     "a huge number": lambda: stored(checkpoint(args={"lr": 10**5000})),
     "a huge epoch": lambda: stored(checkpoint(epoch=10**400)),
+    "an absurd epoch": lambda: stored(checkpoint(epoch=2**40)),
     "a negative epoch": lambda: stored(checkpoint(epoch=-1)),
     "an epoch of text": lambda: stored(checkpoint(epoch="3")),
     "args that are no dict": lambda: stored(checkpoint(args=[1])),
