@@ -760,7 +760,8 @@ def test_a_folder_that_cannot_be_written(train_small, tmp_path):
     assert_one_line(err, "file")
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_exits_130(photos):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])  # Ctrl-C, and what torchrun sends
+def test_a_signal_saves_says_how_to_resume_and_exits_130(photos, sent):
     common = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=9999", "--save-freq=9999"]
     process = subprocess.Popen(
         [*PYTHON, ROOT / "train.py", "train", *common, "--output=a folder"],
@@ -771,7 +772,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(photos):
     for line in process.stdout:
         if line.startswith("epoch   3/"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert_one_line(err, "interrupted")
