@@ -13,12 +13,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -425,14 +427,14 @@ def main() -> None:
     model = SRCNN()
     model.load_state_dict(load_checkpoint(args.checkpoint)["model"])
     rank, count = processes()  # of torchrun: each does its share
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)[rank::count]
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)
     model.to(device, memory_format=torch.channels_last)
     dtype = select_dtype(args.precision, device, model)
     tile = args.tile or TILE[device.type]
     network = in_tiles(model, dtype, tile, args.self_ensemble)
     how = f"{device}, {str(dtype).removeprefix('torch.')}"
     rows, failures, alone = {}, [], len(jobs) == 1
-    for job in tqdm(jobs, "images", leave=False, disable=True if alone else None, unit="image"):
+    for job in tqdm(jobs[rank::count], "images", leave=False, disable=True if alone or rank else None, unit="image"):
         try:
             row = upscale_file(job, network, tile * max(1, BLOCK // tile), args.max_pixels, how)
             if row:
@@ -443,9 +445,17 @@ def main() -> None:
             if alone:
                 raise
             failures.append(explain(problem))
+    if count > 1:  # none may end before the others, since torchrun ends all where one has failed
+        dist.init_process_group("gloo", timeout=timedelta(days=9))
+        shares = [None] * count
+        dist.all_gather_object(shares, (rows, failures))
+        dist.destroy_process_group()
+        if rank:
+            return
+        rows = dict(sorted(row for share, _ in shares for row in share.items()))
+        failures = [failure for _, share in shares for failure in share]
     if rows:
-        name = args.ground_truth.name + f" (part {rank + 1} of {count})" * (count > 1)
-        print(table({"set": name, "images": rows, "mean": mean_row(rows)}))
+        print(table({"set": args.ground_truth.name, "images": rows, "mean": mean_row(rows)}))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:

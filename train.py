@@ -284,8 +284,6 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     if batch_size * patch_size**2 > MAX_STEP:
         raise Failure(f"a step has at most {MAX_STEP:,} pixels: take a smaller --batch-size or --patch-size")
     rank, count = processes()
-    if batch_size < count:
-        raise Failure(f"a batch of {batch_size} is too small for {count} processes")
     dtype = from_first(select_dtype(options["precision"], device))
     hold_out = options["hold_out"]
     train_set = data.TrainSet(options["train_data"], patch_size, device, hold_out)
@@ -389,7 +387,8 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
         changed.pop("seed", None)  # no option of resume, and none of the course's checkpoints has one
         if path and path.parent != output:
             changed["output"] = output
-        command = f"python train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"
+        program = f"torchrun --nproc-per-node={count}" if count > 1 else "python"
+        command = f"{program} train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"
         hint = f"to go on from epoch {saved}: {command} {as_flags(changed)}".rstrip()
         print(hint if path else "no epoch is saved", flush=True)
         raise
@@ -402,20 +401,27 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
 
 
 def from_first(value: object) -> object:
-    """The value that the first of torchrun's processes has."""
+    """The value that the first of torchrun's processes has. Raises Failure if one has ended."""
     values = [value]
     if processes()[1] > 1:
-        dist.broadcast_object_list(values)
+        with together():
+            dist.broadcast_object_list(values)
     return values[0]
 
 
 def add_up(parts: list[Tensor], weight: float) -> None:
     """Replace tensors, in place, by their weighted sum over torchrun's processes. Raises Failure if one has ended."""
-    try:
+    with together():
         for part in parts:
             dist.all_reduce(part.mul_(weight))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as problem:
-        raise Failure("another process of this training has ended; its message is above") from problem
+        raise Failure("another process of this training has ended; the messages beside this say why") from problem
 
 
 def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
@@ -507,12 +513,15 @@ class Log:
 def main() -> None:
     args = parse_args()
     if args.command == "inspect":
+        if processes()[0]:
+            return
         checkpoint = load_checkpoint(args.checkpoint)
         if args.test_data is not None:
             model = SRCNN()
             model.load_state_dict(checkpoint["model"])
             checkpoint["report"] = evaluate(model, data.load_test_set(args.test_data), args.self_ensemble)
-        return print(describe(args.checkpoint, checkpoint, args.json))
+        print(describe(args.checkpoint, checkpoint, args.json))
+        return
     given = {name: value for name, value in vars(args).items() if name in OPTIONS and value is not None}
     device = select_device(args.cuda)
     rank, count = processes()
@@ -540,6 +549,8 @@ def main() -> None:
         if checkpoint["epoch"] >= options["num_epoch"]:
             print(f"its --num-epoch={options['num_epoch']} is reached; to train further, give a larger one")
             return
+    if options["batch_size"] < count:
+        raise Failure(f"a batch of {options['batch_size']} is too small for {count} processes")
     if rank == 0:
         find_data(options, given, fresh=not path)
     options = from_first(options)  # and what it has fetched is there

@@ -84,7 +84,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     if message:
-        print(message, file=sys.stderr)
+        sys.stderr.write(message + "\n")  # at once, since several processes may write here
     sys.exit(status)
 
 
@@ -104,7 +104,9 @@ def printable(text: object) -> str:
 
 def processes() -> tuple[int, int]:
     """The number of this process among those that torchrun has started, and theirs; 0 and 1 without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # others set the following, too
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def select_device(cuda: bool) -> torch.device:
@@ -112,7 +114,7 @@ def select_device(cuda: bool) -> torch.device:
 
     Raises Failure if CUDA is asked for and is not there.
     """
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index = int(os.environ["LOCAL_RANK"]) if processes()[1] > 1 else 0
     if cuda and torch.cuda.device_count() <= index:
         raise Failure(f"no CUDA device{f' number {index}' * bool(index)} was found; run without --cuda")
     torch.backends.cudnn.benchmark = True
@@ -372,22 +374,28 @@ def _modest(things: list, most: int = 10**6) -> bool:
 
     References make a small file stand for billions of values, which would be met at printing.
     """
+    size = 0  # of the numbers and characters
     for thing in things:  # which grows meanwhile
         if isinstance(thing, dict):
             thing = [*thing, *thing.values()]
         if isinstance(thing, list | tuple):
-            if len(things) + len(thing) > most:
-                return False
-            things += thing
+            size += len(thing)
+            things += thing if size <= most else []
         elif isinstance(thing, str):
-            if len(thing) > 10_000:
-                return False
-        elif isinstance(thing, int):
-            if abs(thing) > 2**63:
-                return False
-        elif not isinstance(thing, float | Tensor | None):
+            size += len(thing)
+        elif not isinstance(thing, float | Tensor | None) and not (isinstance(thing, int) and abs(thing) < 2**63):
+            return False
+        if size > most:
             return False
     return True
+
+
+def _plain(options: object) -> bool:
+    """Whether something from a file is a dict of options, as a command line could have them."""
+    return isinstance(options, dict) and all(
+        isinstance(name, str) and isinstance(value, str | float | int | None) and len(str(value)) <= 10_000
+        for name, value in options.items()
+    )
 
 
 def sound(tensor: object, shape: torch.Size) -> bool:
@@ -436,6 +444,9 @@ def _fault(checkpoint: object) -> str | None:
     for key, kind in {"optimizer": dict, "args": dict, "info": dict, "epoch": int, "psnr": float}.items():
         if not isinstance(checkpoint.get(key), kind):
             return f"its {key} is missing or damaged"
+    past = checkpoint.get("history", [])
+    if not all(map(_plain, [checkpoint["args"], checkpoint["info"], *(args or {} for _, args in past)])):
+        return "its args, info or history are damaged"
     return None if 0 <= checkpoint["epoch"] < 2**31 else "its epoch is negative or absurd"
 
 

@@ -165,7 +165,7 @@ def test_a_process_that_dies_ends_the_training_with_what_was_done(photos, train_
     os.kill(ranks["1"], signal.SIGKILL)
     out, _err = process.communicate(timeout=60)
     assert process.returncode != 0
-    hint = re.search(r"to go on from epoch (\d+): python train.py resume (o/checkpoint.\d+)", out)
+    hint = re.search(r"to go on from epoch (\d+): torchrun --nproc-per-node=2 train.py resume (o/checkpoint.\d+)", out)
     assert int(hint[1]) >= 2
     assert train_small(f"--num-epoch={int(hint[1]) + 1}", command=("resume", hint[2]))[0] == 0
 
@@ -174,11 +174,17 @@ def test_two_processes_share_the_images(pictures):
     Path("in").mkdir()
     for i in range(5):
         pictures[0].rotate(i).save(f"in/{i}.png")
-    process = torchrun("super_resolve.py", "--checkpoint=net", "in", "--output=o")
+        pictures[1].save(f"in/{i}_GT.png")
+    for name in ("00", "02"):  # of the first process's share, whose failure must not end the other
+        Path(f"in/{name}.png").write_bytes(b"broken")
+        pictures[1].save(f"in/{name}_GT.png")
+    process = torchrun("super_resolve.py", "--checkpoint=net", "in", "--ground-truth=in", "--output=o")
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+    assert process.returncode == 1
+    assert "error: 2 of 7 images failed\n" in err
+    assert out.count("in mean ") == 1
     assert sorted(re.findall(r"o/(\d)_srcnn_x3.png: 30x30", out)) == ["0", "1", "2", "3", "4"]
-    assert len(list(Path("o").iterdir())) == 5
+    assert len(list(Path("o").glob("*_srcnn_x3.png"))) == 5
 
 
 def in_another_process(code):
@@ -301,6 +307,10 @@ HOSTILE = {  # each a function that makes a file's content
     "2^60 references as names": lambda: stored(checkpoint(report={"images": {str(i): nested() for i in range(9)}})),
     "itself": lambda: stored(checkpoint(history=endless())),
     "a huge string": lambda: stored(checkpoint(info={"name": "\x1b[2J" * 10**6})),
+    "a string many times": lambda: stored(checkpoint(report=["x" * 999] * 900_000)),
+    "a tensor as an option": lambda: stored(checkpoint(args={"lr": torch.zeros(5)})),
+    "a list in the past": lambda: stored(checkpoint(history=[[1, {"x": [[[]]]}]])),
+    "a past that is none": lambda: stored(checkpoint(history=[1])),
     "a huge number": lambda: stored(checkpoint(args={"lr": 10**5000})),
     "a huge epoch": lambda: stored(checkpoint(epoch=10**400)),
     "an absurd epoch": lambda: stored(checkpoint(epoch=2**40)),

@@ -306,6 +306,14 @@ def test_auto_is_bf16_where_that_is_faster(monkeypatch, ratio, chosen):
             utils.select_dtype("bf16", CPU, trained)
 
 
+def test_only_torchrun_makes_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert utils.processes() == (0, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert utils.processes() == (1, 2)
+
+
 def test_choosing_leaves_the_number_of_threads_as_it_was():
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
