@@ -91,15 +91,17 @@ class Folded:
         weight1 = (kernel @ weight1 @ kernel.T / 255).view(64, 3, 3, 7, 3, 7)
         weight1 = weight1.permute(2, 4, 0, 3, 5, 1).reshape(9, 64, 147, 1, 1)
         weight3 = torch.stack([F.pad(weight3, (i, 4 - i)) for i in range(5)]) * 255
-        bias3 = bias3.repeat(5) * 255
-        self.dtype, self.fine = dtype, None
+        bias1, bias3 = bias1.repeat(9), bias3.repeat(5) * 255
+        self.dtype, self.fine, self.shift = dtype, None, 0
         if fine and dtype == torch.bfloat16:
             fine1 = weight1[:, :3].reshape(27, 7, 7, 3).permute(0, 3, 1, 2)
             parts = fine1, bias1[:3].repeat(9), weight2[:4, :3], None, weight3[:, :, :4], bias3
             self.fine = [_dense(part, weight1.dtype) for part in parts]
             weight2, weight3, bias3 = weight2.clone(), weight3.clone(), None
             weight2[:4, :3] = weight3[:, :, :4] = 0
-        self.layers = [_dense(part, dtype) for part in (weight1, bias1.repeat(9), weight2, bias2, weight3, bias3)]
+            self.shift = 128  # rounded weights err in proportion to the values, which are smaller around zero
+            bias1 = bias1 + self.shift * weight1.sum((2, 3, 4)).flatten()
+        self.layers = [_dense(part, dtype) for part in (weight1, bias1, weight2, bias2, weight3, bias3)]
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Super-resolve all but the outermost 4 LR pixels, which serve as context only.
@@ -119,7 +121,7 @@ class Folded:
         width = SCALE * (lr.shape[3] - 2 * HALO_LR)
         lr = F.pad(lr.float(), (0, 2 * (-width - 2) % 5, 0, 0), mode="replicate")  # whole fives of columns
         lr = lr.permute(0, 2, 3, 1).contiguous()
-        x = lr.to(self.dtype).unfold(1, 7, 1).unfold(2, 7, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+        x = (lr - self.shift).to(self.dtype).unfold(1, 7, 1).unfold(2, 7, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
         n, h = x.shape[:2]
         weight1, bias1, weight2, bias2, weight3, bias3 = self.layers
         x = _conv(x, weight1, bias1, relu=True).reshape(n, h, -1, 64)
@@ -267,12 +269,11 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def bf16_is_fine(model: SRCNN) -> bool:
-    """Whether bfloat16 changes at most 1 in 2,000 pixels of a pattern by more than a grey level.
+    """Whether bfloat16 changes at most 1 in 10,000 pixels by more than a grey level.
 
-    The pattern is harder than photos: with checkpoint.pth it is 8 of the pattern's 46,656 pixels, and
-    on Set5, as tests/test_model.py holds it to, fewer than 1 in 10,000.
+    The pattern that it is tried on is harder than photos; with checkpoint.pth not one of its pixels changes so far.
     """
     blocks = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     blocks = blocks.repeat_interleave(6, 1).repeat_interleave(6, 2)
     exact, rounded = (super_resolve(model, blocks, dtype).int() for dtype in (torch.float32, torch.bfloat16))
-    return ((exact - rounded).abs().amax(0) > 1).double().mean().item() <= 5e-4
+    return ((exact - rounded).abs().amax(0) > 1).double().mean().item() <= 1e-4

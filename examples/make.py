@@ -74,7 +74,7 @@ def curves() -> None:
 
     def place(seconds: float, psnr: float) -> tuple[float, float]:
         x = left + (width - left - 20) * seconds / longest
-        return fine * x, fine * (height - bottom - (height - bottom - 20) * (psnr - low) / (high - low))
+        return fine * x, fine * (height - bottom - (height - bottom - 44) * (psnr - low) / (high - low))
 
     for psnr in (30, 30.5, 31, 31.5, 32, 32.5, 33):
         draw.line([place(0, psnr), place(longest, psnr)], "#dddddd", fine)
@@ -86,7 +86,7 @@ def curves() -> None:
     draw.text(
         (fine * width / 2, fine * (height - 6)), "seconds of training on two CPU cores", "black", font, anchor="mb"
     )
-    draw.text((fine * 4, fine * 2), "Set5 x3, mean PSNR on Y (dB)", "black", font)
+    draw.text((fine * 24, fine * 6), "Set5 x3, mean PSNR on Y (dB)", "black", font)
     for name, psnr in LINES.items():
         draw.line([place(0, psnr), place(longest, psnr)], "#555555", 2 * fine)
         x, y = place(longest, psnr)
