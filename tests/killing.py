@@ -19,7 +19,7 @@ import data
 import train
 import utils
 
-EPOCHS = 12
+EPOCHS = 6
 
 
 def start(*arguments) -> int:

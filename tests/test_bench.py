@@ -71,15 +71,14 @@ def test_a_job_reports_its_memory_and_speed():
     assert 3 < speed <= 10.1  # a megapixel in a tenth of a second, or later where the machine is busy
 
 
-@pytest.mark.parametrize(("folder", "reason"), [("nowhere", "no such folder"), ("tiny", "33x33")])
-def test_a_wrong_folder_is_one_clear_line(tmp_path, folder, reason):
+def test_a_wrong_folder_is_one_clear_line(tmp_path):
     """Also where it is found out in another process."""
     (tmp_path / "tiny").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "tiny" / "a.png")
-    command = [sys.executable, str(ROOT / "bench.py"), f"--data={folder}"]
+    command = [sys.executable, str(ROOT / "bench.py"), "--data=tiny"]
     end = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (end.returncode, end.stdout) == (1, "")
-    assert_one_line(end.stderr, folder, reason)
+    assert_one_line(end.stderr, "tiny", "33x33")
 
 
 def test_a_killed_measurement_is_a_failure():

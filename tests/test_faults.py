@@ -194,7 +194,7 @@ def in_another_process(code):
 
 def test_memory_does_not_grow_from_epoch_to_epoch(photos):
     """SRCNN_FUZZ=200 for 200 epochs."""
-    epochs = max(40, MORE)
+    epochs = max(24, MORE)
     code = f"""if True:
         import os, sys, train, utils
         sizes, original = [], train.evaluate

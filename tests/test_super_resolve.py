@@ -295,7 +295,7 @@ def test_ctrl_c_during_the_imports(pictures):
     assert process.returncode == -signal.SIGINT  # which a shell shows as 130
 
 
-@pytest.mark.parametrize("ending", ["bmp", "jpg", "tif"])
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
 def test_a_full_disk_leaves_nothing_half_written(cli, pictures, ending):
     """Writing stops at a size a little below that of the file."""
     command = [sys.executable, str(ROOT / "super_resolve.py"), "--checkpoint=net", "lr.bmp", f"--output=o.{ending}"]
@@ -449,9 +449,12 @@ def test_it_starts_as_fast_as_torch_does():
         begin = time.perf_counter()
         import super_resolve
         print(time.perf_counter() - begin, *{"train", "tensorboard", "torchvision"} & {*sys.modules})"""
-    runs = [subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() for _ in range(2)]
-    assert [len(run) for run in runs] == [1, 1], runs
-    assert min(float(run[0]) for run in runs) < 0.3
+    for _ in range(3):  # of which the first does, unless the machine is busy
+        seconds, *imported = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+        assert not imported
+        if float(seconds) < 0.3:
+            return
+    pytest.fail(f"{seconds} s")
 
 
 def test_transparent_images_are_measured_on_white(cli, pictures):
