@@ -969,14 +969,15 @@ def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_more_than_one_db(real_da
     assert report["mean"]["psnr_rgb"] > 30.0
 
 
-def test_generated_images_teach_what_helps_on_real_ones(real_data, cli):
-    """In two epochs."""
-    status, _, err = cli(
-        "train.py", "train", "--train-data=dead-leaves", f"--test-data={real_data}/Set5", "--num-epoch=2"
-    )
+def test_generated_images_teach_what_helps_on_real_ones(real_data, cli, monkeypatch):
+    """A few of them, since drawing them takes longest."""
+    original = data.dead_leaves
+    monkeypatch.setattr(data, "dead_leaves", lambda role: original(role, 25))
+    options = ["--train-data=dead-leaves", f"--test-data={real_data}/Set5", "--num-epoch=4"]
+    status, _, err = cli("train.py", "train", *options)
     assert (status, err) == (0, "")
-    mean = load("checkpoint.2")["report"]["mean"]
-    assert mean["psnr_y"] > mean["bicubic_y"] + 1.4
+    mean = load("checkpoint.4")["report"]["mean"]
+    assert mean["psnr_y"] > mean["bicubic_y"] + 1.0
 
 
 def test_one_small_image_is_enough(cli, tmp_path):
