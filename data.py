@@ -176,7 +176,7 @@ def _plain(image: Image.Image) -> Image.Image:
         gray, key = np.asarray(image).astype(np.uint16), info.pop("transparency", None)
         frame = Image.fromarray(gray)
         if key is not None:  # no mode of Pillow has 16 bits and alpha
-            frame = Image.fromarray(np.uint8(gray / 257 + 0.5))
+            frame = _to_8_bits(gray)
             frame.putalpha(Image.fromarray(np.uint8(255 * (gray != key))))
     elif image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel, of a range unknown: save it with 8 or 16")
@@ -197,10 +197,15 @@ def _plain(image: Image.Image) -> Image.Image:
     return frame
 
 
+def _to_8_bits(gray: np.ndarray) -> Image.Image:
+    """Gray values of 16 bits as an image of 8."""
+    return Image.fromarray(np.uint8(gray / 257 + 0.5))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """What :func:`read_frames` returns as 8-bit RGB, on white where it is transparent."""
     if image.mode == "I;16":  # convert() would cut off at 255
-        image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+        image = _to_8_bits(np.asarray(image))
     elif image.mode in ("LA", "RGBA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -271,7 +271,7 @@ def _seconds(dtype: torch.dtype) -> float:
 def bf16_is_fine(model: SRCNN) -> bool:
     """Whether bfloat16 changes at most 1 in 10,000 pixels by more than a grey level.
 
-    The pattern that it is tried on is harder than photos; with checkpoint.pth not one of its pixels changes so far.
+    The pattern that it is tried on is harder than photos; with checkpoint.pth none of its pixels changes by that much.
     """
     blocks = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     blocks = blocks.repeat_interleave(6, 1).repeat_interleave(6, 2)

@@ -117,6 +117,11 @@ class Job(NamedTuple):
         return self.output.with_name(f"{self.output.stem}_comparison.png")
 
 
+def bare_name(image: Path) -> str:
+    """An image's name without the course's endings."""
+    return image.stem.removesuffix("_lr").removesuffix("_GT")
+
+
 def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path) -> list[Job]:
     """What to do, in order; makes the output folder.
 
@@ -130,7 +135,7 @@ def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None,
         # Of some with the same key the last is taken: one named just so, or else that of the course's _GT.
         files = list_images(ground_truth)
         for path in sorted(files, key=lambda path: (path.stem.endswith("_GT"), not path.stem.endswith("_lr"))):
-            truths[path.stem.removesuffix("_lr").removesuffix("_GT")] = path
+            truths[bare_name(path)] = path
         truths |= {path.stem: path for path in files if path.stem.endswith(("_lr", "_GT"))}
     elif ground_truth and not os.path.exists(ground_truth):
         raise Failure(f"{ground_truth}: no such file or folder")
@@ -138,8 +143,7 @@ def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None,
         raise Failure(f"{ground_truth}: one ground truth is for one image; give the folder of them")
 
     def truth_of(image: Path) -> Path | None:
-        names = (image.stem, image.stem.removesuffix("_lr").removesuffix("_GT"))
-        for path in map(truths.get, names) if truths else (ground_truth,):
+        for path in map(truths.get, (image.stem, bare_name(image))) if truths else (ground_truth,):
             if path and os.path.realpath(path) != os.path.realpath(image):
                 return path
         return None

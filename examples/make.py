@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 import data
-from model import SRCNN
 from utils import load_checkpoint
 
 HERE = Path(__file__).parent
@@ -29,18 +28,16 @@ def comparison() -> None:
     lr, hr = data.degrade(data.dead_leaves("test", 3, 240)[2][1])
     lr.save(HERE / "lr.bmp")
     hr.save(HERE / "hr.bmp")
-    arguments = f"--checkpoint checkpoint.pth {HERE}/lr.bmp --ground-truth {HERE}/hr.bmp --precision=fp32"
-    subprocess.run([sys.executable, "super_resolve.py", *arguments.split()], check=True)
+    command = [sys.executable, "super_resolve.py", "--checkpoint=checkpoint.pth", "--precision=fp32"]
+    subprocess.run([*command, HERE / "lr.bmp", "--ground-truth", HERE / "hr.bmp"], check=True)
 
 
 def filters() -> None:
     """The 64 filters of the first layer, each from its least value to its greatest."""
     weights = load_checkpoint(Path("checkpoint.pth"))["model"]["conv1.weight"]
-    model = SRCNN()
     grid = make_grid(weights, nrow=16, padding=1, normalize=True, scale_each=True, pad_value=1)
     image = data.to_image(grid.mul(255).round().byte())
     image.resize((5 * image.width, 5 * image.height), Image.Resampling.NEAREST).save(HERE / "filters.png")
-    assert weights.shape == model.conv1.weight.shape
 
 
 def read_runs(folders: list[Path]) -> None:
