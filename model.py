@@ -37,14 +37,17 @@ class SRCNN(nn.Module):
     def reset_parameters(self) -> None:
         """Set the initial weights: He-normal, but three channels of each layer are the identity.
 
-        The image is never negative, so its three channels pass both ReLUs unchanged. The last
-        layer's random weights are small: so is what the random features add at first.
+        The image is never negative, so its three channels pass both ReLUs unchanged, and nothing
+        else is made of them. The last layer's random weights are small: so is what the random
+        features add at first.
         """
         for conv in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         self.conv3.weight *= 0.005
         for conv in (self.conv1, self.conv2, self.conv3):
+            if conv is not self.conv1:
+                conv.weight[:, :3] = 0
             if conv is not self.conv3:
                 conv.weight[:3] = 0
             middle = conv.kernel_size[0] // 2

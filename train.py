@@ -163,6 +163,10 @@ class WhitenedAdam(torch.optim.Adam):
     their covariance are orders of magnitude apart; Adam, which scales each value by itself, is
     slow there. On V it sees uncorrelated inputs of like variance. The network itself stays plain.
 
+    What the network makes of plain colours stays as it began: a network that learns of colours
+    from few images shifts those that it has not seen. P has no mean over the pixels of a channel,
+    and what conv2 and conv3 make of the image's three channels, for conv3 in sum, is not moved.
+
     Parameters
     ----------
     model : its parameters are optimised
@@ -170,17 +174,23 @@ class WhitenedAdam(torch.optim.Adam):
     """
 
     def __init__(self, model: SRCNN, whiten: Tensor) -> None:
-        self.weight, self.whiten = model.conv1.weight, whiten.to(model.conv1.weight)
-        self.v = nn.Parameter(self.whiten.new_zeros(len(self.weight), len(self.whiten)))
+        self.weights = [conv.weight for conv in (model.conv1, model.conv2, model.conv3)]
+        self.whiten = whiten.to(model.conv1.weight)
+        self.v = nn.Parameter(self.whiten.new_zeros(len(model.conv1.weight), len(self.whiten)))
         super().__init__([self.v, *list(model.parameters())[1:]], fused=True)
 
     @torch.no_grad()
     def step(self) -> None:
-        self.v.grad = self.weight.grad.flatten(1) @ self.whiten.T
-        self.weight.grad = None
+        weight1, weight2, weight3 = self.weights
+        self.v.grad = weight1.grad.flatten(1) @ self.whiten.T
+        weight1.grad = None
         self.v.zero_()
+        weight2.grad[:, :3] = 0
+        image = weight3[:, :3]
+        before = image.mean((2, 3), keepdim=True)
         super().step()
-        self.weight += (self.v @ self.whiten).view_as(self.weight)
+        weight1 += (self.v @ self.whiten).view_as(weight1)
+        image += before - image.mean((2, 3), keepdim=True)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"whiten": self.whiten}
@@ -202,9 +212,7 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
 
     C is the covariance of what conv1 sees when these LR patches, uint8 of shape (N, 3, h, w), are
     upscaled, each channel less its mean in the 9x9 pixels; ``floor`` keeps noise from being blown
-    up, ``size`` is the order of conv1's features. P has no such means either, so that conv1's
-    response to plain colours stays as it begins: a network that learns of colours from few images
-    shifts those that it has not seen.
+    up, ``size`` is the order of conv1's features. P has no such means either.
     """
 
     def less_mean(x: Tensor) -> Tensor:
