@@ -126,6 +126,14 @@ def test_folded_is_the_same_function(shape, onednn):
         assert (single - expected).abs().max() < 1e-5 * 255
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shipped_checkpoint_keeps_plain_colours(dtype):
+    """All of a grid over the cube of colours, most of which no photo for training shows."""
+    colours = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
+    sr = Folded(trained_model(), dtype, fine=True)(colours.expand(-1, -1, 9, 9))
+    assert (sr.clamp(0, 255).round() - colours).abs().max() <= 1
+
+
 def test_gradients_flow_through_the_folding():
     lr = torch.randint(256, (3, 3, 15, 19), generator=torch.Generator().manual_seed(0))
     model = random_model(3).requires_grad_()
