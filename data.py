@@ -19,11 +19,11 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from http.client import HTTPException
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ MIRRORS = (
     "https://github.com/yytlee/CSCI3290/archive/d55de726406413be35f4f9a73659b20b7e84afe8.zip",
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
 )
+DATA = Path("data")  # where they are put
 MAX_BYTES = 2**27  # of an archive, and of the images in it
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
@@ -430,50 +431,72 @@ def _leaves(rng: np.random.Generator, size: int, shapes: int = 3500, fine: int =
 # -------------------------------------------------------------------- the public data sets
 
 
-def fetch(root: Path, wanted: Sequence[str]) -> None:
-    """Download published sets and put them into ``root``, each whole or not at all.
+def fetch(wanted: Sequence[str], copy: Path | None = None) -> None:
+    """Put published sets into data/, each whole or not at all, from a local copy or else from the first good mirror.
 
     Raises
     ------
-    Failure, with every mirror's reason, if none of them has the sets as published
+    Failure, with the reason for each source, if none of them has the sets as published
     """
     reasons = []
-    for url in MIRRORS:
+    for source in [copy] if copy else MIRRORS:
         try:
-            with tempfile.TemporaryFile() as archive:
-                _download(url, archive)
-                sets = _find(_read_archive(archive), wanted)
+            sets = _find(_read(source if copy else _download(source)), wanted)
         except (Failure, OSError, HTTPException, ValueError) as problem:
-            reasons.append(f"{url.split('/')[2]}: {getattr(problem, 'reason', problem)}")
+            reasons.append(f"{copy or source.split('/')[2]}: {getattr(problem, 'reason', problem)}")
         else:
-            return _install(sets, root)
+            return _install(sets)
     raise Failure(f"cannot fetch {' and '.join(wanted)}: {'; '.join(reasons)}")
 
 
-def _find(folders: Iterable[dict[str, bytes]], wanted: Sequence[str]) -> dict[str, dict[str, bytes]]:
-    """Find published sets among folders of files, by their digests."""
-    found = {_digest(files): files for files in folders}
+def _download(url: str) -> io.BytesIO:
+    end, content = time.monotonic() + DEADLINE, io.BytesIO()
+    with (
+        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+        tqdm(desc=url.split("/")[2], unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        bar.total = response.length  # None where the server does not say
+        while chunk := response.read(2**16):
+            content.write(chunk)
+            bar.update(len(chunk))
+            if content.tell() > MAX_BYTES:
+                raise Failure(f"larger than {MAX_BYTES >> 20} MiB, refused")
+            if time.monotonic() > end:
+                raise Failure(f"not done after {DEADLINE} seconds")
+        if bar.total is not None and content.tell() != bar.total:
+            raise Failure(f"cut off after {content.tell()} of {bar.total} bytes")
+    return content
+
+
+def _read(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
+    """The .bmp files in a folder or in a zip archive."""
+    if isinstance(source, Path) and source.is_dir():
+        return {path: path.read_bytes() for path in source.rglob("*.bmp") if path.is_file()}
+    try:
+        with zipfile.ZipFile(source) as zipped:
+            members = [m for m in zipped.infolist() if m.filename.endswith(".bmp")]
+            if sum(m.file_size for m in members) > MAX_BYTES:
+                raise Failure(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
+            files = {PurePosixPath(m.filename): zipped.read(m) for m in members}
+            if wrong := [path for path in files if path.is_absolute() or ".." in path.parts or "\\" in str(path)]:
+                raise Failure(f"its path {str(wrong[0])!r} leads outside, refused")
+            return files
+    except (Failure, FileNotFoundError):
+        raise
+    except Exception as problem:  # each way of packing has errors of its own
+        raise Failure(f"not a whole zip archive ({problem})") from problem
+
+
+def _find(files: dict[PurePath, bytes], wanted: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """Find published sets among files, by the digests of their folders; of the paths the last part alone is used."""
+    folders: dict[PurePath, dict[str, bytes]] = {}
+    for path, content in files.items():
+        folders.setdefault(path.parent, {})[path.name] = content
+    found = {_digest(folder): folder for folder in folders.values()}
     for name in wanted:
         if SETS[name] not in found:
             raise Failure(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")
     return {name: found[SETS[name]] for name in wanted}
-
-
-def _install(sets: dict[str, dict[str, bytes]], root: Path) -> None:
-    """Put sets into place, each by one rename when it is whole."""
-    for name, files in sets.items():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
-                part = Path(temporary, name)
-                part.mkdir()
-                for file, content in files.items():
-                    part.joinpath(file).write_bytes(content)
-                if not root.joinpath(name).exists():  # another run may have been faster
-                    os.replace(part, root / name)
-        except OSError as problem:
-            raise Failure(f"cannot write {root / name}: {problem.strerror}") from problem
-        print(f"{root / name}: {len(files)} images, as published")
 
 
 def _digest(files: dict[str, bytes]) -> str:
@@ -481,72 +504,33 @@ def _digest(files: dict[str, bytes]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _download(url: str, target: io.BufferedIOBase) -> None:
-    end = time.monotonic() + DEADLINE
-    with (
-        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-        tqdm(desc=url.split("/")[2], unit="B", unit_scale=True, disable=None, leave=False) as bar,
-    ):
-        bar.total = response.length  # None where the server does not say
-        while chunk := response.read(2**16):
-            target.write(chunk)
-            bar.update(len(chunk))
-            if target.tell() > MAX_BYTES:
-                raise Failure(f"larger than {MAX_BYTES >> 20} MiB, refused")
-            if time.monotonic() > end:
-                raise Failure(f"not done after {DEADLINE} seconds")
-        if bar.total is not None and target.tell() != bar.total:
-            raise Failure(f"cut off after {target.tell()} of {bar.total} bytes")
-
-
-def _read_archive(archive: io.BufferedIOBase | Path) -> Iterable[dict[str, bytes]]:
-    """The images in each folder of a zip archive. Nothing is written under a path from within."""
-    folders: dict[str, dict[str, bytes]] = {}
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            members = [m for m in zipped.infolist() if m.filename.endswith(".bmp")]
-            if sum(m.file_size for m in members) > MAX_BYTES:
-                raise Failure(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
-            for member in members:
-                path = PurePosixPath(member.filename)
-                if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                    raise Failure(f"its path {member.filename!r} leads outside, refused")
-                folders.setdefault(str(path.parent), {})[path.name] = zipped.read(member)
-    except Failure:
-        raise
-    except Exception as problem:  # each way of packing has errors of its own
-        raise Failure(f"not a whole zip archive ({problem})") from problem
-    return folders.values()
-
-
-def _read_folder(folder: Path) -> Iterable[dict[str, bytes]]:
-    folders: dict[Path, dict[str, bytes]] = {}
-    for path in sorted(folder.rglob("*.bmp")):
-        folders.setdefault(path.parent, {})[path.name] = path.read_bytes()
-    return folders.values()
+def _install(sets: dict[str, dict[str, bytes]]) -> None:
+    """Put sets into place, each by one rename when it is whole."""
+    for name, files in sets.items():
+        try:
+            DATA.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary:
+                part = Path(temporary, name)
+                part.mkdir()
+                for file, content in files.items():
+                    part.joinpath(file).write_bytes(content)
+                if not (DATA / name).exists():  # another run may have been faster
+                    os.replace(part, DATA / name)
+        except OSError as problem:
+            raise Failure(f"cannot write {DATA / name}: {problem.strerror}") from problem
+        print(f"{DATA / name}: {len(files)} images, as published")
 
 
 def main() -> None:
     text = "Fetch 91-Image and Set5 into data/, or take them from a copy."
     parser = ArgumentParser(["python data.py", "python data.py --from copy.zip"], prog="data.py", description=text)
-    parser.add_argument("--from", dest="source", type=Path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
-    source = parser.parse_args().source
-    root = Path("data")
-    missing = [name for name in SETS if not root.joinpath(name).exists()]
+    parser.add_argument("--from", dest="copy", type=a_path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
+    copy = parser.parse_args().copy
+    missing = [name for name in SETS if not (DATA / name).exists()]
     for name in SETS.keys() - missing:
-        print(f"{root / name} is there already")
-    if not missing:
-        return
-    if source is None:
-        fetch(root, missing)
-    elif not source.exists():
-        raise Failure(f"{source}: no such archive or folder")
-    else:
-        try:
-            sets = _find(_read_folder(source) if source.is_dir() else _read_archive(source), missing)
-        except Failure as problem:
-            raise Failure(f"{source}: {problem}") from problem
-        _install(sets, root)
+        print(f"{DATA / name} is there already")
+    if missing:
+        fetch(missing, copy)
 
 
 if __name__ == "__main__":

@@ -136,14 +136,13 @@ def find_data(options: dict, given: dict, fresh: bool) -> None:
     """Fetch the default sets where they are missing; failing that, turn to generated images."""
     for name in {"train_data", "test_data"} & given.keys():
         data.require_folder(given[name])
-    defaults = {name: OPTIONS[name][1] for name in ("train_data", "test_data") if name not in given}
-    if options["hold_out"]:
-        defaults.pop("test_data", None)
-    missing = {n: Path(d) for n, d in defaults.items() if options[n] == d and not Path(d).exists()}
+    used = ("train_data",) if options["hold_out"] else ("train_data", "test_data")
+    defaults = {name: Path(OPTIONS[name][1]) for name in used if options[name] == OPTIONS[name][1]}
+    missing = {name: path for name, path in defaults.items() if not path.exists()}
     if not missing:
         return
     try:
-        data.fetch(Path("data"), [path.name for path in missing.values()])
+        data.fetch([path.name for path in missing.values()])
     except Failure as problem:
         if not fresh:  # a run that began on the real sets goes on with them or not at all
             raise
