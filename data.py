@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import HALO_LR, SCALE
-from utils import ArgumentParser, Failure, printable, psnr_rgb, psnr_y, run
+from utils import ArgumentParser, Failure, a_path, printable, psnr_row, run
 
 # The published sets, by the SHA-256 of what `sha256sum *.bmp` prints in the folder: one digest
 # stands for the name and the SHA-256 of every file.
@@ -96,20 +96,10 @@ def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-    """Decode an image, all of its frames or pages, upright.
+    """Decode an image, all of its frames or pages, upright. Raises Failure, naming the file, where it cannot.
 
-    Parameters
-    ----------
-    path : a file of any format that Pillow reads by itself
-    max_pixels : the most to decode in all; a file of a few bytes can claim to be of any size
-
-    Returns
-    -------
-    images of mode L or RGB, with alpha LA or RGBA, or I;16 (gray of 16 bits), with Pillow's ``info``
-
-    Raises
-    ------
-    Failure, naming the file, where that cannot be done
+    They have mode L or RGB, with alpha LA or RGBA, or I;16 (gray of 16 bits), and Pillow's ``info``; in all they
+    have no more than ``max_pixels``, since a file of a few bytes can claim to be of any size.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -136,7 +126,7 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     except (Failure, MemoryError):
         raise
     except Image.DecompressionBombError as problem:
-        raise Failure(f"{path}: {problem}; super_resolve.py --max-pixels=N lifts the limit") from problem
+        raise Failure(f"{path}: {problem} (super_resolve.py has --max-pixels=N for larger ones)") from problem
     except Exception as problem:  # Pillow's decoders raise errors of many types
         reason = (
             "" if isinstance(problem, UnidentifiedImageError) else f": {getattr(problem, 'strerror', None) or problem}"
@@ -213,8 +203,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, or its first frame, to 8-bit RGB. Raises what :func:`read_frames` does."""
-    return to_rgb(read_frames(path, max_pixels)[0])
+    """Decode an HR image, or its first frame, to 8-bit RGB. Raises what :func:`read_frames` does, and of tiny ones."""
+    image = to_rgb(read_frames(path, max_pixels)[0])
+    if min(image.size) < 3 * SCALE:  # a border of 3 is shaved off before measuring
+        raise Failure(f"{path}: {image.width}x{image.height} pixels are too few; 9x9 is the least")
+    return image
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -264,16 +257,12 @@ def load_images(folder: str, role: str, hold_out: int = 0) -> tuple[str, list[tu
     if not files:
         raise Failure(f"{folder}: this folder holds no images")
     names = [file.stem.removesuffix("_GT") for file in files]
-    images = []
-    for file, name in zip(files, names, strict=True):
-        image = open_image(file)
-        if min(image.size) < 3 * SCALE:  # a border of 3 is shaved off before measuring
-            raise Failure(f"{file}: {image.width}x{image.height} pixels are too few; 9x9 is the least")
-        images.append((printable(name if names.count(name) == 1 else file.name), image))
-    return set_name(Path(folder), files), images
+    if len({*names}) < len(names):
+        names = [file.name for file in files]
+    return name_of_set(Path(folder), files), [(printable(n), open_image(f)) for n, f in zip(names, files, strict=True)]
 
 
-def set_name(folder: Path, files: list[Path]) -> str:
+def name_of_set(folder: Path, files: list[Path]) -> str:
     """The folder's name; that of a published set only where its files are the published ones."""
     name, digest = printable(folder.resolve().name), _digest({f.name: f.read_bytes() for f in files})
     for published, known in SETS.items():
@@ -291,7 +280,7 @@ def load_test_set(folder: str, hold_out: int = 0) -> TestSet:
     for name, image in images:
         lr, hr = degrade(image)
         lr, hr, up = map(to_tensor, (lr, hr, bicubic(lr, *hr.size)))
-        tests.append(TestImage(name, lr, hr, up, {"bicubic_y": psnr_y(up, hr), "bicubic_rgb": psnr_rgb(up, hr)}))
+        tests.append(TestImage(name, lr, hr, up, psnr_row("bicubic", up, hr)))
     return TestSet(set_name, tests)
 
 

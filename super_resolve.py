@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,20 +32,21 @@ from utils import (
     PRECISION_HELP,
     ArgumentParser,
     Failure,
+    a_path,
     explain,
     load_checkpoint,
+    make_folder,
     mean_row,
+    new_file,
     number,
     precision,
     printable,
     processes,
-    psnr_rgb,
-    psnr_y,
+    psnr_row,
     run,
     select_device,
     select_dtype,
     table,
-    write_file,
 )
 
 BLOCK = 512  # about the side of the pieces that an image is cut into, in LR pixels
@@ -75,23 +76,16 @@ FORMATS = {
 }
 
 
-def a_path(text: str) -> Path:
-    """A check for argparse: the empty text of an unset variable would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
-
-
 def parse_args() -> argparse.Namespace:
     start = "python super_resolve.py --checkpoint checkpoint.pth"
     examples = [f"{start} lr.bmp", f"{start} photos --output=big"]
     parser = ArgumentParser(examples, prog="super_resolve.py", description=__doc__)
     parser.add_argument("inputs", type=a_path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="trained weights, such as checkpoint.pth")
+    parser.add_argument("--checkpoint", type=a_path, required=True, help="trained weights, such as checkpoint.pth")
     text = f"the file, or for several the folder (INPUT{ENDING} beside each)"
     parser.add_argument("--output", metavar="PATH", help=text)
     text = "HR image, or folder of them: measure and compare"
-    parser.add_argument("--ground-truth", type=Path, metavar="HR", help=text)
+    parser.add_argument("--ground-truth", type=a_path, metavar="HR", help=text)
     text = "mean over eight flips and rotations, at eight times the cost"
     parser.add_argument("--self-ensemble", action="store_true", help=text)
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
@@ -117,36 +111,22 @@ class Job(NamedTuple):
         return self.output.with_name(f"{self.output.stem}_comparison.png")
 
 
-def bare_name(image: Path) -> str:
-    """An image's name without the course's endings."""
-    return image.stem.removesuffix("_lr").removesuffix("_GT")
-
-
 def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path) -> list[Job]:
-    """What to do, in order; makes the output folder.
-
-    Raises
-    ------
-    Failure where there is nothing to do, a ground truth is missing, or an output would replace an input
-    or another output
-    """
+    """What to do, in order; makes the output folder. Raises Failure where there is nothing to do, a ground truth
+    is missing, or an output would replace an input or another output."""
     several, truths = len(inputs) > 1 or os.path.isdir(inputs[0]), {}
     if ground_truth and os.path.isdir(ground_truth):
-        # Of some with the same key the last is taken: one named just so, or else that of the course's _GT.
-        files = list_images(ground_truth)
-        for path in sorted(files, key=lambda path: (path.stem.endswith("_GT"), not path.stem.endswith("_lr"))):
-            truths[bare_name(path)] = path
-        truths |= {path.stem: path for path in files if path.stem.endswith(("_lr", "_GT"))}
+        truths = {path.stem: path for path in list_images(ground_truth)}
     elif ground_truth and not os.path.exists(ground_truth):
         raise Failure(f"{ground_truth}: no such file or folder")
     elif ground_truth and several:
         raise Failure(f"{ground_truth}: one ground truth is for one image; give the folder of them")
 
     def truth_of(image: Path) -> Path | None:
-        for path in map(truths.get, (image.stem, bare_name(image))) if truths else (ground_truth,):
-            if path and os.path.realpath(path) != os.path.realpath(image):
-                return path
-        return None
+        name = image.stem.removesuffix("_lr").removesuffix("_GT")  # the course's endings
+        stems = (f"{name}_GT", name, f"{name}_lr")
+        path = next((truths[stem] for stem in stems if stem in truths), None) if truths else ground_truth
+        return path if path and os.path.realpath(path) != os.path.realpath(image) else None
 
     images = []
     for path in inputs:
@@ -163,7 +143,7 @@ def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None,
             raise Failure(f"{ground_truth}: no ground truth for {path.name} in it")
         else:
             images.append(path)
-    images = list({os.path.realpath(image): image for image in reversed(images)}.values())[::-1]
+    images = list({os.path.realpath(image): image for image in images}.values())
     folder = Path(output) if output and (several or output.endswith("/") or os.path.isdir(output)) else None
     jobs = []
     for image in images:
@@ -176,11 +156,8 @@ def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None,
             if os.path.realpath(path) in taken:
                 raise Failure(f"{path} is {taken[os.path.realpath(path)]}; give another --output")
             taken[os.path.realpath(path)] = f"the output of {job.image}, too"
-    try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise Failure(f"cannot make the folder {folder}: {problem.strerror}") from problem
+    if folder:
+        make_folder(folder)
     return jobs
 
 
@@ -252,16 +229,13 @@ def save(frames: list[Image.Image], path: Path, infos: list[dict]) -> None:
                 options |= {"loop": infos[0].get("loop", 1)}
             if format == "GIF" and frames[0].mode == "RGBA":
                 options |= {"disposal": 2}  # a frame replaces the one before
-
-    def write(file: BinaryIO) -> None:
-        try:
+    try:
+        with new_file(path) as file:
             frames[0].save(file, format, **options)
-        except MemoryError:
-            raise
-        except Exception as problem:  # Pillow's encoders raise errors of many types
-            raise Failure(f"{path}: cannot be written as {format}: {problem}") from problem
-
-    write_file(path, write)
+    except (Failure, MemoryError):
+        raise
+    except Exception as problem:  # Pillow's encoders raise errors of many types
+        raise Failure(f"{path}: cannot be written as {format}: {problem}") from problem
 
 
 # --------------------------------------------------------------------------- the network
@@ -284,17 +258,10 @@ def in_tiles(model: SRCNN, dtype: torch.dtype, tile: int, self_ensemble: bool) -
 
 
 def unbleed(colour: Tensor, alpha: Tensor) -> Tensor:
-    """Give transparent pixels the colour of what is visible beside them.
+    """Give transparent pixels, up to FILL of them, the mean colour of what is visible beside them.
 
-    Files have anything there, often black: enlarged, it would be seen as a fringe.
-
-    Parameters
-    ----------
-    colour, alpha : uint8 Tensor of shape (3, h, w), (1, h, w)
-
-    Returns
-    -------
-    uint8 Tensor of shape (3, h, w): up to FILL pixels around what is visible have weighted means
+    Files have anything there, often black: enlarged, it would be seen as a fringe. Both are uint8
+    of shape (3, h, w) and (1, h, w).
     """
     weight = alpha.unsqueeze(0).double() / 255
     total = colour.unsqueeze(0) * weight
@@ -384,8 +351,7 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
     up, row = bicubic(lr, *hr.size), {}
     panels = {f"LR {lr.width} x {lr.height}\n(enlarged)": lr.resize(hr.size, Image.Resampling.NEAREST)}
     for key, name, image in (("bicubic", "bicubic", up), ("psnr", "SRCNN", sr)):
-        for measure in (psnr_y, psnr_rgb):
-            row[f"{key}_{measure.__name__.removeprefix('psnr_')}"] = measure(to_tensor(image), to_tensor(hr))
+        row |= psnr_row(key, to_tensor(image), to_tensor(hr))
         panels[f"{name}\n{row[key + '_y']:.2f} dB Y"] = image
     panels[f"ground truth\n{hr.width} x {hr.height}"] = hr
     window = differ_most(up, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
@@ -411,8 +377,6 @@ def upscale_file(job: Job, network: Callable[[Tensor], Tensor], block: int, max_
     hr = open_image(job.ground_truth, (SCALE + 1) ** 2 * max_pixels) if job.ground_truth else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise Failure(f"{job.ground_truth}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
-    if hr and min(hr.size) < 3 * SCALE:
-        raise Failure(f"{job.ground_truth}: {hr.width}x{hr.height} pixels are too few to measure; 9x9 is the least")
     srs = [enlarge(frame, network, block, job.image.name) for frame in frames]
     save(srs, job.output, infos)
     sizes = f"{lr.width}x{lr.height} -> {srs[0].width}x{srs[0].height}" + f", {len(srs)} frames" * (len(srs) > 1)

@@ -34,6 +34,7 @@ from utils import (
     PRECISION_HELP,
     ArgumentParser,
     Failure,
+    a_path,
     as_flags,
     describe,
     evaluate,
@@ -82,22 +83,18 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | resume | inspect", prog="train.py")
-    examples = {
-        "train": ["python train.py train", "python train.py train --lr=0.0005 --batch-size=256 --cuda"],
-        "resume": ["python train.py resume checkpoint.10", "python train.py resume checkpoint.10 --num-epoch=200"],
-        "inspect": ["python train.py inspect checkpoint.pth", "python train.py inspect checkpoint.pth --test-data=DIR"],
-    }
-    texts = {
-        "train": "Train SRCNN from scratch.",
-        "resume": "Go on with a training. Options that are left out are those of the checkpoint.",
-        "inspect": "Print what a checkpoint holds, or measure it.",
-    }
-    train_parser, resume_parser, inspect_parser = (
-        commands.add_parser(name, examples=examples[name], help=text.split(".")[0], description=text)
-        for name, text in texts.items()
-    )
+
+    def command(text: str, start: str, words: str) -> ArgumentParser:
+        examples = [f"python train.py {start}", f"python train.py {start} {words}"]
+        return commands.add_parser(start.split()[0], examples=examples, help=text.split(".")[0], description=text)
+
+    train_parser = command("Train SRCNN from scratch.", "train", "--lr=0.0005 --batch-size=256 --cuda")
+    text = "Go on with a training. Options that are left out are those of the checkpoint."
+    resume_parser = command(text, "resume checkpoint.10", "--num-epoch=200")
+    text = "Print what a checkpoint holds, or measure it."
+    inspect_parser = command(text, "inspect checkpoint.pth", "--test-data=DIR")
     for sub in (resume_parser, inspect_parser):
-        sub.add_argument("checkpoint", type=Path, help="the file, such as checkpoint.10")
+        sub.add_argument("checkpoint", type=a_path, help="the file, such as checkpoint.10")
     for sub in (train_parser, resume_parser):
         sub.add_argument("--cuda", action="store_true", help="compute on the GPU")
         for name, (check, default, text) in OPTIONS.items():
@@ -109,7 +106,7 @@ def parse_args() -> argparse.Namespace:
             sub.add_argument(flag, type=check, metavar=metavar, help=text)
         where = "." if sub is train_parser else "that of the checkpoint"
         sub.add_argument(
-            "--output", type=Path, metavar="DIR", help=f"for checkpoints and TensorBoard's runs/ ({where})"
+            "--output", type=a_path, metavar="DIR", help=f"for checkpoints and TensorBoard's runs/ ({where})"
         )
     inspect_parser.add_argument("--test-data", metavar="DIR", help="measure on these images, or on dead-leaves")
     text = "measure the mean over the eight flips and rotations"
@@ -124,7 +121,7 @@ def parse_args() -> argparse.Namespace:
 def saved_options(checkpoint: dict, path: Path, given: dict) -> dict:
     """The options in a checkpoint, but for those given, checked as if they stood on the command line."""
     options = {}
-    for name in OPTIONS.keys() & checkpoint["args"].keys() - given.keys():
+    for name in [name for name in OPTIONS if name in checkpoint["args"] and name not in given]:
         try:
             options[name] = OPTIONS[name][0](str(checkpoint["args"][name]))
         except argparse.ArgumentTypeError as problem:
@@ -184,12 +181,12 @@ class WhitenedAdam(torch.optim.Adam):
         self.v.grad = weight1.grad.flatten(1) @ self.whiten.T
         weight1.grad = None
         self.v.zero_()
-        weight2.grad[:, :3] = 0
-        image = weight3[:, :3]
-        before = image.mean((2, 3), keepdim=True)
+        image2, image3 = weight2[:, :3], weight3[:, :3]
+        before2, before3 = image2.clone(), image3.mean((2, 3), keepdim=True)
         super().step()
         weight1 += (self.v @ self.whiten).view_as(weight1)
-        image += before - image.mean((2, 3), keepdim=True)
+        image2.copy_(before2)
+        image3 += before3 - image3.mean((2, 3), keepdim=True)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"whiten": self.whiten}
@@ -223,17 +220,6 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
     return size * less_mean((directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T)
 
 
-@torch.no_grad()
-def whiten_features(model: SRCNN, whiten: Tensor) -> None:
-    """Make conv1's random filters, all but the image's three, such that their features are alike in size.
-
-    As they are drawn they answer to brightness above all, so that many units of conv2 would be
-    always or never on, and a third of them never again.
-    """
-    filters = model.conv1.weight[3:]
-    filters.copy_((filters.flatten(1) @ whiten.to(filters)).view_as(filters))
-
-
 def learning_rate(peak: float, step: float, total: int) -> float:
     """Linear warm-up over 5% of all steps, but no fewer than 100, times a cosine that ends at zero.
 
@@ -243,7 +229,9 @@ def learning_rate(peak: float, step: float, total: int) -> float:
     return peak * min(1.0, step / max(0.05 * total, 100)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Path | None, checkpoint: dict):
+def prepare(
+    train_set: data.TrainSet, device: torch.device, seed: int, path: Path | None, checkpoint: dict
+) -> tuple[SRCNN, WhitenedAdam, torch.Generator, dict]:
     """The network, its optimizer and the patches' random generator, new or as a checkpoint has them,
     and the run's past: epoch and args, and where it may be gone on with, run, best, best_epoch, same_test, history."""
     torch.manual_seed(seed)
@@ -259,7 +247,10 @@ def prepare(train_set: data.TrainSet, device: torch.device, seed: int, path: Pat
         count = math.ceil(64 * 63**2 / train_set.patch**2)  # about as many pixels for any size of patch
         whiten = whitening_matrix(next(train_set.batches(1, count, generator))[0][..., :160, :160].cpu())
         if not checkpoint:
-            whiten_features(model, whiten)
+            # Conv1's random filters, all but the image's three, get features alike in size: as drawn they answer to
+            # brightness above all, so that many units of conv2 would be always or never on, a third never again.
+            filters = model.conv1.weight.data[3:]
+            filters.copy_((filters.flatten(1) @ whiten.to(filters)).view_as(filters))
         return model, WhitenedAdam(model, whiten), generator, past
     try:
         values = model.conv1.weight[0].numel()
@@ -383,20 +374,16 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                 path, saved = save_checkpoint(output / f"checkpoint.{epoch}", state), epoch
             loss = losses.mean().item()
             print(f"epoch {epoch:3}/{num_epoch}  {summary(report)}  loss {loss:.6f}  {speed:.2f} Mpx/s", flush=True)
-            log.write(epoch, report, {"loss": loss, "learning_rate": optimizer.param_groups[0]["lr"]})
-            if epoch in (1, saved):
-                log.write_images(epoch, model, test_set)
+            training = {"loss": loss, "learning_rate": optimizer.param_groups[0]["lr"]}
+            log.write(epoch, report, training, pictures(model, test_set) if epoch in (1, saved) else {})
     except BaseException:  # Ctrl-C, a loss that is no number, no memory: what is finished is kept
         if saved < state["epoch"]:
             with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
                 path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state["epoch"]
-        changed = {name: value for name, value in options.items() if state["args"].get(name) != value}
-        changed.pop("seed", None)  # no option of resume, and none of the course's checkpoints has one
-        if path and path.parent != output:
-            changed["output"] = output
+        where = {"output": output} if path and path.parent != output else {}
         program = f"torchrun --nproc-per-node={count}" if count > 1 else "python"
         command = f"{program} train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"
-        hint = f"to go on from epoch {saved}: {command} {as_flags(changed)}".rstrip()
+        hint = f"to go on from epoch {saved}: {command} {as_flags(options | where, state['args'])}".rstrip()
         print(hint if path else "no epoch is saved", flush=True)
         raise
     finally:
@@ -441,6 +428,19 @@ def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
         raise Failure(f"the loss is no finite number at step {step} of epoch {epoch}; lower the learning rate (--lr)")
 
 
+def pictures(model: SRCNN, test_set: data.TestSet) -> dict[str, Tensor]:
+    """For each test image bicubic, SRCNN and ground truth side by side; and the filters of the first layer."""
+    from torchvision.utils import make_grid  # slow to import, and needed only here
+
+    sheets = {}
+    for image in test_set.images:
+        panels = [image.bicubic, super_resolve(model, image.lr), image.hr]
+        sheets[f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth"] = make_grid(panels)
+    filters = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    sheets["conv1/its 64 filters"] = make_grid(filters, nrow=16, normalize=True, scale_each=True, pad_value=1)
+    return sheets
+
+
 class Log:
     """TensorBoard's log of a run. Where it cannot be written training goes on without, after one warning.
 
@@ -457,7 +457,7 @@ class Log:
         self.writer, self.options = None, options
         if not folder:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, too
 
         with self.guarded():
             self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
@@ -472,7 +472,7 @@ class Log:
             self.writer = None
             print(f"WARNING: TensorBoard's log cannot be written: {printable(problem)}", file=sys.stderr)
 
-    def write(self, epoch: int, report: dict, training: dict[str, float]) -> None:
+    def write(self, epoch: int, report: dict, training: dict[str, float], images: dict[str, Tensor]) -> None:
         if not self.writer:
             return
         values = {f"train/{name}": value for name, value in training.items()}
@@ -482,25 +482,9 @@ class Log:
         with self.guarded():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch)
+            for name, image in images.items():
+                self.writer.add_image(name, image, epoch)
             self.writer.flush()
-
-    def write_images(self, epoch: int, model: SRCNN, test_set: data.TestSet) -> None:
-        """For each test image bicubic, SRCNN and ground truth side by side; and the filters of the first layer."""
-        from torchvision.utils import make_grid
-
-        if not self.writer:
-            return
-        pictures = {
-            f"{test_set.name}/{image.name}: bicubic, SRCNN, ground truth": make_grid(
-                [image.bicubic, super_resolve(model, image.lr), image.hr]
-            )
-            for image in test_set.images
-        }
-        filters = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)
-        pictures["conv1/its 64 filters"] = make_grid(filters, nrow=16, normalize=True, scale_each=True, pad_value=1)
-        with self.guarded():
-            for name, picture in pictures.items():
-                self.writer.add_image(name, picture, epoch)
 
     def close(self, epoch: int, report: dict | None) -> None:
         """End the log; with the last report of a run that came to its end, to compare ends by.
@@ -550,11 +534,8 @@ def main() -> None:
     options = defaults | saved | given
     output = args.output or (path.parent if path else Path("."))
     if path:
-        changed = {name: value for name, value in given.items() if value != checkpoint["args"].get(name)}
-        print(
-            f"resuming {path} after epoch {checkpoint['epoch']}"
-            + (f"; changed: {as_flags(changed)}" if changed else "")
-        )
+        changed = as_flags(given, checkpoint["args"])
+        print(f"resuming {printable(path)} after epoch {checkpoint['epoch']}{changed and f'; changed: {changed}'}")
         if checkpoint["epoch"] >= options["num_epoch"]:
             print(f"its --num-epoch={options['num_epoch']} is reached; to train further, give a larger one")
             return

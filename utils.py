@@ -17,7 +17,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ def number(kind: type, least: float = 0, multiple: int = 1) -> Callable[[str], f
         return value
 
     return check
+
+
+def a_path(text: str) -> Path:
+    """A check for argparse: the empty text of an unset variable would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -198,6 +205,11 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     return _psnr(sr, hr, shave, [[65.481 / 255, 128.553 / 255, 24.966 / 255]])
 
 
+def psnr_row(key: str, image: Tensor, hr: Tensor) -> dict[str, float]:
+    """Both as ``key``_y and ``key``_rgb: half a row of a report."""
+    return {f"{key}_y": psnr_y(image, hr), f"{key}_rgb": psnr_rgb(image, hr)}
+
+
 def evaluate(model: SRCNN, test_set, self_ensemble: bool = False) -> dict:
     """PSNR of bicubic interpolation and of the network on a :class:`data.TestSet`.
 
@@ -209,7 +221,7 @@ def evaluate(model: SRCNN, test_set, self_ensemble: bool = False) -> dict:
     images = {}
     for image in test_set.images:
         sr = super_resolve(model, image.lr, self_ensemble=self_ensemble)
-        images[image.name] = image.bicubic_psnr | {"psnr_y": psnr_y(sr, image.hr), "psnr_rgb": psnr_rgb(sr, image.hr)}
+        images[image.name] = image.bicubic_psnr | psnr_row("psnr", sr, image.hr)
     return {"set": test_set.name + " (self-ensemble)" * self_ensemble, "images": images, "mean": mean_row(images)}
 
 
@@ -253,17 +265,16 @@ def summary(report: dict) -> str:
 # ------------------------------------------------------------------------- checkpoints
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Have a file written so that at any moment either the old content is there or the new.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[SimpleNamespace]:
+    """A file to write, for which at any moment either the old content is there or the new.
 
-    What ``write`` gets has no ``fileno``: through that Pillow would write past Python, and miss
-    that a disk is full.
+    It has no ``fileno``: through that Pillow would write past Python, and miss that a disk is full.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w+b") as file:
-            names = ("read", "write", "seek", "tell", "flush")
-            write(SimpleNamespace(**{name: getattr(file, name) for name in names}))
+            yield SimpleNamespace(**{name: getattr(file, name) for name in ("read", "write", "seek", "tell", "flush")})
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -279,49 +290,48 @@ def save_checkpoint(path: Path, checkpoint: dict) -> Path:
     stamp = {"info": asdict(info), "torch": str(torch.__version__), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(checkpoint | stamp, buffer)
-    write_file(path, lambda file: file.write(buffer.getbuffer()))
+    with new_file(path) as file:
+        file.write(buffer.getbuffer())
     return path
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Failure(f"cannot make the folder {folder}: {problem.strerror}") from problem
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other trainings out of it, until the end of the context or of the process.
-
-    Raises Failure where another one is in there, or the folder cannot be made.
-    """
-    lock = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    """Make a folder and keep other trainings out of it, until the end of the context or of the process."""
+    make_folder(folder)
+    with contextlib.ExitStack() as stack:
         if fcntl:
             lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as problem:
-        os.close(lock)
-        raise Failure(f"another training is writing to {folder}; give another --output") from problem
-    except OSError as problem:
-        if lock is None:
-            raise Failure(f"cannot make the folder {folder}: {problem.strerror}") from problem
-        # Else it has no locks, as some network drives have none.
-    try:
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as problem:
+                raise Failure(f"another training is writing to {folder}; give another --output") from problem
+            except OSError:  # it has no locks, as some network drives have none
+                pass
         for part in folder.glob(".checkpoint.*.part"):  # of one that was killed
             part.unlink(missing_ok=True)
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def set_aside(best: Path, past: dict) -> None:
     """Rename a checkpoint.best that is not of this run's past, lest a worse one replace it."""
     if not best.exists():
         return
-    with contextlib.suppress(Failure):
+    with contextlib.suppress(Failure, OSError):
         other = load_checkpoint(best)
         if (other.get("run"), other["epoch"]) == (past["run"], past["best_epoch"]):
             return
-    number = 1
-    while (kept := best.with_name(f"checkpoint.best.{number}")).exists():
-        number += 1
+    i = 1
+    while (kept := best.with_name(f"checkpoint.best.{i}")).exists():
+        i += 1
     os.replace(best, kept)
     print(f"the checkpoint.best that is there, of another run or a later epoch, is now {kept}")
 
@@ -331,24 +341,19 @@ def load_checkpoint(path: Path) -> dict:
 
     Returns
     -------
-    dict with at least ``model`` (checked against the network, in its order and names),
-    ``optimizer``, ``args``, ``info`` (dicts), ``epoch`` (epochs finished) and ``psnr``
+    dict with at least ``model`` (checked against the network), ``optimizer``, ``args``, ``info``
+    (dicts), ``epoch`` (epochs finished) and ``psnr``
 
     Raises
     ------
     Failure if there is no such file, or it is damaged, hostile or not of this network
     """
     path = Path(path)
-    if not path.exists():
-        raise Failure(f"{path}: no such checkpoint")
     if not path.is_file():
-        raise Failure(f"{path}: not a file")
+        raise Failure(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}")
     if path.stat().st_size > MAX_CHECKPOINT_BYTES:
         raise Failure(f"{path}: too large for a checkpoint of SRCNN")
-    try:
-        content = io.BytesIO(path.read_bytes())
-    except OSError as problem:
-        raise Failure(f"cannot read {path}: {problem.strerror}") from problem
+    content = io.BytesIO(path.read_bytes())
     try:
         if zipfile.is_zipfile(content):
             with zipfile.ZipFile(content) as zipped:
@@ -450,8 +455,10 @@ def _fault(checkpoint: object) -> str | None:
     return None if 0 <= checkpoint["epoch"] < 2**31 else "its epoch is negative or absurd"
 
 
-def as_flags(options: dict) -> str:
-    """Options as they would stand on a command line."""
+def as_flags(options: dict, before: dict | None = None) -> str:
+    """Options as they would stand on a command line: of train, or of resume after these, without what is the same."""
+    if before is not None:
+        options = {name: v for name, v in options.items() if name != "seed" and before.get(name) != v}
     return " ".join(shlex.quote(printable(f"--{name.replace('_', '-')}={v}")) for name, v in options.items())
 
 
@@ -463,14 +470,12 @@ def commands(checkpoint: dict) -> list[str]:
     for (last, _), (epoch, options) in pairwise([[0, None], *stages]):
         if not options:
             lines.append("a training of another program")
+            before = {}
             continue
         if len(lines) + 1 < len(stages) and epoch % options["save_freq"]:  # the next one needs this file
             options = options | {"save_freq": epoch}
-        changed = {name: value for name, value in options.items() if (before or {}).get(name) != value}
-        if lines:
-            changed.pop("seed", None)  # no option of resume
         what = f"resume checkpoint.{int(last)}" if lines else "train"
-        lines.append(f"python train.py {what} {as_flags(changed)}".rstrip())
+        lines.append(f"python train.py {what} {as_flags(options, before)}".rstrip())
         before = options
     return lines
 

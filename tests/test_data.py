@@ -99,7 +99,7 @@ def test_any_image_that_pillow_reads_will_do(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none of Pillow's may reach the user
         _name, images = data.load_images(tmp_path, "train")
-    assert [n for n, _ in images] == ["a", "b.gif", "b.jpg", "c.png", "c_GT.png", "d", "e"]  # equal names stay apart
+    assert [n for n, _ in images] == ["a.tiff", "b.gif", "b.jpg", "c.png", "c_GT.png", "d.png", "e.png"]  # all in full
     assert {(i.mode, i.size) for _, i in images} == {("RGB", (30, 60))}
     for i in (0, 3, 4, 5, 6):
         value = round(50 * 50 / 255 + 205) if i == 6 else 50  # what is nearly transparent is seen on white

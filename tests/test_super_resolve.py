@@ -257,6 +257,8 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path, monkeypatch):
         (1, ["loop.png", "--checkpoint=net"], ["loop.png: not an image that can be read: Too many levels"]),
         (1, ["lr.bmp", "--checkpoint=net", "--output=locked/a.png"], ["cannot write locked/a.png", "no right"]),
         (2, ["", "--checkpoint=net"], ["must not be empty"]),
+        (2, ["lr.bmp", "--checkpoint="], ["must not be empty"]),
+        (2, ["lr.bmp", "--checkpoint=net", "--ground-truth="], ["must not be empty"]),
         (1, ["empty", "--checkpoint=net"], ["empty: this folder holds no images"]),
         (1, ["done", "--checkpoint=net"], ["done: this folder holds no image but outputs"]),
         (1, ["pipe.png", "--checkpoint=net"], ["pipe.png: not a file"]),
@@ -381,6 +383,10 @@ def test_ground_truths_paired_by_name(cli, pictures):
     assert [*course] == ["course/a_lr.bmp", "course/b_lr.bmp", "course"]
     assert len({*map(tuple, course.values())}) == 1
     assert len(list(Path("o").iterdir())) == 4
+    Path("course/a_lr.bmp").rename("a_lr.bmp")
+    lr.save("course/a_lr.bmp")
+    status, out, _ = cli(*command, "a_lr.bmp", "--ground-truth=course")
+    assert (status, rows_of(out)["a_lr.bmp"]) == (0, course["course/a_lr.bmp"])
     status, out, err = cli(*command, "lr/a.png", "lr", "--ground-truth=hr", "--output=o")
     assert (status, err) == (0, "")
     rows = rows_of(out)

@@ -637,6 +637,7 @@ def test_inspect_reads_the_courses_checkpoints_and_escapes_their_text(cli):
         ("--seed=-1", "--seed"),
         ("--seed=99999999999999999999", "--seed"),
         ("--colour=red", "--colour"),
+        ("--output=", "must not be empty"),
     ],
 )
 @pytest.mark.parametrize("command", [["train"], ["resume", "checkpoint.1"]])
@@ -886,14 +887,14 @@ def test_the_sample_for_whitening_is_as_large_for_any_patch(train_small, monkeyp
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train_small, monkeypatch, tmp_path):
-    write = utils.write_file
+    new_file = utils.new_file
 
-    def full(path, content):
+    def full(path):
         if path.name == "checkpoint.2":
             raise utils.Failure(f"cannot write {path}: No space left on device")
-        write(path, content)
+        return new_file(path)
 
-    monkeypatch.setattr(utils, "write_file", full)
+    monkeypatch.setattr(utils, "new_file", full)
     status, out, err = train_small("--save-freq=1")
     assert status == 1
     assert_one_line(err, "cannot write checkpoint.2: No space left")

@@ -128,8 +128,8 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(utils.Failure, match=r"checkpoint\.best: No space left on device"):
-        utils.write_file(path, lambda file: file.write(b"half of the next"))
+    with pytest.raises(utils.Failure, match=r"checkpoint\.best: No space left on device"), utils.new_file(path) as file:
+        file.write(b"half of the next")
     assert path.read_bytes() == b"the last good one"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.best"]
 
@@ -139,7 +139,8 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path):
     path, link = tmp_path / "checkpoint.best", tmp_path / "link"
     path.write_bytes(b"the last good one")
     os.link(path, link)
-    utils.write_file(path, lambda file: file.write(b"the next"))
+    with utils.new_file(path) as file:
+        file.write(b"the next")
     assert path.read_bytes() == b"the next"
     assert link.read_bytes() == b"the last good one"
 
