@@ -32,9 +32,11 @@ MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples, instead of the suite's 
 
 def test_killed_trainings_lose_nothing():
     """`python tests/killing.py 100` is the long form."""
-    end = subprocess.run([sys.executable, ROOT / "tests/killing.py", "6"], capture_output=True, text=True, timeout=170)
+    end = subprocess.run([sys.executable, ROOT / "tests/killing.py", "10"], capture_output=True, text=True, timeout=170)
     assert end.returncode == 0, end.stderr
-    assert re.match(r"6 kills, \d+ of them in a file; \d+ times resumed; \d+ trainings with the same end\n", end.stdout)
+    assert re.match(
+        r"10 kills, \d+ of them in a file; \d+ times resumed; \d+ trainings with the same end\n", end.stdout
+    )
 
 
 def test_what_a_killed_training_left_is_removed(train_small, tmp_path):
@@ -143,8 +145,7 @@ def test_two_processes_train_as_one_does(photos, train_small):
     (loss,) = re.findall(r"^epoch   2/2.* loss ([\d.]+)", out, re.M)  # only the first process prints
     status, out, _ = train_small(*options, "--output=one")
     assert status == 0
-    (alone,) = re.findall(r"^epoch   2/2.* loss ([\d.]+)", out, re.M)
-    assert float(alone) == pytest.approx(float(loss), abs=2e-6)  # printed with six digits
+    assert re.search(rf"^epoch   2/2.* loss {loss}", out, re.M)
     one, two = (torch.load(f"{name}/checkpoint.2", weights_only=True) for name in ("one", "two"))
     assert two["psnr"] == pytest.approx(one["psnr"], abs=0.002)
     far = [(one["model"][key] - two["model"][key]).abs().max() for key in one["model"]]
