@@ -458,19 +458,21 @@ def _download(url: str) -> io.BytesIO:
 
 
 def _read(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
-    """The .bmp files in a folder or in a zip archive."""
+    """The .bmp files in a folder or in a zip archive. Raises Failure where it is neither."""
+    if isinstance(source, Path) and not source.exists():
+        raise Failure("no such archive or folder")
     if isinstance(source, Path) and source.is_dir():
         return {path: path.read_bytes() for path in source.rglob("*.bmp") if path.is_file()}
     try:
         with zipfile.ZipFile(source) as zipped:
-            members = [m for m in zipped.infolist() if m.filename.endswith(".bmp")]
-            if sum(m.file_size for m in members) > MAX_BYTES:
+            members = {PurePosixPath(m.filename): m for m in zipped.infolist() if m.filename.endswith(".bmp")}
+            if sum(m.file_size for m in members.values()) > MAX_BYTES:
                 raise Failure(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
-            files = {PurePosixPath(m.filename): zipped.read(m) for m in members}
-            if wrong := [path for path in files if path.is_absolute() or ".." in path.parts or "\\" in str(path)]:
-                raise Failure(f"its path {str(wrong[0])!r} leads outside, refused")
-            return files
-    except (Failure, FileNotFoundError):
+            for path in members:
+                if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+                    raise Failure(f"its path {str(path)!r} leads outside, refused")
+            return {path: zipped.read(m) for path, m in members.items()}
+    except Failure:
         raise
     except Exception as problem:  # each way of packing has errors of its own
         raise Failure(f"not a whole zip archive ({problem})") from problem

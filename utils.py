@@ -296,6 +296,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> Path:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless it is there. Raises Failure where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
