@@ -37,17 +37,14 @@ class SRCNN(nn.Module):
     def reset_parameters(self) -> None:
         """Set the initial weights: He-normal, but three channels of each layer are the identity.
 
-        The image is never negative, so its three channels pass both ReLUs unchanged, and nothing
-        else is made of them. The last layer's random weights are small: so is what the random
-        features add at first.
+        The image is never negative, so its three channels pass both ReLUs unchanged. The last
+        layer's random weights are small: so is what the random features add at first.
         """
         for conv in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         self.conv3.weight *= 0.005
         for conv in (self.conv1, self.conv2, self.conv3):
-            if conv is not self.conv1:
-                conv.weight[:, :3] = 0
             if conv is not self.conv3:
                 conv.weight[:3] = 0
             middle = conv.kernel_size[0] // 2
@@ -68,6 +65,13 @@ class SRCNN(nn.Module):
         x = F.relu(self.conv1(x))
         x = F.relu(self.conv2(x))
         return crop(self.conv3(x), HALO_HR)  # with it goes all that the zero padding touched
+
+    def plain(self, colours: Tensor) -> Tensor:
+        """What becomes of areas of one colour: of shape (N, 3), values in [0, 1], as is the result, not clamped."""
+        w1, w2, w3 = (conv.weight.sum((2, 3)) for conv in (self.conv1, self.conv2, self.conv3))
+        x = F.relu(F.linear(colours, w1, self.conv1.bias))
+        x = F.relu(F.linear(x, w2, self.conv2.bias))
+        return F.linear(x, w3, self.conv3.bias)
 
 
 class Folded:
