@@ -38,10 +38,9 @@ def start(*arguments) -> int:
 
 def newest(folder: Path) -> Path | None:
     """The last checkpoint, after all there are were loaded."""
-    epochs = {}
-    for path in folder.glob("checkpoint.*"):
-        epochs[path] = utils.load_checkpoint(path)["epoch"]
-    return max((path for path in epochs if path.suffix[1:].isdigit()), key=epochs.get, default=None)
+    epochs = {path: utils.load_checkpoint(path)["epoch"] for path in folder.glob("checkpoint.*")}
+    numbered = [path for path in epochs if path.name.count(".") == 1 and path.suffix[1:].isdigit()]  # not best.1
+    return max(numbered, key=epochs.get, default=None)
 
 
 def main(kills: int) -> None:
