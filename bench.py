@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +19,7 @@ from torchvision.transforms.functional import to_tensor
 
 import data
 import train
-from model import SRCNN, Folded, super_resolve
+from model import SRCNN, super_resolve
 from utils import ArgumentParser, Failure, keep_memory, run, select_dtype
 
 SIZES = (256, 512, 768)  # of the LR images, squares
@@ -71,8 +70,7 @@ def fast_training(folder: Path, dtype: torch.dtype) -> Iterator[int]:
     while True:
         for lr, hr in train_set.batches(100, batch_size, generator):
             optimizer.zero_grad()
-            loss = F.mse_loss(Folded(model, dtype)(lr).float().clamp(0, 255), hr.float()) / 255**2
-            loss.backward()
+            train.backward(model, dtype, lr, hr)
             optimizer.step()
             yield hr[:, 0].numel()
 

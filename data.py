@@ -472,7 +472,7 @@ def _read(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
                 if path.is_absolute() or ".." in path.parts or "\\" in str(path):
                     raise Failure(f"its path {str(path)!r} leads outside, refused")
             return {path: zipped.read(m) for path, m in members.items()}
-    except Failure:
+    except (Failure, PermissionError):
         raise
     except Exception as problem:  # each way of packing has errors of its own
         raise Failure(f"not a whole zip archive ({problem})") from problem

@@ -22,8 +22,8 @@ TILE = {"cpu": 66, "cuda": 256}
 class SRCNN(nn.Module):
     """Bicubic upscaling followed by three convolutions; 20,099 parameters.
 
-    The initial weights pass the upscaled image through unchanged but for small random
-    features, so that an untrained network already is (nearly) bicubic interpolation.
+    The initial weights pass the upscaled image through and add something small and random,
+    so that an untrained network already is (nearly) bicubic interpolation.
     """
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class SRCNN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial weights: He-normal, but three channels of each layer are the identity.
+        """Set the initial weights: He-normal, but three channels of each layer pass the image.
 
-        The image is never negative, so its three channels pass both ReLUs unchanged. The last
-        layer's random weights are small: so is what the random features add at first.
+        It is never negative, so that both ReLUs leave it unchanged. The last layer's random
+        weights are small: so is what they add at first.
         """
         for conv in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -66,8 +66,8 @@ class SRCNN(nn.Module):
         x = F.relu(self.conv2(x))
         return crop(self.conv3(x), HALO_HR)  # with it goes all that the zero padding touched
 
-    def plain(self, colours: Tensor) -> Tensor:
-        """What becomes of areas of one colour: of shape (N, 3), values in [0, 1], as is the result, not clamped."""
+    def dc_response(self, colours: Tensor) -> Tensor:
+        """The output on areas of one colour: (N, 3) in [0, 1] to (N, 3), nominally in [0, 1], not clamped."""
         w1, w2, w3 = (conv.weight.sum((2, 3)) for conv in (self.conv1, self.conv2, self.conv3))
         x = F.relu(F.linear(colours, w1, self.conv1.bias))
         x = F.relu(F.linear(x, w2, self.conv2.bias))
@@ -278,7 +278,7 @@ def _seconds(dtype: torch.dtype) -> float:
 def bf16_is_fine(model: SRCNN) -> bool:
     """Whether bfloat16 changes at most 1 in 10,000 pixels by more than a grey level.
 
-    The pattern that it is tried on is harder than photos; with checkpoint.pth none of its pixels changes by that much.
+    The pattern that it is tried on is harder than photos.
     """
     blocks = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     blocks = blocks.repeat_interleave(6, 1).repeat_interleave(6, 2)

@@ -198,7 +198,8 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
 
     C is the covariance of what conv1 sees when these LR patches, uint8 of shape (N, 3, h, w), are
     upscaled, each channel less its mean in the 9x9 pixels; ``floor`` keeps noise from being blown
-    up, ``size`` is the order of conv1's features. P has no such means either.
+    up, ``size`` is the order of conv1's features. P has no such means either,
+    so that what conv1 makes of plain colours stays as it begins.
     """
 
     def less_mean(x: Tensor) -> Tensor:
@@ -307,7 +308,6 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
 
     # torchrun sends SIGTERM where one of its processes has died.
     previous = [signal.signal(which, interrupt) for which in (signal.SIGINT, signal.SIGTERM)]
-    colours = torch.cartesian_prod(*[torch.linspace(0, 1, 9, device=device)] * 3)
     keep_memory()
     try:
         for epoch in range(state["epoch"] + 1, num_epoch + 1):
@@ -322,16 +322,12 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
                 optimizer.param_groups[0]["lr"] = learning_rate(options["lr"], done, num_epoch * steps)
                 optimizer.zero_grad()
                 lr, hr = lr[rank::count], hr[rank::count]
-                sr = Folded(model, dtype)(lr)  # only pixels with their whole context: no cut edge spoils the loss
-                loss = F.mse_loss(sr.float().clamp(0, 255), hr.float()) / 255**2  # of what an image can show
-                losses[step] = loss.detach()
-                # The few images show few colours; what is made of the others would drift.
-                (loss + 10 * F.mse_loss(model.plain(colours), colours)).backward()
+                losses[step] = backward(model, dtype, lr, hr)
                 if count > 1:
                     add_up([losses[step], *(p.grad for p in model.parameters())], len(lr) / batch_size)
                 optimizer.step()
                 if step % 20 == 0 and not bar.disable:  # not at each: reading the loss waits for the GPU
-                    bar.set_postfix(loss=f"{loss.item():.5f}")
+                    bar.set_postfix(loss=f"{losses[step].item():.5f}")
             check_finite(losses, model, epoch)
             if rank:  # the first process measures, saves and prints
                 continue
@@ -384,6 +380,19 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
         log.close(num_epoch, report if state["epoch"] == num_epoch else None)
     best = f"best: epoch {state['best_epoch']} with {state['best']:.3f} dB Y on {report['set']}"
     print(f"\n{table(report)}\n\nwritten: {path}; {best}")
+
+
+def backward(model: SRCNN, dtype: torch.dtype, lr: Tensor, hr: Tensor) -> Tensor:
+    """Compute the gradients of a batch of :meth:`data.TrainSet.batches`; returns its loss.
+
+    Beside its loss they are of ten times that of plain areas, in a grid over the cube of colours:
+    the few images show few, and what the network makes of the others would drift.
+    """
+    sr = Folded(model, dtype)(lr)  # only pixels with their whole context: no cut edge spoils the loss
+    loss = F.mse_loss(sr.float().clamp(0, 255), hr.float()) / 255**2  # of what an image can show
+    colours = torch.cartesian_prod(*[torch.linspace(0, 1, 9, device=lr.device)] * 3)
+    (loss + 10 * F.mse_loss(model.dc_response(colours), colours)).backward()
+    return loss.detach()
 
 
 def from_first(value: object) -> object:

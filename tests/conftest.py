@@ -73,9 +73,16 @@ def cli(monkeypatch, capfd):
     return call
 
 
+@pytest.fixture(scope="session")
+def bf16_is_fast():
+    """Tried once: tests that run at the same time disturb it."""
+    return utils.bf16_is_fast(torch.device("cpu"))
+
+
 @pytest.fixture
-def train_small(cli, photos):
+def train_small(cli, photos, monkeypatch, bf16_is_fast):
     """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 unless told."""
+    monkeypatch.setattr(utils, "bf16_is_fast", lambda device: bf16_is_fast)
 
     def call(*args, command=("train",)):
         quick = ("--num-epoch=2", "--batch-size=4", "--patch-size=48") if command == ("train",) else ()

@@ -272,7 +272,7 @@ def archive(files, evil=None):
         zipped.writestr("repo-1/Test/other.bmp", b"BM another image")
         zipped.writestr("repo-1/README.md", "hello")
         if evil:
-            zipped.writestr(evil, b"BM gotcha")
+            zipped.writestr(evil, b"BM gotcha", zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 
@@ -290,6 +290,7 @@ def web(tiny_sets):
         "bit-flip": good[:200] + bytes([good[200] ^ 1]) + good[201:],
         "evil": archive(tiny_sets, "repo-1/../../../evil.bmp"),
         "absolute": archive(tiny_sets, "/tmp/evil.bmp"),
+        "evil-and-damaged": archive(tiny_sets, "../evil.bmp").replace(b"BM gotcha", b"BM changed"),
     }
 
     redirects = {"loop": "/loop", "elsewhere": "/corrupted", "to-a-file": f"file://{__file__}"}
@@ -364,6 +365,7 @@ def test_a_good_download_puts_both_sets_in_place(web, tiny_sets, cli, monkeypatc
         ("bit-flip", "not a whole zip archive"),
         ("evil", "leads outside"),
         ("absolute", "leads outside"),
+        ("evil-and-damaged", "leads outside"),  # found before anything is unpacked
         ("missing", "Not Found"),
         ("endless", "larger than 1 MiB"),
         ("stall", "timed out"),
@@ -446,7 +448,9 @@ def test_local_copies_are_taken_with_the_same_checks(tiny_sets, cli, tmp_path):
     assert status == 1
     assert_one_line(err, copy, "Set5 as published")
     assert not list((tmp_path / "data").iterdir())
-    assert cli("data.py", "--from", "nowhere.zip")[0] == 1
+    status, _, err = cli("data.py", "--from", "nowhere.zip")
+    assert status == 1
+    assert_one_line(err, "nowhere.zip: no such archive or folder")
 
 
 def test_the_real_sets_pass_from_a_local_copy(real_data, cli, tmp_path):

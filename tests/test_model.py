@@ -126,10 +126,10 @@ def test_folded_is_the_same_function(shape, onednn):
         assert (single - expected).abs().max() < 1e-5 * 255
 
 
-def test_plain_areas_without_a_convolution():
+def test_the_dc_response_is_that_of_plain_areas():
     model, colours = random_model(5), torch.rand(9, 3, dtype=torch.float64)
     areas = model(colours[:, :, None, None].expand(-1, -1, 2, 3))
-    assert torch.allclose(areas, model.plain(colours)[:, :, None, None].expand_as(areas), rtol=1e-6)
+    assert torch.allclose(areas, model.dc_response(colours)[:, :, None, None].expand_as(areas), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
