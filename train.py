@@ -151,6 +151,8 @@ def find_data(options: dict, given: dict, fresh: bool) -> None:
 
 # ----------------------------------------------------------------------------- training
 
+COLOURS = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3)  # a grid over their cube, (729, 3)
+
 
 class WhitenedAdam(torch.optim.Adam):
     """Adam in whitened coordinates of conv1: what it moves is V, and conv1.weight moves by P times that.
@@ -198,8 +200,8 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
 
     C is the covariance of what conv1 sees when these LR patches, uint8 of shape (N, 3, h, w), are
     upscaled, each channel less its mean in the 9x9 pixels; ``floor`` keeps noise from being blown
-    up, ``size`` is the order of conv1's features. P has no such means either,
-    so that what conv1 makes of plain colours stays as it begins.
+    up, ``size`` is the order of conv1's features. P has no such means either, so that what conv1
+    makes of plain colours stays as it begins.
     """
 
     def less_mean(x: Tensor) -> Tensor:
@@ -385,12 +387,12 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
 def backward(model: SRCNN, dtype: torch.dtype, lr: Tensor, hr: Tensor) -> Tensor:
     """Compute the gradients of a batch of :meth:`data.TrainSet.batches`; returns its loss.
 
-    Beside its loss they are of ten times that of plain areas, in a grid over the cube of colours:
-    the few images show few, and what the network makes of the others would drift.
+    Beside its loss they are of ten times that of plain areas of COLOURS: the few images show
+    few, and what the network makes of the others would drift.
     """
     sr = Folded(model, dtype)(lr)  # only pixels with their whole context: no cut edge spoils the loss
     loss = F.mse_loss(sr.float().clamp(0, 255), hr.float()) / 255**2  # of what an image can show
-    colours = torch.cartesian_prod(*[torch.linspace(0, 1, 9, device=lr.device)] * 3)
+    colours = COLOURS.to(lr.device)
     (loss + 10 * F.mse_loss(model.dc_response(colours), colours)).backward()
     return loss.detach()
 
