@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import math
@@ -157,10 +158,12 @@ def select_dtype(precision: str, device: torch.device, model: SRCNN | None = Non
 def keep_memory() -> None:
     """Let the C library keep what one training step frees for the next one.
 
-    glibc keeps as much as twice the largest block that it has freed so far, where no block above
-    32 MB counts: so one of that size is freed. Elsewhere this does nothing.
+    glibc would give much of it back, and each page that it then takes again is a fault. Elsewhere this does nothing.
     """
-    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+    with contextlib.suppress(TypeError, AttributeError):  # there is no such library, or no such function in it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and its end is never cut off
 
 
 # ---------------------------------------------------------------------------- metrics
