@@ -129,12 +129,18 @@ def test_the_shipped_checkpoint_was_trained_by_a_command_of_the_readme(shipped, 
     _, checkpoint = shipped
     assert checkpoint["train_set"] == "91-image"
     row = next(line for line in README.splitlines() if line.startswith("| **`checkpoint.pth`**"))
-    (command,) = re.findall(r"`(python train.py train[^`]*)`", row)
-    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
-    options = {name: value for name, value in vars(train.parse_args()).items() if name in train.OPTIONS}
-    defaults = {name: default for name, (_, default, _) in train.OPTIONS.items()}
-    wanted = defaults | {name: value for name, value in options.items() if value is not None}
-    assert {**checkpoint["args"], "save_freq": None} == {**wanted, "save_freq": None}  # which changes no weight
+    wanted, stages = {name: default for name, (_, default, _) in train.OPTIONS.items()}, []
+    for command in re.findall(r"`(python train.py [^`]*)`", row):
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        args = vars(train.parse_args())
+        assert str(args.get("checkpoint")) == (f"checkpoint.{stages[-1][0]}" if stages else "None")
+        wanted |= {name: value for name, value in args.items() if name in train.OPTIONS and value is not None}
+        stages.append([wanted["num_epoch"], wanted.copy()])
+    done = [*checkpoint["history"], [checkpoint["epoch"], checkpoint["args"]]]
+    for _, args in stages + done:
+        args["save_freq"] = None  # it changes no weight
+        args["precision"] = args["precision"].replace("auto", checkpoint["precision"])  # which it had found
+    assert done == stages
     figures = [f"{checkpoint['report']['mean'][key]:.3f} dB" for key in ("psnr_y", "psnr_rgb")]
     assert all(figure in row for figure in figures)
 
