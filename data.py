@@ -89,7 +89,7 @@ def bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Crop an image to a multiple of 3 and make its LR version, as the course does."""
+    """Crop an image to a multiple of 3 and make its LR version, by the bicubic of the course."""
     width, height = hr.width // SCALE, hr.height // SCALE
     hr = hr.crop((0, 0, width * SCALE, height * SCALE))
     return bicubic(hr, width, height), hr
@@ -110,9 +110,9 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
             with Image.open(path, formats=_formats()) as image:
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for what decoders find inside
                 count = getattr(image, "n_frames", 1) if image.format in WITH_FRAMES else 1
-                first = bool(image.info.get("default_image"))  # of PNG: for those who show no animations
+                default = image.info.get("default_image") is True  # PNG's first, for who shows no animations
                 frames, pixels = [], 0
-                for i in range(first, count):
+                for i in range(count):
                     image.seek(i)
                     pixels += image.width * image.height
                     if pixels > max_pixels:
@@ -120,7 +120,7 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
                         raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels{which} are too many")
                     image.load()
                     frames.append(_plain(image))
-                return frames
+                return frames[default:]
     except FileNotFoundError as problem:
         raise Failure(f"{path}: no such file") from problem
     except (Failure, MemoryError):
@@ -459,7 +459,7 @@ def _download(url: str) -> io.BytesIO:
 
 def _read(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     """The .bmp files in a folder or in a zip archive. Raises Failure where it is neither."""
-    if isinstance(source, Path) and not source.exists():
+    if isinstance(source, Path) and not (source.is_file() or source.is_dir()):
         raise Failure("no such archive or folder")
     if isinstance(source, Path) and source.is_dir():
         return {path: path.read_bytes() for path in source.rglob("*.bmp") if path.is_file()}

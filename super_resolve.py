@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("inputs", type=a_path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
     parser.add_argument("--checkpoint", type=a_path, required=True, help="trained weights, such as checkpoint.pth")
     text = f"the file, or for several the folder (INPUT{ENDING} beside each)"
-    parser.add_argument("--output", metavar="PATH", help=text)
+    parser.add_argument("--output", type=lambda text: a_path(text) and text, metavar="PATH", help=text)
     text = "HR image, or folder of them: measure and compare"
     parser.add_argument("--ground-truth", type=a_path, metavar="HR", help=text)
     text = "mean over eight flips and rotations, at eight times the cost"

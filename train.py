@@ -121,11 +121,12 @@ def parse_args() -> argparse.Namespace:
 def saved_options(checkpoint: dict, path: Path, given: dict) -> dict:
     """The options in a checkpoint, but for those given, checked as if they stood on the command line."""
     options = {}
-    for name in [name for name in OPTIONS if name in checkpoint["args"] and name not in given]:
+    for name in [name for name in OPTIONS if checkpoint["args"].get(name) is not None and name not in given]:
         try:
             options[name] = OPTIONS[name][0](str(checkpoint["args"][name]))
         except argparse.ArgumentTypeError as problem:
-            raise Failure(f"{path}: its {name} {problem}; give --{name.replace('_', '-')}") from problem
+            advice = f"; give --{name.replace('_', '-')}" * (name != "seed")  # which resume does not have
+            raise Failure(f"{path}: its {name} {problem}{advice}") from problem
     return options
 
 
@@ -301,7 +302,7 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
     if rank == 0:
         set_aside(output / "checkpoint.best", state)
     log = Log(output / "runs" / state["run"] if rank == 0 else None, state["epoch"], options)
-    saved = state["epoch"]  # the epoch of the file `path`
+    saved = state  # what the file `path` holds
     interrupted = threading.Event()  # Ctrl-C waits for the end of a step: TensorBoard's queue may hang otherwise
 
     def interrupt(*_) -> None:
@@ -361,19 +362,19 @@ def train(options: dict, device: torch.device, output: Path, path: Path | None, 
             if better:
                 save_checkpoint(output / "checkpoint.best", state)
             if epoch % options["save_freq"] == 0 or epoch == num_epoch:
-                path, saved = save_checkpoint(output / f"checkpoint.{epoch}", state), epoch
+                path, saved = save_checkpoint(output / f"checkpoint.{epoch}", state), state
             loss = losses.mean().item()
             print(f"epoch {epoch:3}/{num_epoch}  {summary(report)}  loss {loss:.6f}  {speed:.2f} Mpx/s", flush=True)
             training = {"loss": loss, "learning_rate": optimizer.param_groups[0]["lr"]}
-            log.write(epoch, report, training, pictures(model, test_set) if epoch in (1, saved) else {})
+            log.write(epoch, report, training, pictures(model, test_set) if epoch in (1, saved["epoch"]) else {})
     except BaseException:  # Ctrl-C, a loss that is no number, no memory: what is finished is kept
-        if saved < state["epoch"]:
+        if saved["epoch"] < state["epoch"]:
             with contextlib.suppress(Failure):  # of a full disk; then the one before is the last
-                path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state["epoch"]
+                path, saved = save_checkpoint(output / f"checkpoint.{state['epoch']}", state), state
         where = {"output": output} if path and path.parent != output else {}
         program = f"torchrun --nproc-per-node={count}" if count > 1 else "python"
         command = f"{program} train.py resume {shlex.quote(str(path))}{' --cuda' * (device.type == 'cuda')}"
-        hint = f"to go on from epoch {saved}: {command} {as_flags(options | where, state['args'])}".rstrip()
+        hint = f"to go on from epoch {saved['epoch']}: {command} {as_flags(options | where, saved['args'])}".rstrip()
         print(hint if path else "no epoch is saved", flush=True)
         raise
     finally:

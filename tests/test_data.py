@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
 import threading
 import warnings
 import zipfile
@@ -448,9 +449,11 @@ def test_local_copies_are_taken_with_the_same_checks(tiny_sets, cli, tmp_path):
     assert status == 1
     assert_one_line(err, copy, "Set5 as published")
     assert not list((tmp_path / "data").iterdir())
-    status, _, err = cli("data.py", "--from", "nowhere.zip")
-    assert status == 1
-    assert_one_line(err, "nowhere.zip: no such archive or folder")
+    os.mkfifo("pipe.zip")  # which would be waited for
+    for source in ("nowhere.zip", "pipe.zip"):
+        status, _, err = cli("data.py", "--from", source)
+        assert status == 1
+        assert_one_line(err, f"{source}: no such archive or folder")
 
 
 def test_the_real_sets_pass_from_a_local_copy(real_data, cli, tmp_path):

@@ -84,6 +84,8 @@ def test_a_full_disk_ends_training_with_what_was_saved(photos, train_small, tmp_
     size = len(good) - 1000
     end = limited(size, "resume", "checkpoint.1", "--num-epoch=2", "--save-freq=1")
     assert end.returncode == 1
+    hint = "to go on from epoch 1: python train.py resume checkpoint.1 --num-epoch=2 --save-freq=1"
+    assert end.stdout.splitlines()[-1] == hint
     assert end.stderr.splitlines()[-1] in (f"error: cannot write checkpoint.{i}: File too large" for i in ("2", "best"))
     assert "Traceback" not in end.stderr
     assert (tmp_path / "checkpoint.1").read_bytes() == good

@@ -3,14 +3,17 @@
 import io
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import assert_one_line, assert_same, expected
 from PIL import Image, ImageCms, JpegImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 import super_resolve
 from data import bicubic, read_frames
+from utils import Failure
 
 LUMA = [0.299, 0.587, 0.114]
 
@@ -259,6 +262,26 @@ def test_the_picture_for_who_shows_no_animation_is_no_frame(upscaled, pictures):
     sr = upscaled(frames[0], "d.png", save_all=True, append_images=frames[1:], duration=[50, 70], default_image=True)
     assert sr.n_frames == 2
     assert_same(sr.convert("RGB"), expected(pictures[2], frames[1]))
+
+
+def test_a_text_of_that_name_makes_no_such_picture(upscaled, pictures):
+    """Pillow keeps texts of a PNG where it notes that there is one."""
+    text = PngInfo()
+    text.add_text("default_image", "yes")
+    assert_same(upscaled(pictures[0], "t.png", pnginfo=text), expected(pictures[2], pictures[0]))
+
+
+def test_the_picture_for_who_shows_no_animation_is_refused_before_it_is_decoded(pictures):
+    """Its data are damaged, which would be said if they were read."""
+    frames = [pictures[0].rotate(turn) for turn in (0, 90, 180)]
+    frames[0].save("d.png", save_all=True, append_images=frames[1:], default_image=True)
+    content = Path("d.png").read_bytes()
+    start = content.index(b"IDAT") + 4
+    Path("d.png").write_bytes(content[:start] + bytes(20) + content[start + 20 :])
+    with pytest.raises(Failure, match="30x30 pixels in frame 1 of 3 are too many"):
+        read_frames(Path("d.png"), max_pixels=899)
+    with pytest.raises(Failure, match="not an image that can be read"):
+        read_frames(Path("d.png"))
 
 
 @pytest.mark.parametrize("other", [Image.new("L", (9, 9)), Image.new("I;16", (30, 30))])

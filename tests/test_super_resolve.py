@@ -260,6 +260,7 @@ def test_bad_input_is_one_clear_line(cli, pictures, tmp_path, monkeypatch):
         (2, ["", "--checkpoint=net"], ["must not be empty"]),
         (2, ["lr.bmp", "--checkpoint="], ["must not be empty"]),
         (2, ["lr.bmp", "--checkpoint=net", "--ground-truth="], ["must not be empty"]),
+        (2, ["lr.bmp", "--checkpoint=net", "--output="], ["must not be empty"]),
         (1, ["empty", "--checkpoint=net"], ["empty: this folder holds no images"]),
         (1, ["done", "--checkpoint=net"], ["done: this folder holds no image but outputs"]),
         (1, ["pipe.png", "--checkpoint=net"], ["pipe.png: not a file"]),

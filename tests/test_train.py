@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import json
@@ -860,6 +861,19 @@ def test_the_hint_for_a_checkpoint_of_the_course_is_understood(train_small, phot
     assert status == 130
     (hint,) = re.findall(r"^to go on from epoch 2: python train.py (.*)$", out, re.M)
     assert train_small(command=shlex.split(hint))[0] == 0
+
+
+def test_the_seed_of_another_program(train_small, photos):
+    """Nothing but its state of the random numbers, which is lost, depends on it; it often is None."""
+    sets = (f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=3", "--output=new")
+    skeleton_checkpoint("legacy", opt=argparse.Namespace(seed=None, batch_size=4, patch_size=48))
+    assert train_small(*sets, command=("resume", "legacy"))[0] == 0
+    assert load("new/checkpoint.3")["args"]["seed"] == 0
+    skeleton_checkpoint("legacy", opt=argparse.Namespace(seed="time"))
+    status, _, err = train_small(*sets, command=("resume", "legacy"))
+    assert status == 1
+    assert_one_line(err, "legacy: its seed must be a whole number", "'time'")
+    assert "give" not in err  # resume has no such option
 
 
 def test_resume_goes_on_in_the_arithmetic_that_auto_had_chosen(train_small, monkeypatch):
