@@ -1,6 +1,6 @@
 """Train SRCNN, go on with a training, look into a checkpoint.
 
-Measured with the defaults on 91-image, in 199 s on two cores of an AMD EPYC (Zen 5) without a
+Measured with the defaults on 91-image, in 157 s on two cores of an AMD EPYC (Zen 5) without a
 GPU: 32.769 dB Y, 30.868 dB RGB on Set5; bicubic 30.403 and 28.624.
 """
 
