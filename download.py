@@ -1,0 +1,152 @@
+"""The published image sets, downloaded or copied, and verified by SHA-256."""
+
+import hashlib
+import io
+import os
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from http.client import HTTPException
+from pathlib import Path, PurePath, PurePosixPath
+
+from tqdm import tqdm
+
+from utils import ArgumentParser, CommandError, path
+
+# One digest per set stands for the name and the SHA-256 of every file:
+# that of the output of `sha256sum *.bmp` in its folder.
+SETS = {
+    "91-image": "a0650b24564bf5928a18eae0f33bdd0132bd4d69b918e09ae3e3954943a5e917",
+    "Set5": "182f07f3f06e1d9f50e6d72946b0fee603769f37cfe4eae50715db3e0fd01ee0",
+}
+MIRRORS = (
+    "https://github.com/tegg89/SRCNN-Tensorflow/archive/78be1a24697935fc39a3a8cf59a6632264afade7.zip",
+    "https://github.com/yytlee/CSCI3290/archive/d55de726406413be35f4f9a73659b20b7e84afe8.zip",
+    "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
+)
+DATA = Path("data")  # where the sets are put
+MAX_BYTES = 2**27  # of an archive, and of the images in it
+TIMEOUT = 15  # seconds without a byte
+DEADLINE = 600  # seconds for one mirror
+
+Files = dict[str, bytes]  # the contents of a folder by file name
+
+
+def digest(files: Files) -> str:
+    """What SETS identifies a folder by."""
+    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fetch(names: Iterable[str], source: Path | None = None) -> None:
+    """Put published sets into data/, each in full or not at all.
+
+    Parameters
+    ----------
+    names : of SETS
+    source : archive or folder to take them from; by default the first mirror that has them
+
+    Raises
+    ------
+    CommandError, with the reason for each source, if none has the sets as published
+    """
+    names, reasons = list(names), []
+    for origin in [source] if source else MIRRORS:
+        try:
+            files = read_bmp_files(download(origin) if isinstance(origin, str) else origin)
+            sets = find_sets(files, names)
+        except (CommandError, OSError, HTTPException, ValueError) as error:
+            host = origin.split("/")[2] if isinstance(origin, str) else origin
+            reasons.append(f"{host}: {getattr(error, 'reason', error)}")
+        else:
+            return install(sets)
+    raise CommandError(f"cannot fetch {' and '.join(names)}: {'; '.join(reasons)}")
+
+
+def download(url: str) -> io.BytesIO:
+    """The content of a URL, within MAX_BYTES, TIMEOUT and DEADLINE."""
+    end, content = time.monotonic() + DEADLINE, io.BytesIO()
+    with (
+        urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+        tqdm(desc=url.split("/")[2], unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        bar.total = response.length  # None if the server does not say
+        while chunk := response.read(2**16):
+            content.write(chunk)
+            bar.update(len(chunk))
+            if content.tell() > MAX_BYTES:
+                raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
+            if time.monotonic() > end:
+                raise CommandError(f"not done after {DEADLINE} seconds")
+        if bar.total is not None and content.tell() != bar.total:
+            raise CommandError(f"incomplete, {content.tell()} of {bar.total} bytes")
+    return content
+
+
+def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
+    """The .bmp files in a folder or in a zip archive, by path. Raises CommandError if it is neither."""
+    if isinstance(source, Path) and source.is_dir():
+        return {file: file.read_bytes() for file in source.rglob("*.bmp") if file.is_file()}
+    if isinstance(source, Path) and not source.is_file():
+        raise CommandError("no such archive or folder")
+    try:
+        with zipfile.ZipFile(source) as archive:
+            members = {PurePosixPath(m.filename): m for m in archive.infolist() if m.filename.endswith(".bmp")}
+            if sum(member.file_size for member in members.values()) > MAX_BYTES:
+                raise CommandError(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
+            for name in members:
+                if name.is_absolute() or ".." in name.parts or "\\" in str(name):
+                    raise CommandError(f"its path {str(name)!r} leads outside, refused")
+            return {name: archive.read(member) for name, member in members.items()}
+    except (CommandError, PermissionError):
+        raise
+    except Exception as error:  # each way of packing has errors of its own
+        raise CommandError(f"not a complete zip archive ({error})") from error
+
+
+def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files]:
+    """Published sets among files, whatever the folders are called. Raises CommandError if one is missing."""
+    folders: dict[PurePath, Files] = {}
+    for file, content in files.items():
+        folders.setdefault(file.parent, {})[file.name] = content
+    found = {digest(folder): folder for folder in folders.values()}
+    for name in names:
+        if SETS[name] not in found:
+            raise CommandError(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")
+    return {name: found[SETS[name]] for name in names}
+
+
+def install(sets: dict[str, Files]) -> None:
+    """Put sets into place, each by one rename when it is complete."""
+    for name, files in sets.items():
+        target = DATA / name
+        try:
+            DATA.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary:
+                part = Path(temporary, name)
+                part.mkdir()
+                for file, content in files.items():
+                    part.joinpath(file).write_bytes(content)
+                if not target.exists():  # another run may have been faster
+                    os.replace(part, target)
+        except OSError as error:
+            raise CommandError(f"cannot write {target}: {error.strerror}") from error
+        print(f"{target}: {len(files)} images, as published")
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        examples="  python data.py\n  python data.py --from copy.zip",
+        prog="data.py",
+        description="Download 91-Image and Set5 into data/, or take them from a local copy.",
+    )
+    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
+    source = parser.parse_args().source
+    missing = [name for name in SETS if not (DATA / name).exists()]
+    for name in SETS:
+        if name not in missing:
+            print(f"{DATA / name} is there already")
+    if missing:
+        fetch(missing, source)

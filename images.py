@@ -1,0 +1,267 @@
+"""Image files in and out: decoding, formats, metadata, conversion to tensors."""
+
+import contextlib
+import io
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from model import SCALE
+from utils import CommandError, atomic_write, warn
+
+MAX_PIXELS = 2**28 // 3  # of an image to read by default; Pillow warns of larger ones
+# Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
+WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format can hold beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
+
+    alpha: bool = False
+    sixteen_bits: bool = False
+    exif: bool = False
+    max_side: int = 2**62  # pixels
+    max_bytes: int = 2**62  # before compression
+    options: dict[str, int] = field(default_factory=dict)
+
+
+# PNG at level 1 takes a quarter of the time of Pillow's default, 6, and the files are a third larger.
+FORMATS = {
+    "BMP": Format(max_bytes=2**32),
+    "GIF": Format(alpha=True, max_side=65535),
+    "JPEG": Format(exif=True, max_side=65500, options={"quality": 95, "subsampling": 0}),
+    "PNG": Format(alpha=True, sixteen_bits=True, exif=True, options={"compress_level": 1}),
+    "PPM": Format(sixteen_bits=True),
+    "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
+    "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
+}
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image, upright. Of several frames or pages it reads the first, with a warning.
+
+    Parameters
+    ----------
+    path : of the file
+    max_pixels : refuse images with more, since a file of a few bytes can claim to be of any size
+
+    Returns
+    -------
+    Image of mode L, LA, RGB, RGBA or I;16 (gray of 16 bits), with Pillow's ``info``
+
+    Raises
+    ------
+    CommandError, naming the file, if it cannot be decoded
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+            raise CommandError(f"{path}: not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about oddities that it copes with
+            with Image.open(path, formats=readable_formats()) as image:
+                if image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
+                Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
+                image.load()
+                result, frames = simplify(image), 1
+                with contextlib.suppress(Exception):  # damaged frames are not read
+                    frames = image.n_frames if image.format in WITH_FRAMES else 1
+    except FileNotFoundError as error:
+        raise CommandError(f"{path}: no such file") from error
+    except (CommandError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise CommandError(f"{path}: {error}; super_resolve.py reads larger ones with --max-pixels=N") from error
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        known = isinstance(error, UnidentifiedImageError)
+        reason = "" if known else f": {getattr(error, 'strerror', None) or error}"
+        raise CommandError(f"{path}: not an image that can be read{reason}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if frames > 1:
+        warn(f"{path}: only the first of {frames} frames is read")
+    return result
+
+
+def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a ground truth as :func:`read_image` does, in RGB. Raises CommandError if it is smaller than 9x9."""
+    image = to_rgb(read_image(path, max_pixels))
+    if min(image.size) < 3 * SCALE:  # the PSNR leaves out 3 pixels on each side
+        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is 9x9")
+    return image
+
+
+@lru_cache
+def readable_formats() -> list[str]:
+    """The formats that Pillow reads, except EPS, for which it runs another program (Ghostscript)."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
+def simplify(image: Image.Image) -> Image.Image:
+    """An image of any mode as :func:`read_image` returns it."""
+    info = dict(image.info)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow's PPM has 16 bits there
+        result = gray_of_16_bits(image, info.get("transparency"))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, whose range is unknown; convert it to 8 or 16 bits")
+    else:
+        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        mode += "A" if image.has_transparency_data else ""
+        result = convert_inks(image, mode) if image.mode == "CMYK" else image.convert(mode)
+    if image.mode == "CMYK":  # the profile describes these inks
+        info.pop("icc_profile", None)
+    info.pop("transparency", None)
+    result.info = info
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing
+        ImageOps.exif_transpose(result, in_place=True)
+    return result
+
+
+def gray_of_16_bits(image: Image.Image, transparent: int | None) -> Image.Image:
+    """Mode I;16; with a transparent value LA, since no mode of Pillow has 16 bits and alpha."""
+    values = np.asarray(image).astype(np.uint16)
+    result = Image.fromarray(values)
+    if transparent is not None:
+        result = to_8_bits(result)
+        result.putalpha(Image.fromarray(np.uint8(255 * (values != transparent))))
+    return result
+
+
+def convert_inks(image: Image.Image, mode: str) -> Image.Image:
+    """CMYK to RGB by its ICC profile, if it has one that works."""
+    with contextlib.suppress(Exception):  # damaged profiles raise errors of many types
+        inks = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
+        converted = ImageCms.profileToProfile(image, inks, ImageCms.createProfile("sRGB"), outputMode=mode)
+        if converted:
+            return converted
+    return image.convert(mode)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder by their endings, sorted. Raises CommandError if there are none."""
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in readable_formats()}
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in endings]
+    if not images:
+        raise CommandError(f"{folder}: this folder holds no images")
+    if len(images) < len(files):
+        warn(f"{folder}: skipping {len(files) - len(images)} files without the ending of an image format")
+    return images
+
+
+# ---------------------------------------------------------------------------- conversion
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as a uint8 tensor of shape (3, h, w)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """A uint8 tensor of shape (3, h, w) as an RGB image."""
+    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Mode I;16 to mode L, rounded. Pillow's convert() would clip at 255."""
+    return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of :func:`read_image` as 8-bit RGB, on white where it is transparent."""
+    if image.mode == "I;16":
+        image = to_8_bits(image)
+    elif image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (width, height) by Pillow's bicubic: antialiased, a = -0.5."""
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def format_of(path: Path) -> str:
+    """Pillow's name of the format for a path's ending. Raises CommandError if it is not one of FORMATS."""
+    name = Image.registered_extensions().get(path.suffix.lower())
+    if name not in FORMATS:
+        endings = ", ".join(f".{name.lower()}" for name in FORMATS)
+        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {endings}")
+    return name
+
+
+def check_output(path: Path, lr: Image.Image) -> None:
+    """Raise CommandError unless ``path`` can be written and its format holds what ``lr`` becomes."""
+    name = format_of(path)
+    format = FORMATS[name]
+    if not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+        raise CommandError(f"cannot write {path}: no such folder, or no permission to write to it")
+    width, height, channels = SCALE * lr.width, SCALE * lr.height, 2 if lr.mode == "I;16" else len(lr.mode)
+    if lr.mode in ("LA", "RGBA") and not format.alpha:
+        problem = f"{name} does not support transparency"
+    elif lr.mode == "I;16" and not format.sixteen_bits:
+        problem = f"{name} does not support 16-bit gray"
+    elif max(width, height) > format.max_side or width * height * channels >= format.max_bytes:
+        problem = f"{width}x{height} pixels are too many for {name}"
+    else:
+        return
+    raise CommandError(f"{path}: {problem}; use --output=NAME.png")
+
+
+def write_image(image: Image.Image, path: Path, info: dict) -> None:
+    """Write an image with the metadata of the input, whose Pillow ``info`` is given. Raises CommandError."""
+    format = format_of(path)
+    if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
+        image = image.convert("RGBA")
+        image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))
+    options = FORMATS[format].options | metadata(info, format, image.mode)
+    try:
+        with atomic_write(path) as file:
+            image.save(file, format, **options)
+    except (CommandError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's encoders raise errors of many types
+        raise CommandError(f"{path}: cannot be written as {format}: {error}") from error
+
+
+def metadata(info: dict, format: str, mode: str) -> dict:
+    """Pillow's options for what an output takes over: ICC profile, EXIF data, and three times the DPI."""
+    kept: dict = {}
+    space = b"GRAY" if mode in ("L", "LA", "I;16") and format != "WEBP" else b"RGB "
+    if (info.get("icc_profile") or b"")[16:20] == space:  # otherwise it describes another kind of image
+        kept["icc_profile"] = info["icc_profile"]
+    with contextlib.suppress(Exception):  # damaged metadata are left out
+        dpi = tuple(SCALE * float(value) for value in info["dpi"])
+        if len(dpi) == 2 and min(dpi) >= 1 and max(dpi) < 2**16:
+            kept["dpi"] = dpi
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if FORMATS[format].exif and len(exif := upscaled_exif(info["exif"])) < 65000:  # JPEG's limit
+            kept["exif"] = exif
+    return kept
+
+
+def upscaled_exif(content: bytes) -> bytes:
+    """EXIF data with three times the resolution and without the input's size."""
+    exif, tags = Image.Exif(), ExifTags.Base
+    exif.load(content)
+    exif.update({tag: SCALE * exif[tag] for tag in (tags.XResolution, tags.YResolution) if tag in exif})
+    for tag in (tags.ExifImageWidth, tags.ExifImageHeight):
+        exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+    return exif.tobytes()

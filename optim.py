@@ -1,0 +1,98 @@
+"""Adam in whitened coordinates, and the learning-rate schedule."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import SRCNN, bicubic_x3
+
+
+class WhitenedAdam(torch.optim.Adam):
+    """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
+
+    The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
+    their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
+    slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
+
+    Parameters
+    ----------
+    model : SRCNN, whose parameters are optimized
+    whitening : P, Tensor of shape (243, 243), from :func:`whitening_matrix`
+    """
+
+    def __init__(self, model: SRCNN, whitening: Tensor) -> None:
+        self.weight, self.whitening = model.conv1.weight, whitening.to(model.conv1.weight)
+        self.v = nn.Parameter(self.whitening.new_zeros(len(self.weight), len(self.whitening)))  # (64, 243)
+        super().__init__([self.v, *list(model.parameters())[1:]], fused=True)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self.param_groups[0]["lr"] = learning_rate
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        assert self.weight.grad is not None
+        self.v.grad = self.weight.grad.flatten(1) @ self.whitening.T
+        self.weight.grad = None
+        self.v.zero_()
+        super().step()
+        self.weight += (self.v @ self.whitening).view_as(self.weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"whiten": self.whitening}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with a state's moments; there are none before the first step. Hyperparameters stay as they are."""
+        for i, state in state_dict["state"].items():
+            parameter = self.param_groups[0]["params"][i]
+            # Fused Adam works on raw memory, so the moments need the parameter's layout.
+            moments = {name: torch.empty_like(parameter).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
+
+
+def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:
+    """P = ``size`` (C + ``floor``)^(-1/2), blind to what all pixels of a patch have in common.
+
+    C is the covariance of what conv1 sees of the upscaled patches, each channel less its mean over
+    the 9x9 pixels. P has no such means either, so what conv1 makes of plain colours never changes.
+
+    Parameters
+    ----------
+    lr : uint8 Tensor of shape (N, 3, h, w), LR patches
+    floor : keeps noise from being amplified
+    size : order of magnitude of conv1's features
+
+    Returns
+    -------
+    Tensor of shape (243, 243), float64
+    """
+
+    def subtract_mean(x: Tensor) -> Tensor:
+        x = x.unflatten(1, (3, 81))
+        return (x - x.mean(2, keepdim=True)).flatten(1)
+
+    x = F.unfold(bicubic_x3(lr.double() / 255), kernel_size=9, stride=5)  # (N, 243, patches)
+    x = subtract_mean(x.transpose(1, 2).flatten(0, 1))  # (N * patches, 243)
+    variances, directions = torch.linalg.eigh(x.T.cov())
+    return size * subtract_mean((directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T)
+
+
+@torch.no_grad()
+def whiten_filters(model: SRCNN, whitening: Tensor) -> None:
+    """Whiten the initial random filters of conv1, all except for the three that pass the image.
+
+    As drawn they respond to brightness above all, which switches many units of conv2 on or off for good.
+    """
+    filters = model.conv1.weight[3:]
+    filters.copy_((filters.flatten(1) @ whitening.to(filters)).view_as(filters))
+
+
+def cosine_schedule(peak: float, step: float, total: int) -> float:
+    """The learning rate at a step: linear warm-up, then a cosine that ends at zero.
+
+    The warm-up takes 5% of all steps, but at least 100: Adam's first steps are of full size
+    whatever the gradient, and would leave a very short training worse than it began.
+    """
+    return peak * min(1.0, step / max(0.05 * total, 100)) * 0.5 * (1 + math.cos(math.pi * step / total))

@@ -1,0 +1,166 @@
+"""A training run: its state, made new or restored from a checkpoint, and its output folder."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from checkpoints import Checkpoint, Stage, TrainingState, load_checkpoint, save_checkpoint
+from data import TrainSet
+from device import dtype_name
+from distributed import rank_and_world_size
+from metrics import Report
+from model import SRCNN
+from optim import WhitenedAdam, whiten_filters, whitening_matrix
+from options import Options
+from utils import CommandError, make_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass
+class Run:
+    options: Options
+    dtype: torch.dtype
+    train_set: str  # its name
+    model: SRCNN
+    optimizer: WhitenedAdam
+    generator: torch.Generator  # draws the patches
+    id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    epoch: int = 0  # epochs finished
+    report: Report = field(default_factory=lambda: Report("", {}))  # after that epoch; see start
+    best: float = -math.inf  # highest PSNR on luma, in dB
+    best_epoch: int = 0
+    history: list[Stage] = field(default_factory=list)
+
+    def start(self, report: Report) -> None:
+        """Take the first report. The best PSNR so far counts only on the same test set."""
+        if self.report.fingerprint() != report.fingerprint():
+            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+        self.report = report
+
+    def finish_epoch(self, report: Report) -> None:
+        self.epoch += 1
+        self.report = report
+        if report.mean.srcnn.y > self.best:
+            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+
+    def is_milestone(self) -> bool:
+        """Whether this epoch gets a numbered checkpoint."""
+        return self.epoch % self.options.save_freq == 0 or self.epoch == self.options.num_epoch
+
+    def checkpoint(self) -> Checkpoint:
+        state = TrainingState(
+            optimizer=self.optimizer.state_dict(),
+            random_state=self.generator.get_state(),
+            precision=dtype_name(self.dtype),
+            report=self.report,
+            best=self.best,
+            best_epoch=self.best_epoch,
+            train_set=self.train_set,
+            run=self.id,
+            history=self.history,
+        )
+        model = self.model.state_dict()
+        return Checkpoint(model, self.epoch, self.report.mean.srcnn.y, self.options.to_args(), state)
+
+    def save(self, output: Path) -> None:
+        """Write checkpoint.last; checkpoint.best after the best epoch; checkpoint.<epoch> every save_freq epochs."""
+        names = ["best"] if self.epoch == self.best_epoch else []
+        if self.is_milestone():
+            names.append(str(self.epoch))
+        save_checkpoint(self.checkpoint(), *(output / f"checkpoint.{name}" for name in [*names, "last"]))
+
+
+# ------------------------------------------------------------------------- new or restored
+
+
+def new_run(options: Options, train_set: TrainSet, dtype: torch.dtype) -> Run:
+    """A run with initial weights drawn by the seed."""
+    model, generator = new_model(options, train_set)
+    whitening = sample_whitening(train_set, generator)
+    whiten_filters(model, whitening)
+    return Run(options, dtype, train_set.name, model, WhitenedAdam(model, whitening), generator)
+
+
+def restored_run(checkpoint: Checkpoint, options: Options, train_set: TrainSet, dtype: torch.dtype) -> Run:
+    """A run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
+    model, generator = new_model(options, train_set)
+    model.load_state_dict(checkpoint.model)
+    state = checkpoint.training
+    if not state:
+        optimizer = WhitenedAdam(model, sample_whitening(train_set, generator))
+        run = Run(options, dtype, train_set.name, model, optimizer, generator, epoch=checkpoint.epoch)
+        run.history.append((checkpoint.epoch, None))
+        return run
+    optimizer = WhitenedAdam(model, state.optimizer["whiten"])
+    optimizer.load_state_dict(state.optimizer)
+    generator.set_state(state.random_state)
+    run = Run(options, dtype, train_set.name, model, optimizer, generator, state.run, checkpoint.epoch, state.report)
+    run.best, run.best_epoch, run.history = state.best, state.best_epoch, list(state.history)
+    if Options.from_args(checkpoint.args) != options:
+        run.history.append((checkpoint.epoch, checkpoint.args))
+    return run
+
+
+def new_model(options: Options, train_set: TrainSet) -> tuple[SRCNN, torch.Generator]:
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    return SRCNN().to(train_set.device, memory_format=torch.channels_last), generator  # type: ignore[call-overload]
+
+
+def sample_whitening(train_set: TrainSet, generator: torch.Generator) -> torch.Tensor:
+    """The whitening matrix of as many pixels as 64 patches of 63x63 have, whatever the patch size."""
+    count = math.ceil(64 * 63**2 / train_set.patch_size**2)
+    lr, _ = next(train_set.batches(1, count, generator))
+    return whitening_matrix(lr[..., :160, :160].cpu())
+
+
+# --------------------------------------------------------------------------- output folder
+
+
+@contextlib.contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all."""
+    if rank_and_world_size()[0]:
+        yield
+        return
+    make_folder(output)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            lock = os.open(output, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CommandError(f"another training is writing to {output}; use another --output") from error
+            except OSError:  # no locks there, as on some network drives
+                pass
+        for part in output.glob(".checkpoint.*.part"):  # of a training that was killed
+            part.unlink(missing_ok=True)
+        yield
+
+
+def keep_other_checkpoints(output: Path, run: Run) -> None:
+    """Rename a checkpoint.best or checkpoint.last that this run would replace without having continued it."""
+    for name, epoch in (("best", run.best_epoch), ("last", run.epoch)):
+        path = output / f"checkpoint.{name}"
+        if not path.exists():
+            continue
+        with contextlib.suppress(CommandError):  # a file that is no checkpoint is kept, too
+            other = load_checkpoint(path)
+            if other.training and (other.training.run, other.epoch) == (run.id, epoch):
+                continue
+        number = 1
+        while (kept := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        os.replace(path, kept)
+        print(f"{path} of another run, or of a later epoch, is kept as {kept}")

@@ -1,0 +1,187 @@
+"""What several test modules share."""
+
+import argparse
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms
+
+from checkpoints import load_checkpoint, save_checkpoint
+from info import Info
+from metrics import Psnr, Report, Row
+from model import SRCNN
+from optim import WhitenedAdam
+from options import Options
+from run import Run
+
+ROOT = Path(__file__).parent.parent
+PYTHON = [sys.executable, "-u"]
+MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples of the fuzz tests, instead of the suite's few
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def content(**changes):
+    """The content of a checkpoint file; None leaves something out."""
+    base = {"model": SRCNN().state_dict(), "optimizer": {}, "args": {}, "info": {}, "epoch": 3, "psnr": 30.5}
+    return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+def course_content(**changes):
+    """The same as the course's skeleton writes it: layers named by the student, epochs counted from 0."""
+    base = {
+        "epoch": 1,
+        "model_state_dict": {f"layers.{i}": w for i, w in enumerate(SRCNN().state_dict().values())},
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+        "opt": argparse.Namespace(mode="train", batch_size=8, num_epoch=4, save_freq=20, lr=0.0001, cuda=False),
+        "psnr": 27.5,
+        "info": Info("Chan Tai Man", "1155000000", "ctm@example.com"),
+    }
+    return base | changes
+
+
+def load(path):
+    """The content of a checkpoint file."""
+    return torch.load(path, weights_only=True)
+
+
+def weights(path):
+    return load(path)["model"]
+
+
+def same(a, b):
+    """Whether two state_dicts are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Call:
+    """Pickled, a call of a function when it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+RUN = Call(os.system, "touch was-run")
+
+
+# -------------------------------------------------------------------------------- networks
+
+
+def random_model(seed=0):
+    """A network in float64 far from the identity, with biases."""
+    torch.manual_seed(seed)
+    model = SRCNN().double()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def trained_model(path=ROOT / "checkpoint.pth"):
+    model = SRCNN().requires_grad_(False)
+    model.load_state_dict(load_checkpoint(path).model)
+    return model
+
+
+def expected(model, lr):
+    """The network's output for an RGB image, or for values from 0 to 255 of shape (h, w, 3), before it is rounded."""
+    with torch.inference_mode():
+        sr = model(torch.from_numpy(np.array(lr, dtype=np.float32)).permute(2, 0, 1)[None] / 255)[0]
+    return (sr.clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+
+
+# ------------------------------------------------------------------------------ assertions
+
+
+def assert_same(image, wanted, levels=1.0):
+    """Equal except for roundings: tiles are computed in another order."""
+    assert np.shape(image) == np.shape(wanted)
+    difference = abs(np.asarray(image).astype(float) - np.asarray(wanted))
+    assert difference.max() <= levels
+    assert (difference > 0.51 * levels).mean() < 1e-3
+
+
+def assert_one_line(err, *parts):
+    """An error for the user: one line on stderr, no traceback, and it says these things."""
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for part in parts:
+        assert str(part) in err, (part, err)
+
+
+def rows_of(out):
+    """The table in what a command prints: {first column: figures}."""
+    rows = (re.match(r"(\S+)(?: mean)? +(.*dB)", line) for line in out.splitlines())
+    return {row[1]: [float(x) for x in re.findall(r"[-+]?[\d.]+", row[2])] for row in rows if row}
+
+
+def dihedral(tensor):
+    """The eight flips and rotations of (..., h, w)."""
+    return [t.flip(dims) for t in (tensor, tensor.transpose(-1, -2)) for dims in ((), (-1,), (-2,), (-1, -2))]
+
+
+# ------------------------------------------------------------------------------- trainings
+
+
+def report(y=31.0, name="photos", bicubic=30.0):
+    """A report of two images with this mean PSNR on luma."""
+    rows = {"a": Row(Psnr(bicubic, 28.0), Psnr(y - 1, 29.0)), "b": Row(Psnr(bicubic, 28.0), Psnr(y + 1, 30.0))}
+    return Report(name, rows)
+
+
+def small_run(**options):
+    """A run before its first epoch, without the search for a whitening matrix."""
+    torch.manual_seed(0)
+    model, whitening = SRCNN(), torch.eye(243) + 0.01
+    optimizer, generator = WhitenedAdam(model, whitening), torch.Generator().manual_seed(5)
+    return Run(Options(**options), torch.float32, "photos", model, optimizer, generator, id="20250102-030405-6")
+
+
+def trained_checkpoint():
+    """The checkpoint of a run after one epoch of a single step."""
+    run = small_run(num_epoch=4)
+    run.start(report(30.0))
+    for parameter in run.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    run.optimizer.step()
+    run.finish_epoch(report(31.0))
+    return run.checkpoint()
+
+
+def trained_content(**changes):
+    """The content of that checkpoint's file."""
+    path = Path("trained.tmp")
+    save_checkpoint(trained_checkpoint(), path)
+    saved = load(path)
+    path.unlink()
+    return saved | changes
+
+
+# ---------------------------------------------------------------------------------- images
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def random_image(mode="RGB", size=(24, 15), seed=0):
+    """Every value anywhere."""
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 4), dtype=np.uint8))
+    return image.convert(mode) if mode.endswith("A") else image.convert("RGB").convert(mode)
+
+
+def file_of(image, format, **options):
+    """The bytes of a file that Pillow writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

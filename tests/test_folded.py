@@ -1,0 +1,83 @@
+"""The folded network computes what the network does, in float32 and in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_model, trained_model
+
+from dead_leaves import dead_leaves
+from folded import Folded, FoldedBf16, bicubic_kernel
+from images import to_tensor
+from model import HALO_LR, SRCNN, crop
+
+
+def with_context(lr):
+    return F.pad(lr.float(), (HALO_LR,) * 4, mode="replicate")
+
+
+def noise(*shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (32, 13), (21, 66)], ids=str)
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "no_onednn"])
+def test_it_is_the_same_function(shape, onednn):
+    """At all edges, with random weights and trained ones, with oneDNN and where it is missing."""
+    lr = noise(2, 3, *shape)
+    context = with_context(lr)
+    for model in (random_model(1), random_model(2), trained_model().double()):
+        expected = model(lr.double() / 255) * 255
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            assert torch.allclose(Folded(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
+            single = Folded(model.float())(context.byte())
+        assert single.shape == expected.shape
+        assert (single - expected).abs().max() < 1e-5 * 255
+
+
+def test_gradients_flow_through_the_folding():
+    lr, model = noise(3, 3, 15, 19), random_model(3).requires_grad_()
+    bicubic_kernel.cache_clear()
+    with torch.inference_mode():
+        Folded(SRCNN())  # what inference leaves behind serves training, too
+    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # so that each pixel counts differently
+    plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
+    folded = torch.autograd.grad((Folded(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
+
+
+# ---------------------------------------------------------------------------------- bfloat16
+
+
+@torch.inference_mode()
+def differences(network, lr):
+    """Between a network and float32, in levels of 8 bits, per pixel."""
+    exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (Folded(trained_model()), network))
+    return (exact - other).abs().amax(1)
+
+
+@pytest.mark.parametrize("name", ["leaves1", "leaves2"])
+def test_bf16_is_within_a_level_of_float32(name):
+    """Except for 1 pixel in 10,000."""
+    lr = to_tensor(dead_leaves("test", 2)[name])[None]
+    difference = differences(FoldedBf16(trained_model()), lr)
+    assert 0 < (difference > 0).double().mean() < 0.5  # it is another arithmetic
+    assert (difference > 1).double().mean() <= 1e-4
+    # It would not be if the channels that carry the image were computed in bf16, too.
+    assert (differences(Folded(trained_model(), torch.bfloat16), lr) > 1).double().mean() > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("height", [1, 5])
+def test_bf16_is_right_for_narrow_images(height, width):
+    """On AMX, oneDNN returns garbage for output that is one column wide."""
+    lr = noise(2, 3, height, width)
+    assert differences(FoldedBf16(trained_model()), lr).max() <= 1
+    assert differences(Folded(trained_model(), torch.bfloat16), lr).max() <= 4
+
+
+@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+def test_the_shipped_checkpoint_keeps_plain_colours(network):
+    """All of a grid over the cube of colours, most of which no photo for training shows."""
+    colours = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
+    sr = network(trained_model())(colours.expand(-1, -1, 9, 9))
+    assert torch.equal(sr.clamp(0, 255).round(), colours.expand_as(sr).float())

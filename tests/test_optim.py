@@ -1,0 +1,71 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import SRCNN
+from optim import WhitenedAdam, cosine_schedule, whitening_matrix
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "wanted"),
+    [
+        (250, 10_000, (1 + math.cos(math.pi * 0.025)) / 2),  # half-way through the warm-up of 5%
+        (500, 10_000, 1 + math.cos(math.pi * 0.05)),
+        (7500, 10_000, 1 + math.cos(math.pi * 0.75)),
+        (10_000, 10_000, 0),
+        (1, 8, 0.01 * (1 + math.cos(math.pi / 8))),  # a warm-up of 100 steps, at least
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
+    assert cosine_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------- whitening
+
+
+def test_whitening_whitens():
+    """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
+    lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
+    whitening = whitening_matrix(lr, floor=1e-9, size=1)
+    assert torch.allclose(whitening, whitening.T, atol=1e-6 * whitening.abs().max().item())
+    x = F.interpolate(lr.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
+    patches = F.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
+    variances = torch.linalg.eigvalsh((patches @ whitening).T.cov())[3:]
+    assert variances.max().item() == pytest.approx(1, abs=1e-3)
+    assert variances.median().item() > 0.9
+    # The floor bounds what is amplified: 1e-3 allows a factor of about 30, times the size of 0.3.
+    assert torch.linalg.eigvalsh(whitening_matrix(lr)).max().item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
+    # It is blind to what all 81 pixels of a channel have in common.
+    plain = torch.block_diag(*[torch.ones(1, 81, dtype=torch.float64)] * 3)
+    assert (whitening @ plain.T).abs().max() < 1e-6
+
+
+def test_with_nothing_to_whiten_it_is_adam():
+    torch.manual_seed(3)
+    model = SRCNN()
+    plain = copy.deepcopy(model)
+    optimizers = WhitenedAdam(model, torch.eye(243)), torch.optim.Adam(plain.parameters())
+    for _ in range(3):
+        lr, hr = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 36, 36)
+        for network, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            (network(lr) - hr).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_whitened_step_moves_the_weight_by_v_times_p():
+    torch.manual_seed(0)
+    model, whitening = SRCNN(), torch.eye(243) + 0.01 * torch.ones(243, 243)
+    before = model.conv1.weight.detach().flatten(1).clone()
+    optimizer = WhitenedAdam(model, whitening)
+    optimizer.set_learning_rate(2e-3)
+    model(torch.rand(1, 3, 20, 20)).square().sum().backward()  # for gradients much above Adam's epsilon
+    sign = (model.conv1.weight.grad.flatten(1) @ whitening.T).sign()
+    optimizer.step()
+    moved = model.conv1.weight.detach().flatten(1) - before  # Adam's first step is the learning rate times the sign
+    assert torch.allclose(moved, -2e-3 * sign @ whitening, atol=4e-5)

@@ -1,0 +1,246 @@
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, load, report, same, small_run, trained_checkpoint
+
+from checkpoints import load_checkpoint, save_checkpoint
+from data import ImageSet, TrainSet
+from dead_leaves import dead_leaves
+from options import Options
+from run import exclusive, keep_other_checkpoints, new_run, restored_run, sample_whitening
+from utils import CommandError
+
+
+@pytest.fixture(scope="module")
+def train_set():
+    return TrainSet(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, torch.device("cpu"))
+
+
+@pytest.fixture
+def run():
+    run = small_run(num_epoch=5, save_freq=2)
+    run.start(report(30.0))
+    return run
+
+
+# ------------------------------------------------------------------- what is saved and when
+
+
+def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
+    """checkpoint.best of the epoch with the highest PSNR, numbered ones every save_freq epochs and at the end."""
+    for psnr, best, names in [
+        (30.5, 1, {"best", "last"}),
+        (30.4, 1, {"best", "last", "2"}),
+        (30.6, 3, {"best", "last", "2"}),
+        (30.6, 3, {"best", "last", "2", "4"}),  # not higher
+        (30.1, 3, {"best", "last", "2", "4", "5"}),
+    ]:
+        run.finish_epoch(report(psnr))
+        run.save(tmp_path)
+        epochs = {name: load(tmp_path / f"checkpoint.{name}")["epoch"] for name in names}
+        assert epochs == {name: int(name) for name in names - {"best", "last"}} | {"best": best, "last": run.epoch}
+        assert len(list(tmp_path.iterdir())) == len(names)
+    for name, psnr in (("best", 30.6), ("last", 30.1)):
+        saved = load(tmp_path / f"checkpoint.{name}")
+        assert (saved["psnr"], saved["best"], saved["best_epoch"]) == (psnr, 30.6, 3)
+
+
+def test_nothing_is_the_best_that_is_worse_than_the_start(run, tmp_path):
+    run.finish_epoch(report(29.0))
+    run.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.last"]
+    assert (run.best, run.best_epoch) == (30.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "best"),
+    [(report(31.0), (99.0, 1)), (report(31.0, name="renamed"), (99.0, 1)), (report(29.0, bicubic=28.0), (29.0, 1))],
+    ids=["the same test set", "under another name", "another test set"],
+)
+def test_the_best_psnr_of_before_counts_on_the_same_test_set(train_set, first, best):
+    saved = trained_checkpoint()
+    saved.training.best, saved.training.best_epoch = 99.0, 1
+    run = restored_run(saved, Options.from_args(saved.args), train_set, torch.float32)
+    run.start(first)
+    assert (run.best, run.best_epoch) == best
+    assert run.report == first
+
+
+# ------------------------------------------------------------------------- new or restored
+
+
+def test_a_new_run_is_drawn_by_its_seed(train_set):
+    a, b, c = (new_run(Options(seed=seed), train_set, torch.float32) for seed in (1, 1, 2))
+    assert same(a.model.state_dict(), b.model.state_dict())
+    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+    assert not same(a.model.state_dict(), c.model.state_dict())
+    assert not torch.equal(a.generator.get_state(), c.generator.get_state())
+    assert (a.epoch, a.best, a.history) == (0, -math.inf, [])
+
+
+def test_new_filters_are_blind_to_plain_colour_and_alike_in_size(train_set):
+    """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
+    conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
+    assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
+    assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
+    lr, _ = next(train_set.batches(1, 64, torch.Generator().manual_seed(0)))
+    upscaled = torch.nn.functional.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True)
+    features = torch.nn.functional.conv2d(upscaled, conv1.weight).transpose(0, 1).flatten(1)
+    deviations = features[3:].std(1)
+    assert 0.1 < deviations.median() < 0.4  # the order of 0.3, less for what the floor takes
+    assert deviations.max() / deviations.min() < 2.5
+
+
+@pytest.mark.parametrize("patch", [9, 63, 360])
+def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
+    train_set, drawn = TrainSet(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, torch.device("cpu")), []
+    monkeypatch.setattr("run.whitening_matrix", drawn.append)
+    sample_whitening(train_set, torch.Generator())
+    count = len(drawn[0])
+    assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
+
+
+def test_a_restored_run_is_the_one_that_was_saved(train_set):
+    saved = trained_checkpoint()
+    run = restored_run(saved, Options.from_args(saved.args), train_set, torch.float32)
+    run.start(saved.training.report)
+    again = run.checkpoint()
+    assert same(again.model, saved.model)
+    assert (again.epoch, again.psnr, again.args) == (saved.epoch, saved.psnr, saved.args)
+    before, after = saved.training, again.training
+    assert torch.equal(after.random_state, before.random_state)
+    assert torch.equal(after.optimizer["whiten"], before.optimizer["whiten"])
+    assert all(same(after.optimizer["state"][i], before.optimizer["state"][i]) for i in range(6))
+    for name in ("precision", "report", "best", "best_epoch", "run", "history"):
+        assert getattr(after, name) == getattr(before, name)
+
+
+def test_the_options_before_a_change_are_remembered(train_set):
+    saved = trained_checkpoint()
+    saved.training.history = [(0, None)]
+    run = restored_run(saved, Options(num_epoch=9), train_set, torch.float32)
+    assert run.history == [(0, None), (1, saved.args)]
+    assert saved.training.history == [(0, None)]  # a list of its own
+
+
+def test_of_another_program_only_the_weights_are_taken(train_set):
+    saved = trained_checkpoint()
+    saved.training = None
+    run = restored_run(saved, Options(), train_set, torch.float32)
+    assert same(run.model.state_dict(), saved.model)
+    assert (run.epoch, run.history) == (1, [(1, None)])
+    assert run.optimizer.state_dict()["state"] == {}
+    assert run.id != "20250102-030405-6"
+
+
+# --------------------------------------------------------------------------- output folder
+
+
+def other_run():
+    run = small_run()
+    run.id = "another"
+    run.start(report(30.0))
+    return run
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_checkpoint_of_another_run_is_kept(run, capfd, name):
+    path = Path(f"checkpoint.{name}")
+    save_checkpoint(run.checkpoint(), path)
+    content = path.read_bytes()
+    for number in (1, 2):  # nor is it lost when that happens again
+        keep_other_checkpoints(Path(), other_run())
+        assert not path.exists()
+        assert capfd.readouterr().out == (
+            f"checkpoint.{name} of another run, or of a later epoch, is kept as checkpoint.{name}.{number}\n"
+        )
+        path.write_bytes(b"of no training")
+    assert Path(f"checkpoint.{name}.1").read_bytes() == content
+    assert Path(f"checkpoint.{name}.2").read_bytes() == b"of no training"
+
+
+def test_the_checkpoints_that_a_run_continues_stay(run, tmp_path, capfd):
+    run.finish_epoch(report(31.0))
+    run.save(tmp_path)
+    keep_other_checkpoints(tmp_path, run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.best", "checkpoint.last"]
+    run.finish_epoch(report(30.5))
+    save_checkpoint(run.checkpoint(), tmp_path / "checkpoint.last")
+    run.epoch = 1  # resumed from the first epoch, whose best it has
+    keep_other_checkpoints(tmp_path, run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.best", "checkpoint.last.1"]
+    assert load("checkpoint.last.1")["epoch"] == 2
+
+
+def test_only_one_training_writes_to_a_folder(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with exclusive(folder):
+        with pytest.raises(CommandError, match=f"another training is writing to {folder}; use another --output"):
+            exclusive(folder).__enter__()
+        with exclusive(tmp_path / "c"):
+            pass
+    with exclusive(folder):
+        pass
+    assert not list(folder.iterdir())
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    code = "import os, pathlib, run; run.exclusive(pathlib.Path('o')).__enter__(); os._exit(9)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
+    with exclusive(tmp_path / "o"):
+        pass
+
+
+def test_what_a_killed_training_left_is_removed(tmp_path):
+    for name in (".checkpoint.best.123.part", ".other.part", "checkpoint.1"):
+        (tmp_path / name).write_text("half")
+    with exclusive(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".other.part", "checkpoint.1"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line():
+    Path("file").write_text("in the way")
+    with pytest.raises(CommandError, match="cannot make the folder file/o: Not a directory"):
+        exclusive(Path("file/o")).__enter__()
+
+
+# --------------------------------------------------------------------------- exact resuming
+
+
+@pytest.mark.parametrize(("threads", "epochs"), [(1, 4), (2, 2)])
+def test_resuming_is_exact_from_every_epoch(train_small, request, threads, epochs):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    assert train_small(f"--num-epoch={epochs}", "--save-freq=1", "--output=straight")[0] == 0
+    straight = load_checkpoint(Path(f"straight/checkpoint.{epochs}"))
+    for epoch in range(1, epochs):
+        output = f"from{epoch}"
+        status, out, err = train_small(f"--output={output}", command=("resume", f"straight/checkpoint.{epoch}"))
+        assert (status, err) == (0, "")
+        assert f"after epoch {epoch}\n" in out
+        resumed = load_checkpoint(Path(output, f"checkpoint.{epochs}"))
+        assert same(resumed.model, straight.model)
+        assert resumed.args == straight.args
+        before, after = straight.training, resumed.training
+        assert torch.equal(after.random_state, before.random_state)
+        assert torch.equal(after.optimizer["whiten"], before.optimizer["whiten"])
+        assert all(same(after.optimizer["state"][i], before.optimizer["state"][i]) for i in range(6))
+        for name in ("report", "best", "best_epoch", "precision", "run", "history", "train_set"):
+            assert getattr(after, name) == getattr(before, name)
+
+
+def test_killed_trainings_lose_nothing():
+    """`python tests/killing.py 100` is the long form."""
+    command = [sys.executable, ROOT / "tests/killing.py", "10"]
+    end = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert end.returncode == 0, end.stderr
+    words = end.stdout.split()
+    assert words[:2] == ["10", "kills,"]
+    assert int(words[words.index("times") - 1]) > 0  # some were resumed
