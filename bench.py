@@ -248,10 +248,10 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
     """The tricks of folded.py and upscaler.py, each as the part of the network that it speeds up."""
     model, side = SRCNN(), TILE["cpu"]
     fast, pixels = Folded(model, dtype), torch.randint(256, (1, side + 8, side + 8, 3)).to(dtype)
-    features = torch.randn(1, 3 * side + 2, 3 * side + 2, 32).to(dtype)
+    features = torch.randn(1, 3 * (side + 2), 3 * (side + 2), 32).to(dtype)
     conv1, conv3 = (folded.Layer(*(x.detach() for x in layer)) for layer in (fast.conv1, fast.conv3))
     conv1_7x7 = folded.cast(folded.Layer(conv1.weight.view(-1, 7, 7, 3).permute(0, 3, 1, 2), conv1.bias), dtype)
-    conv3_5x5 = folded.cast(folded.Layer(*model.conv3.parameters()), dtype)
+    conv3_5x5 = folded.cast(folded.Layer(conv3.weight[:3, ..., :5], conv3.bias[:3]), dtype)
     tiled, whole = Upscaler(model, dtype), Upscaler(model, dtype, tile=256)
     image = Image.fromarray(torch.randint(256, (256, 256, 3), dtype=torch.uint8).numpy())
     wide, narrow = torch.randn(1, side, 9 * side, 64).to(dtype), torch.randn(1, side, 9 * side, 32).to(dtype)

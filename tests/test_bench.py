@@ -66,8 +66,8 @@ def test_a_trick_computes_the_same_as_the_plain_way(dtype):
             if "training" in name or "tiles" in name:
                 continue
             a, b = with_it(), without()
-            a = a.reshape(1, a.shape[1], -1, 3)[:, :, : b.shape[2]] if "five" in name else a
-            assert torch.allclose(a.float(), b.float(), rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5), name
+            error = (a.float().flatten() - b.float().flatten()).abs().max() / b.float().abs().max()
+            assert error < (0.01 if dtype == torch.bfloat16 else 1e-5), name
 
 
 def test_a_job_reports_its_memory_and_speed():
