@@ -45,9 +45,6 @@ def test_gradients_flow_through_the_folding():
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
 
 
-# ---------------------------------------------------------------------------------- bfloat16
-
-
 @torch.inference_mode()
 def differences(network, lr):
     """Between a network and float32, in levels of 8 bits, per pixel."""
