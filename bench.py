@@ -261,8 +261,8 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
             lambda: backward(pixels, conv1_7x7),
         ),
         "five pixels at once (conv3)": (
-            lambda: folded.conv(features, conv3, folded.STRIDE),
-            lambda: folded.conv(features, conv3_5x5),
+            lambda: folded.conv(features, *conv3, folded.STRIDE),
+            lambda: folded.conv(features, *conv3_5x5),
         ),
         "tiles (256 x 256)": (lambda: tiled(image), lambda: whole(image)),
     }
@@ -275,7 +275,7 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
 def backward(x: Tensor, layer: folded.Layer) -> None:
     weight = layer.weight.requires_grad_()
     with torch.enable_grad():
-        folded.conv(x, folded.Layer(weight, layer.bias)).sum().backward()
+        folded.conv(x, weight, layer.bias).sum().backward()
 
 
 @torch.no_grad()
