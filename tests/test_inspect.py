@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import assert_one_line, course_content, report, trained_content
 
-from checkpoints import describe, load_checkpoint, to_json
+from checkpoints import load_checkpoint
+from course import course_psnr
 from data import TestSet, load_images
+from inspection import course_to_json, describe, describe_course, to_json
 from model import SRCNN
 from train import evaluate
 
@@ -36,6 +38,17 @@ def test_inspect_measures_on_any_images(cli, saved, photos, self_ensemble):
     assert (status, out, err) == (0, describe(Path("checkpoint.1"), saved, found) + "\n", "")
     status, out, _ = cli("train.py", "inspect", "checkpoint.1", *options, "--json")
     assert json.loads(out)["report"] == found.to_dict()
+
+
+def test_inspect_measures_as_the_course_does(cli, saved, photos):
+    model = SRCNN()
+    model.load_state_dict(saved.model)
+    row = course_psnr(model, load_images(str(photos), "test"), 3)
+    options = ("--protocol=course", f"--test-data={photos}", "--batch-size=3")
+    status, out, err = cli("train.py", "inspect", "checkpoint.1", *options)
+    assert (status, out, err) == (0, describe_course(row, photos.name, 3) + "\n", "")
+    _, out, _ = cli("train.py", "inspect", "checkpoint.1", *options, "--json")
+    assert out == course_to_json(row, photos.name, 3) + "\n"
 
 
 def test_inspect_reads_the_courses_checkpoints(cli):

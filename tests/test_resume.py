@@ -119,16 +119,16 @@ def test_checkpoint_last_is_there_from_the_start(train_small, monkeypatch):
 def test_an_interrupted_epoch_is_begun_anew(train_small, monkeypatch, number, epoch):
     """SIGTERM is what torchrun and clusters send."""
     assert train_small("--num-epoch=3", "--output=straight")[0] == 0
-    original, calls = train.loss_function, []
+    original, calls = train.train_one_step, []
 
-    def loss_function(*args):
+    def train_one_step(*args):
         calls.append(1)
         if len(calls) == 4 * (epoch - 1) + 2:  # in the second of four steps
             signal.raise_signal(number)
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "loss_function", loss_function)
+        patch.setattr(train, "train_one_step", train_one_step)
         status, out, err = train_small("--num-epoch=3", "--output=stopped")
     assert (status, err) == (130, "interrupted\n")
     assert out.endswith("resume with: python train.py resume stopped/checkpoint.last\n")

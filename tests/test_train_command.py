@@ -15,6 +15,7 @@ from helpers import PYTHON, ROOT, assert_one_line, load
 
 from data import find_data
 from dead_leaves import dead_leaves
+from info import Info
 from options import Options
 from utils import CommandError
 
@@ -149,6 +150,8 @@ def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
     assert status == 0
     assert err == WARNING.format("TRAIN_DATA AND TEST_DATA", "91-image and Set5")
     assert "Set5" not in out
+    named = [line for line in out.splitlines() if line.endswith("(GENERATED IMAGES)") or "(GENERATED IMAGES):" in line]
+    assert [line[:12] for line in named] == ["training set", "epoch   1/1 ", "saved: o/che"]
     saved = load("o/checkpoint.1")
     assert (saved["train_set"], saved["report"]["set"]) == ("dead-leaves-train", "dead-leaves-test")
     assert saved["args"]["train_data"] == saved["args"]["test_data"] == "dead-leaves"
@@ -164,3 +167,27 @@ def test_images_held_out_serve_as_the_test_set(train_small, photos):
     assert (saved["set"], list(saved["images"])) == (f"{photos.name} (1 of 2)", ["leaves2", "leaves4"])
     assert train_small("--num-epoch=2", command=("resume", "checkpoint.1"))[0] == 0
     assert list(load("checkpoint.2")["report"]["images"]) == ["leaves2", "leaves4"]
+
+
+def test_an_info_that_is_not_filled_in_is_named_at_both_ends(train_small, monkeypatch):
+    monkeypatch.setattr("train.info", Info("your name", "1155123456", "ctm@example.com"))
+    status, _, err = train_small("--num-epoch=1")
+    assert status == 0
+    warning = "WARNING: info.py is not filled in; its name, id and email are saved into each checkpoint\n"
+    assert err == 2 * warning
+
+
+def test_the_courses_folders_serve_where_the_published_ones_are_missing(offline, photos):
+    for name in ("train", "test"):
+        Path("data", name).mkdir(parents=True)
+    found = find_data(Options(), {}, fresh=True)
+    assert (found.train_data, found.test_data) == ("data/train", "data/test")
+    Path("data/Set5").mkdir()
+    assert find_data(Options(), {}, fresh=True).test_data == "data/Set5"
+
+
+def test_fewer_epochs_than_are_done_is_an_error(train_small):
+    assert train_small()[0] == 0
+    status, out, err = train_small("--num-epoch=1", command=("resume", "checkpoint.2"))
+    assert (status, out) == (1, "")
+    assert err == "error: checkpoint.2 has 2 epochs already, more than --num-epoch=1\n"
