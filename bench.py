@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import random
 import resource
 import statistics
 import tempfile
@@ -15,19 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_tensor
+from torch import Tensor
+from tqdm import tqdm
 
 import folded
-from data import TrainSet, load_images
+from data import load_images
 from device import keep_memory, select_dtype
 from folded import Folded
-from images import bicubic
 from model import SRCNN
 from options import Options
+from recipe import RECIPES
 from run import new_run
-from train import colour_loss, loss_function
+from train import train_one_step
 from upscaler import TILE, Upscaler
 from utils import ArgumentParser, CommandError, run_command
 
@@ -44,54 +42,20 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------ training
 
 
-class Patches(Dataset):
-    """As in most repositories of SRCNN: a random patch of an image, resized by Pillow."""
-
-    def __init__(self, folder: Path) -> None:
-        self.images = [i for i in load_images(str(folder), "train").images.values() if min(i.size) >= 33]
-        if not self.images:
-            raise CommandError(f"{folder}: no image in it has the 33x33 pixels of a patch")
-
-    def __len__(self) -> int:
-        return 22_092  # as many as the paper cuts out of 91-image
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self.images[index % len(self.images)]
-        x, y = random.randint(0, image.width - 33), random.randint(0, image.height - 33)
-        hr = image.crop((x, y, x + 33, y + 33))
-        return to_tensor(bicubic(hr, (11, 11))), to_tensor(hr)
-
-
-def plain_training(folder: Path) -> Iterator[int]:
-    """The loop of the assignment with batches of 128. Yields the HR pixels of each step."""
-    layers = nn.Conv2d(3, 64, 9, padding=4), nn.ReLU(), nn.Conv2d(64, 32, 1), nn.ReLU(), nn.Conv2d(32, 3, 5, padding=2)
-    model = nn.Sequential(nn.Upsample(scale_factor=3, mode="bicubic"), *layers)
-    optimizer, criterion = torch.optim.Adam(model.parameters(), lr=1e-4), nn.MSELoss()
-    while True:
-        for lr, hr in DataLoader(Patches(folder), batch_size=128, shuffle=True):
-            optimizer.zero_grad()
-            loss = criterion(model(lr), hr)
-            loss.backward()
-            optimizer.step()
-            yield hr[:, 0].numel()
-
-
-def fast_training(folder: Path, dtype: torch.dtype) -> Iterator[int]:
-    """The step of train.py with its defaults. Yields the HR pixels of each step."""
-    options = Options()
+def training(folder: Path, recipe: str, dtype: torch.dtype) -> Iterator[int]:
+    """The steps of train.py with the defaults of a recipe. Yields the HR pixels of each step."""
+    options = Options.from_args({"recipe": recipe})
     keep_memory()
-    train_set = TrainSet(load_images(str(folder), "train"), options.patch_size, CPU)
-    run = new_run(options, train_set, dtype)
+    patches = RECIPES[recipe].patches(load_images(str(folder), "train"), options.patch_size, CPU)
+    run = new_run(options, patches, dtype)
     while True:
-        for lr, hr in train_set.batches(100, options.batch_size, run.generator):
-            run.optimizer.zero_grad()
-            loss = loss_function(Folded(run.model, dtype)(lr), hr)
-            (loss + colour_loss(run.model)).backward()
-            run.optimizer.step()
+        for lr, hr in patches.batches(100, options.batch_size, run.generator):
+            train_one_step(run, lr, hr)
             yield hr[:, 0].numel()
 
 
-def steps(loop: Iterator[int], count: int) -> Job:
+def steps(folder: Path, recipe: str, dtype: torch.dtype, count: int = 12) -> Job:
+    loop = training(folder, recipe, dtype)
     return lambda: sum(next(loop) for _ in range(count))
 
 
@@ -185,12 +149,12 @@ def measure(folder: Path, temporary: Path) -> dict[str, Any]:
         dtypes["bf16"] = torch.bfloat16
     best, best_dtype = list(dtypes.items())[-1]
     jobs: dict[tuple[str, str], Callable[[], Job]] = {}
-    jobs["training", "plain"] = lambda: steps(plain_training(folder), 3)
+    jobs["training", "plain"] = partial(steps, folder, "assignment", torch.float32, 3)
     for name, dtype in dtypes.items():
-        jobs["training", name] = partial(fast_steps, folder, dtype)
+        jobs["training", name] = partial(steps, folder, "default", dtype)
     for times in (1, 4, 16):
         many = copies(folder, times, temporary / str(times))
-        jobs[f"training, {best}, images", f"{times} times"] = partial(fast_steps, many, best_dtype)
+        jobs[f"training, {best}, images", f"{times} times"] = partial(steps, many, "default", best_dtype)
     for size in SIZES:
         jobs[f"inference, {size} x {size}", "plain"] = partial(inference, size, size, None)
         for name, dtype in dtypes.items():
@@ -199,10 +163,9 @@ def measure(folder: Path, temporary: Path) -> dict[str, Any]:
     jobs[photo, best] = partial(inference, *PHOTO, best_dtype)
 
     results: dict[tuple[str, str], list[tuple[float, float]]] = {job: [] for job in jobs}
-    for repetition in range(REPETITIONS):  # in turn, as in best_seconds
-        for (task, how), make in jobs.items():
-            if repetition == 0 or task != photo:
-                results[task, how].append(in_child(partial(once, make)))
+    turns = [job for repetition in range(REPETITIONS) for job in jobs if repetition == 0 or job[0] != photo]
+    for job in tqdm(turns, "measuring", leave=False, disable=None, unit="job"):  # in turn, as in best_seconds
+        results[job].append(in_child(partial(once, jobs[job])))
     ceilings = {name: in_child(partial(matrix_product, dtype)) for name, dtype in dtypes.items()}
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
@@ -214,10 +177,6 @@ def measure(folder: Path, temporary: Path) -> dict[str, Any]:
         row = {"job": task, "how": how, "mpx_per_s": speed, "ratio": ratio, "ceiling": ceiling, "memory_mb": megabytes}
         rows.append(row)
     return machine() | {"gflops": ceilings, "rows": rows}
-
-
-def fast_steps(folder: Path, dtype: torch.dtype) -> Job:
-    return steps(fast_training(folder, dtype), 12)
 
 
 def machine() -> dict[str, Any]:
@@ -261,8 +220,8 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
             lambda: backward(pixels, conv1_7x7),
         ),
         "five pixels at once (conv3)": (
-            lambda: folded.conv(features, conv3, folded.STRIDE),
-            lambda: folded.conv(features, conv3_5x5),
+            lambda: folded.conv(features, *conv3, folded.STRIDE),
+            lambda: folded.conv(features, *conv3_5x5),
         ),
         "tiles (256 x 256)": (lambda: tiled(image), lambda: whole(image)),
     }
@@ -275,7 +234,7 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
 def backward(x: Tensor, layer: folded.Layer) -> None:
     weight = layer.weight.requires_grad_()
     with torch.enable_grad():
-        folded.conv(x, folded.Layer(weight, layer.bias)).sum().backward()
+        folded.conv(x, weight, layer.bias).sum().backward()
 
 
 @torch.no_grad()

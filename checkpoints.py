@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import math
 import re
 import time
@@ -11,7 +10,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ import torch
 from torch import Tensor
 
 from info import Info, info
-from metrics import Psnr, Report, Row, table
+from metrics import Psnr, Report, Row
 from model import SRCNN
-from options import Args, Options, check_args, valid_args
-from utils import CommandError, atomic_write, printable
+from options import Args, check_args, valid_args
+from utils import CommandError, atomic_write
 
 MAX_BYTES = 2**24  # of a checkpoint, packed and unpacked; ours have half a megabyte
 Stage = tuple[int, Args | None]  # the epoch after which options were changed, and those until then; None if unknown
@@ -61,8 +59,11 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
-    """Write a checkpoint to each of the paths. Raises CommandError, and leaves what was there, if that fails."""
-    content = {
+    """Write a checkpoint to each of the paths. Raises CommandError, and leaves what was there, if that fails.
+
+    The course's programs find what they need under their own names; the tensors are in the file once.
+    """
+    content: dict[str, Any] = {
         "model": checkpoint.model,
         "optimizer": {},
         "args": checkpoint.args,
@@ -74,11 +75,25 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     }
     if state := checkpoint.training:
         content |= vars(state) | {"report": state.report.to_dict()}
+    content["model_state_dict"], content["opt"] = content["model"], content["args"]
+    content["optimizer_state_dict"] = for_plain_adam(content["optimizer"], checkpoint.args.get("lr", 0.001))
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(content, buffer)
     for path in paths:
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
+
+
+def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any]:
+    """The state of an optimizer as PyTorch's Adam loads it, without moments in whitened coordinates."""
+    moments = state.get("state", {})
+    plain = {i: moments[i] for i in moments if i > 0 or "whiten" not in state}
+    return torch.optim.Adam(SRCNN().parameters(), learning_rate).state_dict() | {"state": plain}
+
+
+def is_filled_in(who: Info) -> bool:
+    """Whether an info has something else than the placeholders of info.py."""
+    return {"", "your name", "1155xxxxxx", "example@example.com"}.isdisjoint([who.name, str(who.id), who.email])
 
 
 # ------------------------------------------------------------------------------ loading
@@ -141,25 +156,22 @@ def parse(content: Any) -> Checkpoint:
     if len(model) != len(shapes()):
         raise CommandError("its model has other layers than SRCNN")
     optimizer = check(content.get("optimizer", {}), dict, "optimizer")
+    args = check_args(check(content.get("args"), dict, "args"))
+    ours = "whiten" in optimizer or args.get("recipe") == "assignment"
     who = check(content.get("info", {}), dict, "info")
     return Checkpoint(
         model={name: check_tensor(model.get(name), shape, name) for name, shape in shapes().items()},
         epoch=check_epoch(content.get("epoch")),
         psnr=check(content.get("psnr"), float, "psnr"),
-        args=check_args(check(content.get("args"), dict, "args")),
-        training=parse_training(content) if "whiten" in optimizer else None,
+        args=args,
+        training=parse_training(content, whitened=args.get("recipe") != "assignment") if ours else None,
         info=Info(*(check_text(who.get(name, ""), name) for name in ("name", "id", "email"))),
         torch_version=check_text(content.get("torch", ""), "torch version"),
         saved_at=check_text(content.get("time", ""), "time"),
     )
 
 
-def parse_training(content: Mapping[str, Any]) -> TrainingState:
-    optimizer = content["optimizer"]
-    parameters = [torch.Size((64, 243)), *list(shapes().values())[1:]]  # of WhitenedAdam
-    states = check(optimizer["state"], dict, "optimizer")
-    if states and sorted(states) != list(range(len(parameters))):
-        raise CommandError("its optimizer is of another network")
+def parse_training(content: Mapping[str, Any], whitened: bool) -> TrainingState:
     best, run = check(content["best"], float, "best"), check_text(content["run"], "run")
     if math.isnan(best) or not re.fullmatch(r"[\w-]{1,64}", run):
         raise CommandError("its best PSNR or its run is damaged")
@@ -167,10 +179,7 @@ def parse_training(content: Mapping[str, Any]) -> TrainingState:
     if len(history) > 10_000:
         raise CommandError("its history is too long")
     return TrainingState(
-        optimizer={
-            "state": {i: check_moments(states[i], parameters[i]) for i in sorted(states)},
-            "whiten": check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix"),
-        },
+        optimizer=parse_optimizer(content["optimizer"], whitened),
         random_state=check_random_state(content["random_state"]),
         precision="bf16" if content.get("precision") == "bf16" else "fp32",
         report=parse_report(content["report"]),
@@ -180,6 +189,18 @@ def parse_training(content: Mapping[str, Any]) -> TrainingState:
         run=run,
         history=[(check_epoch(epoch), None if args is None else check_args(args)) for epoch, args in history],
     )
+
+
+def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, Any]:
+    """The state of an optim.Adam, or of an optim.WhitenedAdam."""
+    parameters, whitening = list(shapes().values()), {}
+    if whitened:
+        parameters[0] = torch.Size((64, 243))
+        whitening["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
+    states = check(optimizer["state"], dict, "optimizer")
+    if states and sorted(states) != list(range(len(parameters))):
+        raise CommandError("its optimizer is of another network")
+    return {"state": {i: check_moments(states[i], parameters[i]) for i in sorted(states)}, **whitening}
 
 
 def parse_report(report: Mapping[str, Any]) -> Report:
@@ -253,66 +274,3 @@ def check_random_state(value: Any) -> Tensor:
 def shapes() -> dict[str, torch.Size]:
     """The shapes in the network's state_dict."""
     return {name: tensor.shape for name, tensor in SRCNN().state_dict().items()}
-
-
-# ----------------------------------------------------------------------------- inspecting
-
-
-def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
-    """What a checkpoint holds, and a report of its network, as text."""
-    state, args = checkpoint.training, checkpoint.args
-    who = ", ".join(f"{key}: {value}" for key, value in asdict(checkpoint.info).items() if value)
-    lines = [
-        f"{path}: SRCNN 9-1-5, {number_of_parameters(checkpoint):,} parameters",
-        f"epoch       {checkpoint.epoch} of {args.get('num_epoch', 'an unknown number')}",
-    ]
-    if state:
-        lines += [f"best        {state.best:.3f} dB Y, after epoch {state.best_epoch}"]
-        lines += [f"trained on  {state.train_set}, in {state.precision}"]
-        lines += [f"optimizer   Adam, {number_of_steps(state):,} steps"]
-    else:
-        lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
-    lines += [f"info        {who}"] if who else []
-    lines += [f"saved       {checkpoint.saved_at}, torch {checkpoint.torch_version}"] if checkpoint.saved_at else []
-    lines += ["options", *(f"  {name:11}{value}" for name, value in args.items())]
-    if state:
-        for (epoch, before), (_, after) in pairwise([*state.history, (checkpoint.epoch, args)]):
-            lines += [f"resumed     after epoch {epoch}{changes(before, after or {})}"]
-    text = "\n".join(map(printable, lines))
-    return f"{text}\n\n{table(report)}" if report else text
-
-
-def changes(before: Args | None, after: Args) -> str:
-    """What changed at a resume, such as ", changed: num_epoch 4000 -> 8000"."""
-    if before is None:
-        return " of a training by another program"
-    old, new = (Options.from_args(args).to_args() for args in (before, before | after))
-    changed = [f"{name} {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
-    return f", changed: {', '.join(changed)}" if changed else ""
-
-
-def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
-    """The same without the tensors as JSON, which has no infinity and no NaN."""
-    facts: dict[str, Any] = {
-        "epoch": checkpoint.epoch,
-        "psnr": checkpoint.psnr,
-        "args": checkpoint.args,
-        "info": asdict(checkpoint.info),
-        "torch": checkpoint.torch_version,
-        "time": checkpoint.saved_at,
-        "parameters": number_of_parameters(checkpoint),
-    }
-    if state := checkpoint.training:
-        names = ("precision", "best", "best_epoch", "train_set", "run", "history")
-        facts |= {name: getattr(state, name) for name in names}
-        facts["optimizer_steps"] = number_of_steps(state)
-    facts["report"] = report.to_dict() if report else None
-    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
-
-
-def number_of_parameters(checkpoint: Checkpoint) -> int:
-    return sum(tensor.numel() for tensor in checkpoint.model.values())
-
-
-def number_of_steps(state: TrainingState) -> int:
-    return max((int(moments["step"]) for moments in state.optimizer["state"].values()), default=0)

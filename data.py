@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 import download
-from dead_leaves import dead_leaves
+from dead_leaves import DEAD_LEAVES, dead_leaves
 from images import bicubic, list_images, read_hr, to_tensor
 from metrics import Psnr, psnr
 from model import HALO_LR, SCALE
 from options import Args, Options
 from utils import CommandError, printable, run_command, warn
 
-DEAD_LEAVES = "dead-leaves"  # in place of a folder: generated images
+COURSE_FOLDERS = {"train_data": "data/train", "test_data": "data/test"}  # the sets as the course hands them out
 
 
 # ------------------------------------------------------------------------- reading the sets
@@ -65,6 +65,10 @@ def load_images(folder: str, role: str) -> ImageSet:
     if folder == DEAD_LEAVES:
         return ImageSet(f"{DEAD_LEAVES}-{role}", dead_leaves(role))
     files = list_images(Path(folder))
+    ground_truths = [file for file in files if file.stem.endswith("_GT")]
+    if role == "test" and 0 < len(ground_truths) < len(files):
+        warn(f"{folder}: skipping {len(files) - len(ground_truths)} images whose names do not end in _GT")
+        files = ground_truths
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
@@ -232,27 +236,30 @@ class Atlas:
 # ------------------------------------------------------------------------ sets by options
 
 
-def load_sets(options: Options, device: torch.device) -> tuple[TrainSet, TestSet]:
-    """The training set, and the test set or else the held-out part of the training images."""
+def load_sets(options: Options) -> tuple[ImageSet, TestSet]:
+    """The training images, and the test set or else the held-out part of the training images."""
     training = load_images(options.train_data, "train")
     if options.hold_out:
         training, test = training.split(options.hold_out)
     else:
         test = load_images(options.test_data, "test")
-    return TrainSet(training, options.patch_size, device), TestSet(test)
+    return training, TestSet(test)
+
+
+def default_folder(name: str) -> str:
+    """The default of the option train_data or test_data, or the course's folder where only that exists."""
+    published, course = getattr(Options, name), COURSE_FOLDERS[name]
+    return course if Path(course).is_dir() and not Path(published).exists() else published
 
 
 def find_data(options: Options, given: Args, fresh: bool) -> Options:
-    """Download the default sets if they are missing; if that fails, a new training uses generated images."""
+    """Find the default sets, or download them; if that fails, a new training uses generated images."""
     for name in {"train_data", "test_data"} & given.keys():
         require_folder(str(given[name]))
     used = ("train_data",) if options.hold_out else ("train_data", "test_data")
-    defaults = {name: Path(getattr(Options, name)) for name in used}
-    missing = {
-        name: folder.name
-        for name, folder in defaults.items()
-        if getattr(options, name) == str(folder) and not folder.exists()
-    }
+    default = [name for name in used if getattr(options, name) == getattr(Options, name)]
+    options = Options.from_args(options.to_args() | {name: default_folder(name) for name in default})
+    missing = {name: folder.name for name in default if not (folder := Path(getattr(options, name))).exists()}
     if not missing:
         return options
     try:

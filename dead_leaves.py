@@ -11,6 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+DEAD_LEAVES = "dead-leaves"  # in place of a folder
 COUNT = {"train": 91, "test": 5}
 
 
@@ -51,3 +52,8 @@ def draw_leaves(rng: np.random.Generator, size: int, shapes: int = 3500, supersa
         points = centres[i] + np.stack([x * cos - y * sin, x * sin + y * cos], 1)  # (corners, 2)
         draw.polygon(points.ravel().tolist(), fill=tuple(colours[i].tolist()))
     return canvas.reduce(supersampling).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
+
+
+def caution(*sets: str) -> str:
+    """What to say after the names of a training and a test set: nothing unless one of them was generated."""
+    return "  (GENERATED IMAGES)" if any(name.startswith(DEAD_LEAVES) for name in sets) else ""

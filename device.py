@@ -77,7 +77,7 @@ def convolution_seconds(dtype: torch.dtype) -> float:
     times = []
     for _ in range(8):
         start = time.perf_counter()
-        conv(x, layer, stride=5)
+        conv(x, *layer, stride=5)
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -50,9 +50,9 @@ class Folded:
         Tensor of shape (N, 3, 3h, 3w), nominally in [0, 255], not clamped
         """
         x = windows(channels_last(lr).to(self.dtype))  # (N, h + 2, w' + 2, 147); w' >= w, see channels_last
-        x = relu(conv(x, self.conv1))  # (N, h + 2, w' + 2, 9 * 64)
-        x = relu(conv(by_hr_pixel(x, 64), self.conv2))  # (N, h + 2, 9 * (w' + 2), 32)
-        x = conv(to_hr_grid(x), self.conv3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
+        x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, 9 * 64)
+        x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, 9 * (w' + 2), 32)
+        x = conv(to_hr_grid(x), *self.conv3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
         return to_images(x, lr.shape)  # (N, 3, 3h, 3w)
 
 
@@ -69,25 +69,26 @@ class FoldedBf16:
         self.shift = 128
         image1 = weight1.view(9, 64, 7, 7, 3)[:, :3].reshape(27, 7, 7, 3).permute(0, 3, 1, 2)
         self.image1 = cast(Layer(image1, bias1[:3].repeat(9)), torch.float32)
-        self.image2 = cast(Layer(weight2[:4, :3], torch.zeros_like(bias2[:4])), torch.float32)
+        self.image2 = cast_weight(weight2[:4, :3], torch.float32)  # without a bias, since adding zeros takes time
         self.image3 = cast(Layer(weight3[:, :4], bias3), torch.float32)
         weight2, weight3 = weight2.clone(), weight3.clone()
         weight2[:4, :3] = weight3[:, :4] = 0
         bias1 = bias1 + self.shift * weight1.sum((1, 2, 3))
-        detail = Layer(weight1, bias1), Layer(weight2, bias2), Layer(weight3, torch.zeros_like(bias3))
-        self.detail1, self.detail2, self.detail3 = (cast(layer, torch.bfloat16) for layer in detail)
+        self.detail1 = cast(Layer(weight1, bias1), torch.bfloat16)
+        self.detail2 = cast(Layer(weight2, bias2), torch.bfloat16)
+        self.detail3 = cast_weight(weight3, torch.bfloat16)
 
     def __call__(self, lr: Tensor) -> Tensor:
         """As :meth:`Folded.__call__`."""
         pixels = channels_last(lr)  # (N, h + 8, w' + 8, 3)
         x = windows((pixels - self.shift).bfloat16())  # (N, h + 2, w' + 2, 147)
-        x = relu(conv(x, self.detail1))  # (N, h + 2, w' + 2, 9 * 64)
-        x = conv(by_hr_pixel(x, 64), self.detail2)  # (N, h + 2, 9 * (w' + 2), 32)
-        y = relu(conv(pixels, self.image1))  # (N, h + 2, w' + 2, 9 * 3)
+        x = relu(conv(x, *self.detail1))  # (N, h + 2, w' + 2, 9 * 64)
+        x = conv(by_hr_pixel(x, 64), *self.detail2)  # (N, h + 2, 9 * (w' + 2), 32)
+        y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, 9 * 3)
         y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, 9 * (w' + 2), 4)
         y = relu(y.add_(first_four(x)))  # (N, h + 2, 9 * (w' + 2), 4)
-        y = conv(to_hr_grid(y), self.image3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
-        y += conv(to_hr_grid(relu(x)), self.detail3, STRIDE)
+        y = conv(to_hr_grid(y), *self.image3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
+        y += conv(to_hr_grid(relu(x)), self.detail3, stride=STRIDE)
         return to_images(y, lr.shape)  # (N, 3, 3h, 3w)
 
 
@@ -118,7 +119,11 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
 
 
 def cast(layer: Layer, dtype: torch.dtype) -> Layer:
-    return Layer(layer.weight.to(dtype).contiguous(memory_format=torch.channels_last), layer.bias.to(dtype))
+    return Layer(cast_weight(layer.weight, dtype), layer.bias.to(dtype))
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache
@@ -154,9 +159,9 @@ def windows(pixels: Tensor) -> Tensor:
     return pixels.unfold(1, 7, 1).unfold(2, 7, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def conv(x: Tensor, layer: Layer, stride: int = 1) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
     """Convolution of images with their channels last, (N, h, w, C)."""
-    return F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, (1, stride)).permute(0, 2, 3, 1)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, (1, stride)).permute(0, 2, 3, 1)
 
 
 def relu(x: Tensor) -> Tensor:

@@ -1,4 +1,18 @@
-"""Who trains: fill this in, it is saved into every checkpoint."""
+#
+# CSCI3290 Computational Imaging and Vision *
+# --- Declaration --- *
+# I declare that the assignment here submitted is original except for source
+# material explicitly acknowledged. I also acknowledge that I am aware of
+# University policy and regulations on honesty in academic work, and of the
+# disciplinary guidelines and procedures applicable to breaches of such policy
+# and regulations, as contained in the website
+# http://www.cuhk.edu.hk/policy/academichonesty/ *
+# Assignment 4
+# Name:
+# Student ID:
+# Email Addr:
+#
+"""Who hands this in. Fill it in before training, since it is saved into each checkpoint."""
 
 from dataclasses import dataclass
 

@@ -1,3 +1,17 @@
+#
+# CSCI3290 Computational Imaging and Vision *
+# --- Declaration --- *
+# I declare that the assignment here submitted is original except for source
+# material explicitly acknowledged. I also acknowledge that I am aware of
+# University policy and regulations on honesty in academic work, and of the
+# disciplinary guidelines and procedures applicable to breaches of such policy
+# and regulations, as contained in the website
+# http://www.cuhk.edu.hk/policy/academichonesty/ *
+# Assignment 4
+# Name:
+# Student ID:
+# Email Addr:
+#
 """SRCNN 9-1-5 for upscaling RGB images by 3 (Dong et al., "Image Super-Resolution Using
 Deep Convolutional Networks", TPAMI 2015). This file is the network alone and needs only torch.
 """
@@ -56,9 +70,13 @@ class SRCNN(nn.Module):
         Tensor of shape (N, 3, 3h, 3w), nominally in [0, 1], not clamped
         """
         x = bicubic_x3(F.pad(lr, (HALO_LR,) * 4, mode="replicate"))  # (N, 3, 3h + 12, 3w + 12)
-        x = F.relu(self.conv1(x))  # (N, 64, 3h + 12, 3w + 12)
-        x = F.relu(self.conv2(x))  # (N, 32, 3h + 12, 3w + 12)
-        return crop(self.conv3(x), HALO_HR)  # (N, 3, 3h, 3w), without all that the zero padding reached
+        return crop(self.convolve(x), HALO_HR)  # (N, 3, 3h, 3w), without all that the zero padding reached
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The three convolutions with their zero padding, on upscaled images of shape (N, 3, H, W)."""
+        x = F.relu(self.conv1(x))  # (N, 64, H, W)
+        x = F.relu(self.conv2(x))  # (N, 32, H, W)
+        return self.conv3(x)  # (N, 3, H, W)
 
     def dc_response(self, colours: Tensor) -> Tensor:
         """Output on areas of one colour, where a convolution is the sum of its weights.

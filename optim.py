@@ -1,6 +1,7 @@
-"""Adam in whitened coordinates, and the learning-rate schedule."""
+"""Adam, plain and in whitened coordinates, and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,25 @@ from torch import Tensor, nn
 from model import SRCNN, bicubic_x3
 
 
-class WhitenedAdam(torch.optim.Adam):
+class Adam(torch.optim.Adam):
+    """PyTorch's fused Adam, whose hyperparameters are not those of the state that it loads."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, fused=True)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self.param_groups[0]["lr"] = learning_rate
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the moments of a state; there are none before the first step."""
+        for i, state in state_dict["state"].items():
+            parameter = self.param_groups[0]["params"][i]
+            # Fused Adam works on raw memory, so the moments need the parameter's layout.
+            moments = {name: torch.empty_like(parameter).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
+
+
+class WhitenedAdam(Adam):
     """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
@@ -26,10 +45,7 @@ class WhitenedAdam(torch.optim.Adam):
     def __init__(self, model: SRCNN, whitening: Tensor) -> None:
         self.weight, self.whitening = model.conv1.weight, whitening.to(model.conv1.weight)
         self.v = nn.Parameter(self.whitening.new_zeros(len(self.weight), len(self.whitening)))  # (64, 243)
-        super().__init__([self.v, *list(model.parameters())[1:]], fused=True)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        self.param_groups[0]["lr"] = learning_rate
+        super().__init__([self.v, *list(model.parameters())[1:]])
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -44,12 +60,8 @@ class WhitenedAdam(torch.optim.Adam):
         return super().state_dict() | {"whiten": self.whitening}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a state's moments; there are none before the first step. Hyperparameters stay as they are."""
-        for i, state in state_dict["state"].items():
-            parameter = self.param_groups[0]["params"][i]
-            # Fused Adam works on raw memory, so the moments need the parameter's layout.
-            moments = {name: torch.empty_like(parameter).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
+        self.whitening = state_dict["whiten"].to(self.whitening)
+        super().load_state_dict(state_dict)
 
 
 def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:

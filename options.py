@@ -10,9 +10,14 @@ from typing import Any
 from model import SCALE
 from utils import CommandError, integer, positive_float
 
-PRECISIONS = ("auto", "fp32", "bf16")
-PRECISION_HELP = "auto uses bf16 where the hardware runs it faster"
 Args = dict[str, Any]  # options by the names that they have on the command line and in a checkpoint
+# The recipes, and the options whose defaults differ from those of Options.
+RECIPE_DEFAULTS: dict[str, Args] = {
+    "default": {},
+    "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
+}
+RECIPES, RECIPE_HELP = tuple(RECIPE_DEFAULTS), "assignment follows its text, with its learning rate and batch size"
+PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
@@ -23,6 +28,7 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True)
 class Options:
+    recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPES)
     learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
     batch_size:    int   = option(16,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, of as many pixels as the training set")
@@ -40,7 +46,8 @@ class Options:
 
     @classmethod
     def from_args(cls, args: Args) -> "Options":
-        """Options from some of them; the others have their defaults."""
+        """Options from some of them; the others have the defaults of their recipe."""
+        args = RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
 
@@ -50,7 +57,7 @@ FIELDS = {field.metadata.get("name", field.name): field for field in dataclasses
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
     """Add the options to a parser, which sets those that are given on the command line."""
     for name, field in FIELDS.items():
-        if resume and name == "seed":  # the state of the random generator is the checkpoint's
+        if resume and name in ("recipe", "seed"):  # the checkpoint's optimizer and random state depend on them
             continue
         arguments = {key: value for key, value in field.metadata.items() if key != "name"}
         if "choices" not in arguments:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from checkpoints import Checkpoint, Stage, TrainingState, load_checkpoint, save_checkpoint
-from data import TrainSet
 from device import dtype_name
 from distributed import rank_and_world_size
 from metrics import Report
 from model import SRCNN
-from optim import WhitenedAdam, whiten_filters, whitening_matrix
+from optim import Adam
 from options import Options
+from recipe import RECIPES, Patches
 from utils import CommandError, make_folder
 
 try:
@@ -32,7 +32,7 @@ class Run:
     dtype: torch.dtype
     train_set: str  # its name
     model: SRCNN
-    optimizer: WhitenedAdam
+    optimizer: Adam
     generator: torch.Generator  # draws the patches
     id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     epoch: int = 0  # epochs finished
@@ -83,45 +83,33 @@ class Run:
 # ------------------------------------------------------------------------- new or restored
 
 
-def new_run(options: Options, train_set: TrainSet, dtype: torch.dtype) -> Run:
+def new_run(options: Options, patches: Patches, dtype: torch.dtype) -> Run:
     """A run with initial weights drawn by the seed."""
-    model, generator = new_model(options, train_set)
-    whitening = sample_whitening(train_set, generator)
-    whiten_filters(model, whitening)
-    return Run(options, dtype, train_set.name, model, WhitenedAdam(model, whitening), generator)
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = RECIPES[options.recipe]
+    optimizer = recipe.optimizer(model, patches, generator)
+    recipe.initialize(model, optimizer)
+    return Run(options, dtype, patches.name, model, optimizer, generator)
 
 
-def restored_run(checkpoint: Checkpoint, options: Options, train_set: TrainSet, dtype: torch.dtype) -> Run:
+def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dtype: torch.dtype) -> Run:
     """A run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
-    model, generator = new_model(options, train_set)
-    model.load_state_dict(checkpoint.model)
+    run = new_run(options, patches, dtype)
+    run.epoch = checkpoint.epoch
+    run.model.load_state_dict(checkpoint.model)
     state = checkpoint.training
     if not state:
-        optimizer = WhitenedAdam(model, sample_whitening(train_set, generator))
-        run = Run(options, dtype, train_set.name, model, optimizer, generator, epoch=checkpoint.epoch)
         run.history.append((checkpoint.epoch, None))
         return run
-    optimizer = WhitenedAdam(model, state.optimizer["whiten"])
-    optimizer.load_state_dict(state.optimizer)
-    generator.set_state(state.random_state)
-    run = Run(options, dtype, train_set.name, model, optimizer, generator, state.run, checkpoint.epoch, state.report)
-    run.best, run.best_epoch, run.history = state.best, state.best_epoch, list(state.history)
+    run.optimizer.load_state_dict(state.optimizer)
+    run.generator.set_state(state.random_state)
+    run.id, run.report, run.best, run.best_epoch = state.run, state.report, state.best, state.best_epoch
+    run.history = list(state.history)
     if Options.from_args(checkpoint.args) != options:
         run.history.append((checkpoint.epoch, checkpoint.args))
     return run
-
-
-def new_model(options: Options, train_set: TrainSet) -> tuple[SRCNN, torch.Generator]:
-    torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    return SRCNN().to(train_set.device, memory_format=torch.channels_last), generator  # type: ignore[call-overload]
-
-
-def sample_whitening(train_set: TrainSet, generator: torch.Generator) -> torch.Tensor:
-    """The whitening matrix of as many pixels as 64 patches of 63x63 have, whatever the patch size."""
-    count = math.ceil(64 * 63**2 / train_set.patch_size**2)
-    lr, _ = next(train_set.batches(1, count, generator))
-    return whitening_matrix(lr[..., :160, :160].cpu())
 
 
 # --------------------------------------------------------------------------- output folder

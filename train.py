@@ -1,3 +1,17 @@
+#
+# CSCI3290 Computational Imaging and Vision *
+# --- Declaration --- *
+# I declare that the assignment here submitted is original except for source
+# material explicitly acknowledged. I also acknowledge that I am aware of
+# University policy and regulations on honesty in academic work, and of the
+# disciplinary guidelines and procedures applicable to breaches of such policy
+# and regulations, as contained in the website
+# http://www.cuhk.edu.hk/policy/academichonesty/ *
+# Assignment 4
+# Name:
+# Student ID:
+# Email Addr:
+#
 """Train SRCNN, resume training, or inspect a checkpoint.
 
 Measured with the defaults on 91-image, in 157 s on two cores of an AMD EPYC (Zen 5) without a
@@ -14,67 +28,52 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import Checkpoint, changes, describe, load_checkpoint, save_checkpoint, to_json
-from data import TestSet, TrainSet, find_data, load_images, load_sets
+from checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
+from course import course_psnr
+from data import TestSet, default_folder, find_data, load_images, load_sets
+from dead_leaves import caution
 from device import dtype_name, keep_memory, select_device, select_dtype
 from distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
-from folded import Folded
 from images import to_tensor
+from info import info
+from inspection import changes, course_to_json, describe, describe_course, to_json
 from log import Log
 from metrics import Report, Row, psnr, summary, table
 from model import SRCNN
-from optim import cosine_schedule
 from options import Args, Options, add_options, given_options
+from recipe import RECIPES, Patches
 from run import Run, exclusive, keep_other_checkpoints, new_run, restored_run
 from upscaler import Upscaler
-from utils import ArgumentParser, CommandError, deferred_interrupts, path, printable, run_command, warn
+from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, printable, run_command, warn
 
-COLOURS = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3)  # a grid over the RGB cube, (729, 3)
 MAX_STEP = 2**26  # HR pixels in a batch; the features of that many take more than 16 GB
 
 # ----------------------------------------------------------------------------- training
 
 
-def train(options: Options, device: torch.device, output: Path, precision: str, resumed: Checkpoint | None) -> None:
-    """Train until ``options.num_epoch`` epochs are finished.
-
-    Parameters
-    ----------
-    output : folder for checkpoints and logs
-    precision : as of :func:`device.select_dtype`
-    resumed : checkpoint to continue, or None to train from scratch
-    """
-    # Load
-    dtype = broadcast(select_dtype(precision, device))
-    train_set, test_set = load_sets(options, device)
-    print_setup(train_set, device, dtype, options)
-
-    # Construct or resume
-    run = restored_run(resumed, options, train_set, dtype) if resumed else new_run(options, train_set, dtype)
+def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
+    """Train until ``options.num_epoch`` epochs are finished; save checkpoints and logs to ``output``."""
+    options, (rank, _) = run.options, rank_and_world_size()
     report = evaluate(run.model, test_set)
     run.start(report)
     print(f"bicubic        {report.set} {report.mean.bicubic.y:.3f} dB Y  {report.mean.bicubic.rgb:.3f} dB RGB")
     print(f"epoch {run.epoch:3}/{options.num_epoch}  {summary(report)}", flush=True)
-
-    # Train
-    rank, _ = rank_and_world_size()
     log_folder = output / "runs" / run.id if rank == 0 else None
     keep_memory()
     if rank == 0:
         keep_other_checkpoints(output, run)
         save_checkpoint(run.checkpoint(), output / "checkpoint.last")
     with (
-        resume_hint(output, device),
+        resume_hint(output, patches.device),
         deferred_interrupts() as raise_interrupt,
         Log(log_folder, run.epoch, options) as log,
     ):
         for epoch in range(run.epoch + 1, options.num_epoch + 1):
             start = time.perf_counter()
-            losses = train_one_epoch(run, train_set, epoch, raise_interrupt)
+            losses = train_one_epoch(run, patches, epoch, raise_interrupt)
             seconds = time.perf_counter() - start
             check_finite(losses, run.model, epoch)
             if rank > 0:  # rank 0 tests, saves and logs
@@ -83,57 +82,48 @@ def train(options: Options, device: torch.device, output: Path, precision: str, 
             run.finish_epoch(report)
             run.save(output)
             loss = losses.mean().item()
-            print_epoch(run, loss, speed=len(losses) * options.batch_size * options.patch_size**2 / seconds)
+            print_epoch(run, loss, len(losses) * options.batch_size * options.patch_size**2 / seconds)
             warn_if_worse(before, report, epoch)
             log.write(epoch, report, loss, run.optimizer.param_groups[0]["lr"])
             if epoch == 1 or run.is_milestone():
                 log.write_pictures(epoch, run.model, test_set)
         log.write_result(run.epoch, report)
-    best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {report.set}"
-    print(f"\n{table(report)}\n\nsaved: {output / f'checkpoint.{run.epoch}'}; {best}")
+    print_result(run, output)
 
 
-def train_one_epoch(run: Run, train_set: TrainSet, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
+def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
     """Train on as many patches as cover the training set once. Returns the loss of each step, (steps,)."""
-    options = run.options
-    rank, world_size = rank_and_world_size()
-    steps = train_set.steps(options.batch_size)
-    losses = torch.empty(steps, device=train_set.device)
-    batches = train_set.batches(steps, options.batch_size, run.generator)
+    options, recipe = run.options, RECIPES[run.options.recipe]
+    steps = patches.steps(options.batch_size)
+    losses = torch.empty(steps, device=patches.device)
+    batches = patches.batches(steps, options.batch_size, run.generator)
     label = f"epoch {epoch}/{options.num_epoch}"
-    bar = tqdm(batches, label, steps, leave=False, disable=rank > 0 or None, unit="step")
+    bar = tqdm(batches, label, steps, leave=False, disable=rank_and_world_size()[0] > 0 or None, unit="step")
     for step, (lr, hr) in enumerate(bar):
         raise_interrupt()
         done = (epoch - 1) * steps + step + 0.5
-        run.optimizer.set_learning_rate(cosine_schedule(options.learning_rate, done, options.num_epoch * steps))
-        lr, hr = lr[rank::world_size], hr[rank::world_size]  # this process's share of the batch
-
-        run.optimizer.zero_grad()
-        output = Folded(run.model, run.dtype)(lr)  # (N, 3, patch, patch)
-        loss = loss_function(output, hr)
-        (loss + colour_loss(run.model)).backward()
-        losses[step] = loss.detach()
-        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-        all_reduce_mean([losses[step], *gradients], weight=len(lr) / options.batch_size)
-        run.optimizer.step()
-
+        run.optimizer.set_learning_rate(recipe.learning_rate(options.learning_rate, done, options.num_epoch * steps))
+        losses[step] = train_one_step(run, lr, hr)
         if step % 20 == 0 and not bar.disable:  # not at each step, since reading the loss waits for a GPU
             bar.set_postfix(loss=f"{losses[step].item():.5f}")
     return losses
 
 
-def loss_function(output: Tensor, hr: Tensor) -> Tensor:
-    """Mean squared error of values from 0 to 255, as one of values in [0, 1]; the output as an image can show it."""
-    return F.mse_loss(output.float().clamp(0, 255), hr.float()) / 255**2
+def train_one_step(run: Run, lr: Tensor, hr: Tensor) -> Tensor:
+    """Train on a batch, of which each process takes its share. Returns the loss over the whole batch."""
+    recipe, (rank, world_size) = RECIPES[run.options.recipe], rank_and_world_size()
+    batch_size = len(lr)
+    lr, hr = lr[rank::world_size], hr[rank::world_size]
 
-
-def colour_loss(model: SRCNN) -> Tensor:
-    """Ten times the mean squared error on plain areas of COLOURS.
-
-    The few training images show few colours, and what the network makes of the others would drift.
-    """
-    colours = COLOURS.to(model.conv1.weight.device)
-    return 10 * F.mse_loss(model.dc_response(colours), colours)
+    run.optimizer.zero_grad()
+    output = recipe.forward(run.model, run.dtype, lr)  # (N, 3, patch, patch)
+    loss = recipe.loss_function(output, hr)
+    (loss + recipe.penalty(run.model)).backward()
+    loss = loss.detach()
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    all_reduce_mean([loss, *gradients], weight=len(lr) / batch_size)
+    run.optimizer.step()
+    return loss
 
 
 def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Report:
@@ -166,19 +156,25 @@ def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
         raise
 
 
-def print_setup(train_set: TrainSet, device: torch.device, dtype: torch.dtype, options: Options) -> None:
+def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
+    device, steps = patches.device, patches.steps(options.batch_size)
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     print(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
-    steps = train_set.steps(options.batch_size)
-    print(
-        f"training set {train_set.name}: {train_set.count} images, {train_set.pixels:,} pixels, {steps} steps an epoch"
-    )
+    name = patches.name + caution(patches.name)
+    print(f"training set {name}: {patches.count} images, {patches.pixels:,} pixels, {steps} steps an epoch")
 
 
 def print_epoch(run: Run, loss: float, speed: float) -> None:
     """One line, with the speed in HR pixels per second."""
     figures = f"loss {loss:.6f}  {speed / 1e6:.2f} Mpx/s"
-    print(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}", flush=True)
+    text = f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}"
+    print(text + caution(run.train_set, run.report.set), flush=True)
+
+
+def print_result(run: Run, output: Path) -> None:
+    best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {run.report.set}"
+    print(f"\n{table(run.report)}\n\nsaved: {output / f'checkpoint.{run.epoch}'}; {best}", end="")
+    print(caution(run.train_set, run.report.set))
 
 
 def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
@@ -210,6 +206,7 @@ def parse_args() -> argparse.Namespace:
         "Print what a checkpoint holds, or measure it.",
         "inspect checkpoint.pth",
         "inspect checkpoint.pth --test-data=DIR",
+        "inspect checkpoint.pth --protocol=course",
     )
     for command in (resume, inspect):
         command.add_argument("checkpoint", type=path, help="the file, such as checkpoint.last")
@@ -219,11 +216,16 @@ def parse_args() -> argparse.Namespace:
         text = f"for checkpoints and logs (default: {output or 'the folder of the checkpoint'})"
         command.add_argument("--output", type=path, default=output, metavar="DIR", help=text)
     inspect.add_argument("--test-data", metavar="DIR", help="measure on these images, or on dead-leaves")
+    text = "course: PSNR of batches of patches over RGB, as the course's test program prints it"
+    inspect.add_argument("--protocol", choices=("literature", "course"), default="literature", help=text)
+    text = "of --protocol=course (default: %(default)s)"
+    inspect.add_argument("--batch-size", type=integer(), default=8, metavar="N", help=text)
+    inspect.add_argument("--cuda", action="store_true", help="compute on the GPU")
     inspect.add_argument("--self-ensemble", action="store_true", help="measure the mean over eight flips and rotations")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.command == "inspect" and args.self_ensemble and args.test_data is None:
-        inspect.error("--self-ensemble needs --test-data")
+    if args.command == "inspect" and args.self_ensemble and (args.test_data is None or args.protocol == "course"):
+        inspect.error("--self-ensemble needs --test-data, and is not part of --protocol=course")
     return args
 
 
@@ -236,8 +238,11 @@ def resume_command(args: argparse.Namespace) -> None:
     given, checkpoint = given_options(args), load_checkpoint(args.checkpoint)
     options = Options.from_args(checkpoint.args | given)
     args.output = args.output or args.checkpoint.parent
+    if checkpoint.epoch > options.num_epoch:
+        name = printable(args.checkpoint)
+        raise CommandError(f"{name} has {checkpoint.epoch} epochs already, more than --num-epoch={options.num_epoch}")
     print(f"resuming {printable(args.checkpoint)} after epoch {checkpoint.epoch}{changes(checkpoint.args, given)}")
-    if checkpoint.epoch >= options.num_epoch:
+    if checkpoint.epoch == options.num_epoch:
         print(f"its --num-epoch={options.num_epoch} is reached; give a larger one to train further")
     else:
         start(args, options, given, checkpoint)
@@ -249,22 +254,47 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
     device, precision = select_device(args.cuda), options.precision
     if resumed and resumed.training and "precision" not in given:  # resuming exactly takes the same arithmetic
         precision = resumed.training.precision
+    check_options(options, world_size)
+    warn_if_unsigned(rank)
+    with process_group("nccl" if args.cuda else "gloo"), exclusive(args.output):
+        if rank == 0:
+            options = find_data(options, given, fresh=resumed is None)
+        options, dtype = broadcast((options, select_dtype(precision, device)))
+        images, test_set = load_sets(options)
+        patches = RECIPES[options.recipe].patches(images, options.patch_size, device)
+        print_setup(patches, dtype, options)
+        run = restored_run(resumed, options, patches, dtype) if resumed else new_run(options, patches, dtype)
+        train(run, patches, test_set, args.output)
+    warn_if_unsigned(rank)
+
+
+def check_options(options: Options, world_size: int) -> None:
+    """Raise CommandError if the options contradict each other or ask for too much."""
+    if options.recipe == "assignment" and options.precision != "fp32":
+        raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
     if options.batch_size * options.patch_size**2 > MAX_STEP:
         raise CommandError(f"a batch has at most {MAX_STEP:,} pixels; use a smaller --batch-size or --patch-size")
     if options.batch_size < world_size:
         raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
-    with process_group("nccl" if args.cuda else "gloo"), exclusive(args.output):
-        if rank == 0:
-            options = find_data(options, given, fresh=resumed is None)
-        train(broadcast(options), device, args.output, precision, resumed)
+
+
+def warn_if_unsigned(rank: int) -> None:
+    if rank == 0 and not is_filled_in(info):
+        warn("info.py is not filled in; its name, id and email are saved into each checkpoint")
 
 
 def inspect_command(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
+    model = SRCNN()
+    model.load_state_dict(checkpoint.model)
+    model.to(select_device(args.cuda))
+    if args.protocol == "course":
+        images = load_images(args.test_data or str(default_folder("test_data")), "test")
+        row = course_psnr(model, images, args.batch_size)
+        print((course_to_json if args.json else describe_course)(row, images.name, args.batch_size))
+        return
     report = checkpoint.training.report if checkpoint.training else None
     if args.test_data is not None:
-        model = SRCNN()
-        model.load_state_dict(checkpoint.model)
         report = evaluate(model, TestSet(load_images(args.test_data, "test")), args.self_ensemble)
     print(to_json(checkpoint, report) if args.json else describe(args.checkpoint, checkpoint, report))
 

@@ -97,11 +97,11 @@ class Upscaler:
         channels = tile.shape[1]
         lr = tile.expand(-1, 3, -1, -1).to(self.device)  # (1, 3, h + 8, w + 8)
         network = self.exact if mode == "I;16" else self.network
-        sr = (eightfold(network, lr) if self.self_ensemble else network(lr))[0].clamp(0, 255)  # (3, 3h, 3w)
+        sr = (eightfold(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
         values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (3h, 3w, 3) or (3h, 3w)
         if mode == "I;16":
-            return Image.fromarray((257 * values).round().cpu().numpy().astype(np.uint16))
-        return Image.fromarray(values.round().byte().contiguous().cpu().numpy())
+            return Image.fromarray((257 * values).round_().cpu().numpy().astype(np.uint16))
+        return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
 
 
 def has_alpha(mode: str) -> bool:

@@ -16,6 +16,7 @@ import super_resolve
 import train
 from data import degrade
 from dead_leaves import dead_leaves
+from info import Info
 from model import SRCNN
 from utils import run_command
 
@@ -25,6 +26,7 @@ def _elsewhere(tmp_path, monkeypatch):
     """Every test works in an empty folder of its own, so none finds or leaves anything."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))  # filled in
 
 
 @pytest.fixture(scope="session")

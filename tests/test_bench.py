@@ -11,6 +11,8 @@ from helpers import run_python
 from PIL import Image
 
 import bench
+from course import GridPatches
+from data import load_images
 from model import SRCNN
 from options import Options
 from utils import CommandError
@@ -50,10 +52,11 @@ def test_the_multiplications_are_those_of_the_network():
 
 
 def test_the_jobs_count_hr_pixels(photos):
-    plain = bench.plain_training(photos)
-    assert [next(plain), next(plain)] == [128 * 33 * 33] * 2
-    fast = bench.fast_training(photos, torch.float32)
-    assert bench.steps(fast, 3)() == 3 * Options().batch_size * Options().patch_size ** 2
+    options = Options()
+    assert bench.steps(photos, "default", torch.float32, 3)() == 3 * options.batch_size * options.patch_size**2
+    patches = GridPatches(load_images(str(photos), "train"), 33, torch.device("cpu"))
+    assert len(patches.hr) < 128  # so each batch has them all
+    assert bench.steps(photos, "assignment", torch.float32, 2)() == 2 * patches.pixels
     assert bench.inference(5, 7, torch.float32)() == bench.inference(5, 7, None)() == 9 * 35
 
 
@@ -83,8 +86,8 @@ def test_a_job_reports_its_memory_and_speed():
 def test_a_wrong_folder_that_another_process_finds_out_is_an_error():
     Path("tiny").mkdir()
     Image.new("RGB", (20, 20)).save("tiny/a.png")
-    with pytest.raises(CommandError, match="tiny: no image in it has the 33x33 pixels of a patch"):
-        bench.in_child(lambda: next(bench.plain_training(Path("tiny"))))
+    with pytest.raises(CommandError, match="tiny: no image holds a patch of 33x33"):
+        bench.in_child(bench.steps(Path("tiny"), "assignment", torch.float32))
 
 
 def test_a_killed_measurement_is_an_error():

@@ -45,6 +45,13 @@ def test_any_images_will_do_each_under_a_name_of_its_own(tmp_path):
     assert {(image.mode, image.size) for image in image_set.images.values()} == {("RGB", (30, 60))}
 
 
+def test_of_the_courses_test_images_only_the_ground_truths_are_read(tmp_path, capfd):
+    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_GT.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert list(data.load_images(str(tmp_path), "test").images) == ["a", "b"]
+    assert capfd.readouterr().err == f"WARNING: {tmp_path}: skipping 2 images whose names do not end in _GT\n"
+
+
 def test_bad_folders_are_named():
     Path("small").mkdir()
     Image.new("RGB", (8, 20)).save("small/a.png")

@@ -8,7 +8,8 @@ from helpers import MORE, trained_content, trained_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import describe, load_checkpoint, to_json
+from checkpoints import load_checkpoint
+from inspection import describe, to_json
 from utils import CommandError
 
 

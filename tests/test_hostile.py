@@ -118,6 +118,7 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
     "": {
         "a list": lambda: [1, 2, 3],
         "a number": lambda: 5,
+        "no model": lambda: content(model=None),
         "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
         "itself": lambda: changed("history", endless()),
     },
@@ -134,7 +135,6 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
 }
 EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
 PARTS = {  # wrong values of a part of a checkpoint
-    ("model", ""): [None],
     ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [64, 1, 9, 9]"): [
         torch.zeros(64, 1, 9, 9)
     ],

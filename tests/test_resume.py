@@ -94,16 +94,16 @@ def test_the_hint_is_the_command_that_resumes(capfd, error, output, device):
 
 def interrupt(number, monkeypatch):
     """In the second of the four steps of epoch 2; after it there is no further one."""
-    original, calls = train.loss_function, []
+    original, calls = train.train_one_step, []
 
-    def loss_function(*args):
+    def train_one_step(*args):
         calls.append(1)
         assert len(calls) <= 6
         if len(calls) == 6:
             signal.raise_signal(number)
         return original(*args)
 
-    monkeypatch.setattr(train, "loss_function", loss_function)
+    monkeypatch.setattr(train, "train_one_step", train_one_step)
 
 
 def fill_the_disk(monkeypatch):

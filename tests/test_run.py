@@ -12,7 +12,7 @@ from checkpoints import load_checkpoint, save_checkpoint
 from data import ImageSet, TrainSet
 from dead_leaves import dead_leaves
 from options import Options
-from run import exclusive, keep_other_checkpoints, new_run, restored_run, sample_whitening
+from run import exclusive, keep_other_checkpoints, new_run, restored_run
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +74,6 @@ def test_a_new_run_is_drawn_by_its_seed(train_set):
     assert not same(a.model.state_dict(), c.model.state_dict())
     assert not same(a.generator.get_state(), c.generator.get_state())
     assert (a.epoch, a.best, a.history) == (0, -math.inf, [])
-
-
-def test_new_filters_are_blind_to_plain_colour_and_alike_in_size(train_set):
-    """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
-    conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
-    assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
-    assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
-    lr, _ = next(train_set.batches(1, 64, torch.Generator().manual_seed(0)))
-    upscaled = torch.nn.functional.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True)
-    features = torch.nn.functional.conv2d(upscaled, conv1.weight).transpose(0, 1).flatten(1)
-    deviations = features[3:].std(1)
-    assert 0.1 < deviations.median() < 0.4  # the order of 0.3, less for what the floor takes
-    assert deviations.max() / deviations.min() < 2.5
-
-
-@pytest.mark.parametrize("patch", [9, 63, 360])
-def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
-    train_set, drawn = TrainSet(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, torch.device("cpu")), []
-    monkeypatch.setattr("run.whitening_matrix", drawn.append)
-    sample_whitening(train_set, torch.Generator())
-    count = len(drawn[0])
-    assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
 
 
 def test_a_restored_run_is_the_one_that_was_saved(train_set):

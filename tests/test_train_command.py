@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, course_content, load, report, trained_content
+from helpers import ROOT, assert_one_line, course_content, load, report, trained_content, trained_model
 
-from checkpoints import describe, load_checkpoint, to_json
+from checkpoints import load_checkpoint
+from course import course_psnr
 from data import TestSet, find_data, load_images
 from dead_leaves import dead_leaves
-from model import SRCNN
+from info import Info
+from inspection import course_to_json, describe, describe_course, to_json
 from options import Options
 from train import evaluate
 from utils import CommandError
@@ -25,7 +27,7 @@ from utils import CommandError
 
 @pytest.mark.parametrize(("content", "own"), [(trained_content, report(31.0)), (course_content, None)])
 def test_inspect_prints_a_checkpoint_with_its_own_report(cli, content, own):
-    """What that is, is tested in test_checkpoints.py."""
+    """What that is, is tested in test_inspection.py."""
     torch.save(content(), "x")
     saved = load_checkpoint(Path("x"))
     assert cli("train.py", "inspect", "x") == (0, describe(Path("x"), saved, own) + "\n", "")
@@ -35,13 +37,22 @@ def test_inspect_prints_a_checkpoint_with_its_own_report(cli, content, own):
 @pytest.mark.parametrize("self_ensemble", [False, True])
 def test_inspect_measures_on_any_images(cli, photos, self_ensemble):
     torch.save(trained_content(), "x")
-    saved, model = load_checkpoint(Path("x")), SRCNN()
-    model.load_state_dict(saved.model)
-    found = evaluate(model, TestSet(load_images(str(photos), "test")), self_ensemble)
+    saved = load_checkpoint(Path("x"))
+    found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test")), self_ensemble)
     assert found.set == photos.name + " (self-ensemble)" * self_ensemble
     options = [f"--test-data={photos}", *["--self-ensemble"] * self_ensemble]
     assert cli("train.py", "inspect", "x", *options) == (0, describe(Path("x"), saved, found) + "\n", "")
     assert json.loads(cli("train.py", "inspect", "x", *options, "--json")[1])["report"] == found.to_dict()
+
+
+def test_inspect_measures_as_the_course_does(cli, photos):
+    torch.save(trained_content(), "x")
+    model, images = trained_model("x"), load_images(str(photos), "test")
+    row = course_psnr(model, images, 3)
+    options = ("--protocol=course", f"--test-data={photos}", "--batch-size=3")
+    wanted = describe_course(row, photos.name, 3) + "\n"
+    assert cli("train.py", "inspect", "x", *options) == (0, wanted, "")
+    assert cli("train.py", "inspect", "x", *options, "--json")[1] == course_to_json(row, photos.name, 3) + "\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -74,6 +85,12 @@ BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must
         ("resume x --output=", 2, f"{EMPTY} resume --help)"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --test-data=missing", 1, "missing: no such folder of images"),
+        ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
+        (
+            "train --recipe=assignment --precision=bf16",
+            1,
+            "--recipe=assignment computes in fp32; leave out --precision",
+        ),
         ("train --train-data=missing", 1, "missing: no such folder of images"),
         ("train --test-data=missing", 1, "missing: no such folder of images"),
         ("train --train-data=empty", 1, "empty: this folder holds no images"),
@@ -85,13 +102,13 @@ BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must
     ],
 )
 def test_bad_input_is_one_clear_line(cli, photos, arguments, status, says):
-    torch.save(trained_content(), "x")
+    torch.save(trained_content(epoch=2), "x")
     Path("empty").mkdir()
     Path("file").write_text("in the way")
     command, *options = arguments.split()
     sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
-    found, _, err = cli("train.py", command, *sets, *options)
-    assert found == status
+    found, out, err = cli("train.py", command, *sets, *options)
+    assert (found, out) == (status, "")
     assert_one_line(err, says)
     assert sorted(os.listdir()) == ["empty", "file", "x"]
 
@@ -152,6 +169,8 @@ def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
     assert status == 0
     assert err == WARNING.format("TRAIN_DATA AND TEST_DATA", "91-image and Set5")
     assert "Set5" not in out
+    named = [line for line in out.splitlines() if line.endswith("(GENERATED IMAGES)") or "(GENERATED IMAGES):" in line]
+    assert [line[:12] for line in named] == ["training set", "epoch   1/1 ", "saved: o/che"]
     saved = load("o/checkpoint.1")
     assert (saved["train_set"], saved["report"]["set"]) == ("dead-leaves-train", "dead-leaves-test")
     assert saved["args"]["train_data"] == saved["args"]["test_data"] == "dead-leaves"
@@ -167,3 +186,20 @@ def test_images_held_out_serve_as_the_test_set(train_small, photos):
     assert (saved["set"], list(saved["images"])) == (f"{photos.name} (1 of 2)", ["leaves2", "leaves4"])
     assert train_small("--num-epoch=2", command=("resume", "checkpoint.1"))[0] == 0
     assert list(load("checkpoint.2")["report"]["images"]) == ["leaves2", "leaves4"]
+
+
+def test_an_info_that_is_not_filled_in_is_named_at_both_ends(train_small, monkeypatch):
+    monkeypatch.setattr("train.info", Info("your name", "1155123456", "ctm@example.com"))
+    status, _, err = train_small("--num-epoch=1")
+    assert status == 0
+    warning = "WARNING: info.py is not filled in; its name, id and email are saved into each checkpoint\n"
+    assert err == 2 * warning
+
+
+def test_the_courses_folders_serve_where_the_published_ones_are_missing(offline, photos):
+    for name in ("train", "test"):
+        Path("data", name).mkdir(parents=True)
+    found = find_data(Options(), {}, fresh=True)
+    assert (found.train_data, found.test_data) == ("data/train", "data/test")
+    Path("data/Set5").mkdir()
+    assert find_data(Options(), {}, fresh=True).test_data == "data/Set5"

@@ -1,0 +1,125 @@
+import pytest
+import torch
+from helpers import same, weights
+from torch import nn
+
+from course import GridPatches
+from data import ImageSet, TrainSet
+from dead_leaves import dead_leaves
+from model import SRCNN
+from options import Options
+from recipe import RECIPES
+from run import new_run
+from train import train_one_step
+
+RECIPE, ASSIGNMENT = RECIPES["default"], RECIPES["assignment"]
+CPU = torch.device("cpu")
+
+
+def test_the_loss_is_of_what_an_image_can_show():
+    """Interpolation overshoots at edges; when an image is saved, that is cut off."""
+    output, hr = torch.tensor([-9.0, 300.0, 100.0, 7.0]), torch.tensor([0, 255, 110, 7], dtype=torch.uint8)
+    assert RECIPE.loss_function(output, hr).item() == pytest.approx(100 / 4 / 255**2)
+    assert RECIPE.loss_function(output.bfloat16(), hr).dtype == torch.float32
+
+
+def test_the_colour_loss_is_ten_times_that_of_plain_areas():
+    model = SRCNN()
+    model.conv3.weight.data.zero_()[range(3), range(3), 2, 2] = 1  # the first three channels pass the image
+    assert RECIPE.penalty(model).item() == pytest.approx(0, abs=1e-12)
+    model.conv3.bias.data[1] = 0.1
+    assert RECIPE.penalty(model).item() == pytest.approx(10 * 0.1**2 / 3)
+
+
+@pytest.mark.parametrize("patch", [9, 63, 360])
+def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
+    train_set, drawn = TrainSet(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
+    monkeypatch.setattr("recipe.whitening_matrix", lambda lr: drawn.append(len(lr)) or torch.eye(243))
+    RECIPE.optimizer(SRCNN(), train_set, torch.Generator())
+    (count,) = drawn
+    assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
+
+
+def test_new_filters_are_blind_to_plain_colour_and_alike_in_size():
+    """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
+    train_set = TrainSet(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, CPU)
+    conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
+    assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
+    assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
+    lr, _ = next(train_set.batches(1, 64, torch.Generator().manual_seed(0)))
+    upscaled = torch.nn.functional.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True)
+    features = torch.nn.functional.conv2d(upscaled, conv1.weight).transpose(0, 1).flatten(1)
+    deviations = features[3:].std(1)
+    assert 0.1 < deviations.median() < 0.4  # the order of 0.3, less for what the floor takes
+    assert deviations.max() / deviations.min() < 2.5
+
+
+# --------------------------------------------------------------------------- the assignment
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return GridPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 33, CPU)
+
+
+def assignment_run(patches):
+    return new_run(Options.from_args({"recipe": "assignment"}), patches, torch.float32)
+
+
+def plain_layers():
+    return nn.Conv2d(3, 64, 9, padding=4), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 3, 5, padding=2)
+
+
+def test_the_assignment_starts_from_the_weights_of_pytorch(patches):
+    run = assignment_run(patches)
+    torch.manual_seed(0)
+    SRCNN()
+    wanted = [parameter for layer in plain_layers() for parameter in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), wanted, strict=True))
+
+
+def test_the_assignment_trains_as_plain_pytorch_does(patches):
+    """Two steps of the loop that everybody writes give the same losses and weights."""
+    run, layers = assignment_run(patches), plain_layers()
+    for layer, trained in zip(layers, (run.model.conv1, run.model.conv2, run.model.conv3), strict=True):
+        layer.load_state_dict(trained.state_dict())
+    plain = nn.Sequential(
+        nn.Upsample(scale_factor=3, mode="bicubic"), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]
+    )
+    plain[0].forward = lambda x: nn.functional.interpolate(x, scale_factor=3, mode="bicubic", antialias=True)
+    optimizer, criterion = torch.optim.Adam(plain.parameters(), lr=0.0001), nn.MSELoss()
+    run.optimizer.set_learning_rate(ASSIGNMENT.learning_rate(0.0001, 0.5, 2))
+    for lr, hr in patches.batches(2, 5, torch.Generator()):
+        optimizer.zero_grad()
+        loss = criterion(plain(lr / 255), hr / 255)
+        loss.backward()
+        optimizer.step()
+        assert train_one_step(run, lr, hr).item() == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(run.model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=2e-6)  # a step is of 1e-4
+
+
+def test_the_rate_of_the_assignment_is_constant():
+    assert {ASSIGNMENT.learning_rate(0.5, step, 1000) for step in (0.5, 10.5, 999.5)} == {0.5}
+
+
+def test_a_process_without_patches_adds_nothing():
+    """The last batch of an epoch may have fewer patches than there are processes."""
+    empty = torch.empty(0, 3, 33, 33)
+    assert ASSIGNMENT.loss_function(empty, empty.byte()).item() == 0
+
+
+def test_the_assignment_on_the_command_line(train_small):
+    """Its own defaults, but for those that are given; resuming is exact."""
+    status, out, _ = train_small(
+        "--recipe=assignment", "--patch-size=33", "--num-epoch=3", "--save-freq=1", "--output=a"
+    )
+    assert status == 0
+    assert ", fp32, " in out
+    assert train_small("--output=b", command=("resume", "a/checkpoint.1"))[0] == 0
+    assert same(weights("a/checkpoint.3"), weights("b/checkpoint.3"))
+    saved = torch.load("b/checkpoint.3", weights_only=True)
+    assert "whiten" not in saved["optimizer"]
+    wanted = {"recipe": "assignment", "lr": 0.0001, "batch_size": 4, "num_epoch": 3, "patch_size": 33}
+    assert {name: saved["args"][name] for name in wanted} == wanted
+    assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 0.0001, 128, 100, 10, "fp32", 33)
