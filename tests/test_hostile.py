@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints: each is refused in one line, soon, and nothing in it runs."""
 
+import codecs
 import collections
 import io
 import math
@@ -68,6 +69,24 @@ def bomb():
     return buffer.getvalue()
 
 
+def commented(archive):
+    """An archive whose comment ends like an archive, so that Python's zipfile does not take it for one."""
+    assert archive[-2:] == b"\0\0"  # the length of the comment
+    return archive[:-2] + b"\4\0PK\5\6"
+
+
+def encoded():
+    thing = "x" * 2**10
+    for _ in range(14):  # each doubles its length
+        thing = Call(codecs.encode, Call(codecs.decode, thing, "latin-1"), "hex")
+    return content(extra=thing)
+
+
+def hiding(mapping):
+    mapping.get = mapping.values = nested()
+    return mapping
+
+
 def shortened():
     """A checkpoint whose tensors have less memory than values."""
     result = io.BytesIO()
@@ -122,6 +141,16 @@ HOSTILE = {  # each a function that makes the content of a file, as bytes or for
     "a zip bomb": bomb,
     "a large file": lambda: bytes(MAX_BYTES + 1),
     "a tensor said to have 10^12 values": lambda: declared(10**12),
+    "a zip bomb that only PyTorch unpacks": lambda: commented(bomb()),
+    "text encoded again and again": encoded,
+    "a set": lambda: content(extra={1, 2}),
+    "a counter": lambda: content(extra=collections.Counter("a")),
+    "a size": lambda: content(extra=torch.Size([1])),
+    "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
+    "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
+    "methods hidden by attributes in a course's": lambda: course_content(
+        model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
+    ),
     "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
     "2^60 references": lambda: content(args={"lr": nested()}),
     "2^60 references as names": lambda: trained("report", {"set": "x", "images": {str(i): nested() for i in range(9)}}),
