@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ from run import Run, exclusive, keep_other_checkpoints, new_run, restored_run
 from upscaler import Upscaler
 from utils import ArgumentParser, CommandError, deferred_interrupts, path, printable, run_command, warn
 
-COLOURS = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3)  # a grid over the RGB cube, (729, 3)
 MAX_STEP = 2**26  # HR pixels in a batch; the features of that many take more than 16 GB
 
 # ----------------------------------------------------------------------------- training
@@ -128,12 +128,18 @@ def loss_function(output: Tensor, hr: Tensor) -> Tensor:
 
 
 def colour_loss(model: SRCNN) -> Tensor:
-    """Ten times the mean squared error on plain areas of COLOURS.
+    """Ten times the mean squared error on plain areas of a grid of colours.
 
     The few training images show few colours, and what the network makes of the others would drift.
     """
-    colours = COLOURS.to(model.conv1.weight.device)
+    colours = colour_grid(model.conv1.weight.device)
     return 10 * F.mse_loss(model.dc_response(colours), colours)
+
+
+@lru_cache  # since a copy at each step would wait for the GPU
+def colour_grid(device: torch.device) -> Tensor:
+    """A grid over the RGB cube, (729, 3)."""
+    return torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).to(device)
 
 
 def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Report:
