@@ -259,7 +259,7 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
         raise CommandError(f"a batch has at most {MAX_STEP:,} pixels; use a smaller --batch-size or --patch-size")
     if options.batch_size < world_size:
         raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
-    with process_group("nccl" if args.cuda else "gloo"), exclusive(args.output):
+    with process_group(), exclusive(args.output):
         if rank == 0:
             options = find_data(options, given, fresh=resumed is None)
         train(broadcast(options), device, args.output, precision, resumed)
