@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoints import Checkpoint, changes, describe, load_checkpoint, save_checkpoint, to_json
 from data import TestSet, TrainSet, find_data, load_images, load_sets
-from device import dtype_name, keep_memory, select_device, select_dtype
+from device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
 from distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
 from folded import Folded
 from images import to_tensor
@@ -64,6 +64,7 @@ def train(options: Options, device: torch.device, output: Path, precision: str, 
     rank, _ = rank_and_world_size()
     log_folder = output / "runs" / run.id if rank == 0 else None
     keep_memory()
+    torch.backends.cudnn.benchmark = True  # pays where shapes repeat, which upscaling does not promise
     if rank == 0:
         keep_other_checkpoints(output, run)
         save_checkpoint(run.checkpoint(), output / "checkpoint.last")
@@ -254,7 +255,7 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
     rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
     if resumed and resumed.training and "precision" not in given:  # resuming exactly takes the same arithmetic
-        precision = resumed.training.precision
+        precision = resumed_precision(precision, resumed.training.precision, device)
     if options.batch_size * options.patch_size**2 > MAX_STEP:
         raise CommandError(f"a batch has at most {MAX_STEP:,} pixels; use a smaller --batch-size or --patch-size")
     if options.batch_size < world_size:
