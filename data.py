@@ -17,6 +17,7 @@ from torch import Tensor
 
 import download
 from dead_leaves import dead_leaves
+from distributed import broadcast, node_rank
 from images import bicubic, list_images, read_hr, to_tensor
 from metrics import Psnr, psnr
 from model import HALO_LR, SCALE
@@ -75,7 +76,8 @@ def load_images(folder: str, role: str) -> ImageSet:
 def require_folder(folder: str) -> None:
     """Raise CommandError unless ``folder`` exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
-        raise CommandError(f"{folder}: no such folder of images")
+        where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
+        raise CommandError(f"{folder}: no such folder of images{where}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
@@ -233,13 +235,22 @@ class Atlas:
 
 
 def load_sets(options: Options, device: torch.device) -> tuple[TrainSet, TestSet]:
-    """The training set, and the test set or else the held-out part of the training images."""
+    """The training set, and the test set or else the held-out part of the training images.
+
+    Raises
+    ------
+    CommandError if they cannot be read, or if the training set of this process is another than that of rank 0
+    """
     training = load_images(options.train_data, "train")
     if options.hold_out:
         training, test = training.split(options.hold_out)
     else:
         test = load_images(options.test_data, "test")
-    return TrainSet(training, options.patch_size, device), TestSet(test)
+    train_set = TrainSet(training, options.patch_size, device)
+    size = (train_set.count, train_set.pixels)
+    if broadcast(size) != size:  # the processes would draw different patches
+        raise CommandError(f"{options.train_data}: not the images that rank 0 has; copy them from there")
+    return train_set, TestSet(test)
 
 
 def find_data(options: Options, given: Args, fresh: bool) -> Options:
