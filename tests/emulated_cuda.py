@@ -54,11 +54,10 @@ def check_operands(name, args, kwargs):
     """Refuse what CUDA refuses, and note what makes the host wait."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     of_cpu = [x for x in tensors if not isinstance(x, GpuTensor)]
-    if name in ("aten._local_scalar_dense.default", "aten.nonzero.default") or (
-        name == "aten.copy_.default" and of_cpu
-    ):
+    copied = name == "aten.copy_.default" and of_cpu
+    if copied or name in ("aten._local_scalar_dense.default", "aten.nonzero.default"):
         waits.append(name)
-    elif any(x.ndim for x in of_cpu):  # scalars may come from the CPU
+    elif any(x.ndim or "fused" in name for x in of_cpu):  # other operations take scalars from the CPU
         raise RuntimeError(f"{name}: found at least two devices, cuda:0 and cpu")
     if name == "aten._fused_adam_.default":  # CUDA's kernel checks that; the CPU's scrambles the values
         for group in zip(*args[:4], strict=True):  # a parameter, its gradient, and its two moments
