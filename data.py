@@ -17,7 +17,7 @@ from torch import Tensor
 
 import download
 from dead_leaves import dead_leaves
-from distributed import broadcast, node_rank
+from distributed import gather, node_rank
 from images import bicubic, list_images, read_hr, to_tensor
 from metrics import Psnr, psnr
 from model import HALO_LR, SCALE
@@ -239,7 +239,7 @@ def load_sets(options: Options, device: torch.device) -> tuple[TrainSet, TestSet
 
     Raises
     ------
-    CommandError if they cannot be read, or if the training set of this process is another than that of rank 0
+    CommandError if they cannot be read, or if the nodes have different training sets
     """
     training = load_images(options.train_data, "train")
     if options.hold_out:
@@ -247,9 +247,8 @@ def load_sets(options: Options, device: torch.device) -> tuple[TrainSet, TestSet
     else:
         test = load_images(options.test_data, "test")
     train_set = TrainSet(training, options.patch_size, device)
-    size = (train_set.count, train_set.pixels)
-    if broadcast(size) != size:  # the processes would draw different patches
-        raise CommandError(f"{options.train_data}: not the images that rank 0 has; copy them from there")
+    if len(set(gather((train_set.count, train_set.pixels)))) > 1:  # the processes would draw different patches
+        raise CommandError(f"{options.train_data}: the nodes have different images; copy those of one to the others")
     return train_set, TestSet(test)
 
 

@@ -65,14 +65,14 @@ def test_another_node_is_told_that_it_needs_the_data(monkeypatch):
         data.load_images("a", "train")
 
 
-def test_every_process_needs_the_same_training_images(monkeypatch):
+def test_every_node_needs_the_same_training_images(monkeypatch):
     options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
     leaves = data.ImageSet("leaves", dead_leaves("train", 2, 30))
     monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
     assert data.load_sets(options, CPU)[0].count == 2
     for count, pixels in ((1, 1800), (2, 1791)):
-        monkeypatch.setattr(data, "broadcast", lambda size, of_rank_0=(count, pixels): of_rank_0)
-        with pytest.raises(CommandError, match=r"^dead-leaves: not the images that rank 0 has"):
+        monkeypatch.setattr(data, "gather", lambda size, other=(count, pixels): [size, size, other])
+        with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
             data.load_sets(options, CPU)
 
 
