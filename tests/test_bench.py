@@ -85,6 +85,21 @@ def test_a_job_reports_its_memory_and_speed():
     assert 0.5 < speed <= 10.1  # a megapixel in a tenth of a second, or later where the machine is busy
 
 
+def test_memory_is_counted_in_the_units_of_the_system(monkeypatch):
+    here = bench.peak_megabytes()
+    assert 100 < here < 20_000  # of PyTorch alone
+    for platform, divisor in (("linux", 1), ("darwin", 1024)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert here <= divisor * bench.peak_megabytes() <= 1.1 * here
+
+
+def test_on_windows_only_the_tricks_are_measured(monkeypatch):
+    monkeypatch.setattr(bench, "resource", None)
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    with pytest.raises(CommandError, match="on Linux and macOS only"):
+        bench.main()
+
+
 def test_a_wrong_folder_that_another_process_finds_out_is_one_clear_line(tmp_path):
     (tmp_path / "tiny").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "tiny" / "a.png")

@@ -7,8 +7,10 @@ from helpers import dihedral
 from PIL import Image
 
 import data
+from dead_leaves import dead_leaves
 from images import bicubic, to_image, to_tensor
 from metrics import psnr
+from options import Options
 from utils import CommandError
 
 CPU = torch.device("cpu")
@@ -62,6 +64,23 @@ def test_bad_folders_are_named():
             data.load_images(folder, "train")
     with pytest.raises(CommandError, match=r"^small/a\.png: 8x20 pixels are too few; the minimum is 9x9$"):
         data.load_images("small", "train")
+
+
+def test_another_node_is_told_that_it_needs_the_data(monkeypatch):
+    monkeypatch.setattr(data, "node_rank", lambda: 1)
+    with pytest.raises(CommandError, match=r"^a: no such folder of images on node 1; each node needs the data, copied"):
+        data.load_images("a", "train")
+
+
+def test_every_node_needs_the_same_training_images(monkeypatch):
+    options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
+    leaves = data.ImageSet("leaves", dead_leaves("train", 2, 30))
+    monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
+    assert data.load_sets(options, CPU)[0].count == 2
+    for count, pixels in ((1, 1800), (2, 1791)):
+        monkeypatch.setattr(data, "gather", lambda size, other=(count, pixels): [size, size, other])
+        with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
+            data.load_sets(options, CPU)
 
 
 FIVE = data.ImageSet("x", {name: Image.new("L", (1, 1), value) for value, name in enumerate("abcde")})
