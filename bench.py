@@ -2,8 +2,8 @@
 
 import json
 import multiprocessing
-import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +28,11 @@ from run import new_run
 from train import train_one_step
 from upscaler import TILE, Upscaler
 from utils import ArgumentParser, CommandError, run_command
+
+try:
+    import resource
+except ImportError:  # Windows, which has no fork, either
+    resource = None  # type: ignore[assignment]
 
 SIZES = (256, 512, 768)  # of the LR images, squares
 PHOTO = (3000, 4000)  # too large for the plain network
@@ -116,13 +121,18 @@ def in_child(job: Callable[[], T]) -> T:
 
 def once(make: Callable[[], Job]) -> tuple[float, float]:
     """HR megapixels per second of a warm job, and the MB that preparing and doing it takes."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_megabytes()
     job = make()
     job()
-    megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    megabytes = peak_megabytes() - before
     start = time.perf_counter()
     pixels = job()
     return pixels / (time.perf_counter() - start) / 1e6, megabytes
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has had. macOS counts bytes; Linux, KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def best_seconds(functions: dict[str, Callable[[], object]], repetitions: int = 30) -> dict[str, float]:
@@ -267,6 +277,8 @@ def main() -> None:
     if args.tricks:
         print(tricks_table())
         return
+    if resource is None:
+        raise CommandError("this table is measured on Linux and macOS only; --tricks works on Windows, too")
     if not Path(args.data).is_dir():
         raise CommandError(f"{args.data}: no such folder; `python data.py` downloads the training images")
     with tempfile.TemporaryDirectory() as temporary:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import download
 from dead_leaves import DEAD_LEAVES, dead_leaves
+from distributed import gather, node_rank
 from images import bicubic, list_images, read_hr, to_tensor
 from metrics import Psnr, psnr
 from model import HALO_LR, SCALE
@@ -79,7 +80,8 @@ def load_images(folder: str, role: str) -> ImageSet:
 def require_folder(folder: str) -> None:
     """Raise CommandError unless ``folder`` exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
-        raise CommandError(f"{folder}: no such folder of images")
+        where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
+        raise CommandError(f"{folder}: no such folder of images{where}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
@@ -237,12 +239,20 @@ class Atlas:
 
 
 def load_sets(options: Options) -> tuple[ImageSet, TestSet]:
-    """The training images, and the test set or else the held-out part of the training images."""
+    """The training images, and the test set or else the held-out part of the training images.
+
+    Raises
+    ------
+    CommandError if they cannot be read, or if the nodes have different training images
+    """
     training = load_images(options.train_data, "train")
     if options.hold_out:
         training, test = training.split(options.hold_out)
     else:
         test = load_images(options.test_data, "test")
+    sizes = [image.size for image in training.images.values()]
+    if any(other != sizes for other in gather(sizes)):  # the processes would draw different patches
+        raise CommandError(f"{options.train_data}: the nodes have different images; copy those of one to the others")
     return training, TestSet(test)
 
 

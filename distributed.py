@@ -1,4 +1,9 @@
-"""Several processes under torchrun. Without it, there is one process and these functions do nothing."""
+"""Several processes under torchrun. Without it, there is one process and these functions do nothing.
+
+Gradients are averaged by gloo, for GPUs too: NCCL waits for minutes when a process has died, and then ends
+the others without a checkpoint. DistributedDataParallel is not used, since it works on what `forward`
+computes, which folded.py bypasses, and on shares of equal size.
+"""
 
 import contextlib
 import os
@@ -23,17 +28,22 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def local_rank() -> int:
-    """The index of this process among those on its machine."""
+    """The index of this process among those on its node."""
     return int(os.environ["LOCAL_RANK"]) if rank_and_world_size()[1] > 1 else 0
 
 
+def node_rank() -> int:
+    """The index of this process's node, which is a machine."""
+    return int(os.environ["GROUP_RANK"]) if rank_and_world_size()[1] > 1 else 0
+
+
 @contextlib.contextmanager
-def process_group(backend: str, timeout: timedelta | None = None) -> Iterator[None]:
+def process_group(timeout: timedelta | None = None) -> Iterator[None]:
     """Connect the processes for as long as the context lasts."""
     if rank_and_world_size()[1] == 1:
         yield
         return
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group("gloo", timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: the other processes may be gone
 
@@ -78,8 +88,9 @@ def all_reduce_mean(tensors: list[Tensor], weight: float) -> None:
     """
     if rank_and_world_size()[1] == 1:
         return
-    total = torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight)
+    total = torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight).cpu()
     with report_lost_process():
         dist.all_reduce(total)
-    for tensor, mean in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+    means = total.to(tensors[0].device)
+    for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))

@@ -105,7 +105,7 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     conv3 : (5 * 3, 32, 5, 9), five neighbouring pixels with values from 0 to 255
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
-    kernel = bicubic_kernel().to(conv1.weight)
+    kernel = bicubic_kernel(conv1.weight.device).to(conv1.weight.dtype)
     weight1 = (kernel @ conv1.weight @ kernel.T / 255).view(
         64, 3, 3, 7, 3, 7
     )  # output, colour, row: 3, 7, column: 3, 7
@@ -126,9 +126,9 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-@lru_cache
-def bicubic_kernel() -> Tensor:
-    """Bicubic interpolation by 3 as a matrix of shape (3 * 7, 9).
+@lru_cache  # for each device, since a copy at each step would wait for the GPU
+def bicubic_kernel(device: torch.device) -> Tensor:
+    """Bicubic interpolation by 3 as a float64 matrix of shape (3 * 7, 9).
 
     The 9x9 window of each of the 3 HR pixels in an LR pixel is interpolated from that LR pixel and its
     3 neighbours on each side.
@@ -136,7 +136,7 @@ def bicubic_kernel() -> Tensor:
     with torch.inference_mode(False):  # the cached tensor serves training, too
         impulses = F.pad(torch.eye(7, dtype=torch.float64), (6, 6)).view(7, 1, 19, 1).expand(7, 1, 19, 5)
         response = bicubic_x3(impulses)[:, 0, 17:28, 0]  # (7, 11)
-        return response.unfold(1, 9, 1).transpose(0, 1).reshape(21, 9)
+        return response.unfold(1, 9, 1).transpose(0, 1).reshape(21, 9).to(device)
 
 
 # ------------------------------------------------------------------- steps of the network
@@ -161,7 +161,8 @@ def windows(pixels: Tensor) -> Tensor:
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
     """Convolution of images with their channels last, (N, h, w, C)."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, (1, stride)).permute(0, 2, 3, 1)
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, (1, stride))
+    return x.permute(0, 2, 3, 1).contiguous()  # which it is already, except on GPUs without cuDNN
 
 
 def relu(x: Tensor) -> Tensor:

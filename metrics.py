@@ -130,7 +130,7 @@ def table(report: Report) -> str:
     rows = list(report.images.items())
     if len(rows) > 1:
         rows.append((f"{report.set} mean", report.mean))
-    width = max(len(printable(name)) for name, _ in rows)
+    width = min(max(len(printable(name)) for name, _ in rows), 80)
     lines = [f"{'':{width}}      bicubic Y / RGB        SRCNN Y / RGB            gain"]
     for name, row in rows:
         bicubic, srcnn = (f"{psnr.y:7.3f} / {psnr.rgb:6.3f} dB" for psnr in row)

@@ -3,6 +3,7 @@ patches, initial weights, optimizer, loss and learning-rate schedule; train.py h
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from model import SRCNN
 from optim import Adam, WhitenedAdam, cosine_schedule, whiten_filters, whitening_matrix
 
 Patches = TrainSet | GridPatches
-COLOURS = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3)  # a grid over the RGB cube, (729, 3)
 
 
 class DefaultRecipe:
@@ -43,15 +43,21 @@ class DefaultRecipe:
         return F.mse_loss(output.float().clamp(0, 255), hr.float()) / 255**2
 
     def penalty(self, model: SRCNN) -> Tensor:
-        """Ten times the mean squared error on plain areas of COLOURS.
+        """Ten times the mean squared error on plain areas of a grid of colours.
 
         The few training images show few colours, and what the network makes of the others would drift.
         """
-        colours = COLOURS.to(model.conv1.weight.device)
+        colours = colour_grid(model.conv1.weight.device)
         return 10 * F.mse_loss(model.dc_response(colours), colours)
 
     def learning_rate(self, peak: float, step: float, total: int) -> float:
         return cosine_schedule(peak, step, total)
+
+
+@lru_cache  # since a copy at each step would wait for the GPU
+def colour_grid(device: torch.device) -> Tensor:
+    """A grid over the RGB cube, (729, 3)."""
+    return torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).to(device)
 
 
 class AssignmentRecipe:

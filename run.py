@@ -117,7 +117,10 @@ def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dty
 
 @contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all."""
+    """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all.
+
+    On Windows nothing is locked.
+    """
     if rank_and_world_size()[0]:
         yield
         return

@@ -187,7 +187,7 @@ def main() -> None:
             if alone:
                 raise
             failures.append(describe_error(error))
-    with process_group("gloo", timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
+    with process_group(timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
         shares = gather((rows, failures))
     if rank == 0:
         summarize(shares, args.ground_truth, len(jobs))

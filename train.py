@@ -35,7 +35,7 @@ from checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoi
 from course import course_psnr
 from data import TestSet, default_folder, find_data, load_images, load_sets
 from dead_leaves import caution
-from device import dtype_name, keep_memory, select_device, select_dtype
+from device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
 from distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
 from images import to_tensor
 from info import info
@@ -63,6 +63,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
     print(f"epoch {run.epoch:3}/{options.num_epoch}  {summary(report)}", flush=True)
     log_folder = output / "runs" / run.id if rank == 0 else None
     keep_memory()
+    torch.backends.cudnn.benchmark = True  # pays where shapes repeat, which upscaling does not promise
     if rank == 0:
         keep_other_checkpoints(output, run)
         save_checkpoint(run.checkpoint(), output / "checkpoint.last")
@@ -253,10 +254,10 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
     rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
     if resumed and resumed.training and "precision" not in given:  # resuming exactly takes the same arithmetic
-        precision = resumed.training.precision
+        precision = resumed_precision(precision, resumed.training.precision, device)
     check_options(options, world_size)
     warn_if_unsigned(rank)
-    with process_group("nccl" if args.cuda else "gloo"), exclusive(args.output):
+    with process_group(), exclusive(args.output):
         if rank == 0:
             options = find_data(options, given, fresh=resumed is None)
         options, dtype = broadcast((options, select_dtype(precision, device)))

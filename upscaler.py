@@ -14,6 +14,7 @@ from tqdm import tqdm
 from folded import Folded, FoldedBf16
 from images import bicubic
 from model import HALO_LR, SCALE, SRCNN, crop
+from utils import is_out_of_memory
 
 # Side of a tile in LR pixels. On a CPU its features, 5 or 11 MB, are about what the caches hold.
 TILE = {"cpu": 66, "cuda": 256}
@@ -28,7 +29,7 @@ class Upscaler:
     ----------
     model : SRCNN, on the device to compute on
     dtype : torch.float32 or torch.bfloat16; gray images of 16 bits are computed in float32 all the same
-    tile : side of a tile in LR pixels; TILE of the device by default. It is halved whenever a GPU runs out of memory.
+    tile : side of a tile in LR pixels; TILE of the device by default. It is halved whenever memory runs out.
     self_ensemble : take the mean over the eight flips and rotations, at eight times the cost
     """
 
@@ -66,10 +67,11 @@ class Upscaler:
         while True:
             try:
                 return self.upscale(lr, label)
-            except torch.OutOfMemoryError:
-                if self.tile == 1:
+            except RuntimeError as error:
+                if self.tile == 1 or not is_out_of_memory(error):
                     raise
                 self.tile //= 2
+                torch.cuda.empty_cache()  # cuDNN and cuBLAS also take memory that PyTorch does not manage
 
     @torch.inference_mode()
     def upscale(self, lr: Image.Image, label: str) -> Image.Image:
@@ -95,12 +97,12 @@ class Upscaler:
         if has_alpha(mode):
             tile = crop(unbleed(tile[:, :-1], tile[:, -1:]), FILL)
         channels = tile.shape[1]
-        lr = tile.expand(-1, 3, -1, -1).to(self.device)  # (1, 3, h + 8, w + 8)
+        lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 8, w + 8)
         network = self.exact if mode == "I;16" else self.network
         sr = (eightfold(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
         values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (3h, 3w, 3) or (3h, 3w)
         if mode == "I;16":
-            return Image.fromarray((257 * values).round_().cpu().numpy().astype(np.uint16))
+            return Image.fromarray((257 * values).round_().to(torch.uint16).cpu().numpy())
         return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
 
 

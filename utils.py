@@ -97,9 +97,19 @@ def describe_error(error: Exception) -> str:
     """One line for the user. Raises the error again if it is a bug of ours."""
     if isinstance(error, CommandError | OSError):
         return printable(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --patch-size or --tile, or a smaller image"
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a lack of memory, of the CPU's or of a GPU's, is the reason of an error.
+
+    cuDNN, when it has no room to work in, only says that it found no way to compute, and cuBLAS fails to start.
+    """
+    reasons = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
+    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks_memory or (isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons))
 
 
 def warn(message: str) -> None:

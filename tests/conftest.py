@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import ROOT, content
 
-import device
 import download
 import super_resolve
 import train
@@ -64,16 +63,9 @@ def cli(monkeypatch, capfd):
     return call
 
 
-@pytest.fixture(scope="session")
-def bf16_is_fast():
-    """Timed once, since tests that run at the same time disturb it."""
-    return device.bf16_is_fast(torch.device("cpu"))
-
-
 @pytest.fixture
-def train_small(cli, photos, monkeypatch, bf16_is_fast):
+def train_small(cli, photos):
     """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 by default."""
-    monkeypatch.setattr(device, "bf16_is_fast", lambda device: bf16_is_fast)
 
     def call(*args, command=("train",)):
         quick = ("--num-epoch=2", "--batch-size=4", "--patch-size=48") if command == ("train",) else ()

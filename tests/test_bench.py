@@ -2,6 +2,7 @@ import itertools
 import json
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_a_wrong_folder_that_another_process_finds_out_is_an_error():
     Image.new("RGB", (20, 20)).save("tiny/a.png")
     with pytest.raises(CommandError, match="tiny: no image holds a patch of 33x33"):
         bench.in_child(bench.steps(Path("tiny"), "assignment", torch.float32))
+
+
+def test_memory_is_counted_in_the_units_of_the_system(monkeypatch):
+    here = bench.peak_megabytes()
+    assert 100 < here < 20_000  # of PyTorch alone
+    for platform, divisor in (("linux", 1), ("darwin", 1024)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert here <= divisor * bench.peak_megabytes() <= 1.1 * here
+
+
+def test_on_windows_only_the_tricks_are_measured(monkeypatch):
+    monkeypatch.setattr(bench, "resource", None)
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    with pytest.raises(CommandError, match="on Linux and macOS only"):
+        bench.main()
 
 
 def test_a_killed_measurement_is_an_error():

@@ -7,8 +7,10 @@ from helpers import dihedral
 from PIL import Image
 
 import data
+from dead_leaves import dead_leaves
 from images import bicubic, to_image, to_tensor
 from metrics import psnr
+from options import Options
 from utils import CommandError
 
 CPU = torch.device("cpu")
@@ -22,7 +24,7 @@ def test_the_published_sets_are_known_by_their_content(real_data, tmp_path):
     (renamed / "._baby_GT.bmp").write_text("what macOS leaves behind is not read")
     set5 = data.load_images("elsewhere", "test")
     assert (set5.name, list(set5.images)) == ("Set5", ["baby", "bird", "butterfly", "head", "woman"])
-    Image.new("RGB", (9, 9)).save(renamed / "extra.png")
+    Image.new("RGB", (9, 9)).save(renamed / "extra_GT.png")
     assert data.load_images("elsewhere", "test").name == "elsewhere"
 
 
@@ -60,6 +62,23 @@ def test_bad_folders_are_named():
             data.load_images(folder, "train")
     with pytest.raises(CommandError, match=r"^small/a\.png: 8x20 pixels are too few; the minimum is 9x9$"):
         data.load_images("small", "train")
+
+
+def test_another_node_is_told_that_it_needs_the_data(monkeypatch):
+    monkeypatch.setattr(data, "node_rank", lambda: 1)
+    with pytest.raises(CommandError, match=r"^a: no such folder of images on node 1; each node needs the data, copied"):
+        data.load_images("a", "train")
+
+
+def test_every_node_needs_the_same_training_images(monkeypatch):
+    options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
+    leaves = data.ImageSet("leaves", dead_leaves("train", 2, 30))
+    monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
+    assert data.load_sets(options)[0] == leaves
+    for other in ([(30, 30)], [(30, 30), (30, 29)]):
+        monkeypatch.setattr(data, "gather", lambda sizes, other=other: [sizes, sizes, other])
+        with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
+            data.load_sets(options)
 
 
 FIVE = data.ImageSet("x", {name: Image.new("L", (1, 1), value) for value, name in enumerate("abcde")})

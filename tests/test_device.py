@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_cuda import emulated
 from helpers import ROOT, trained_model
 
 import device
-from device import bf16_is_fast, select_device, select_dtype
+from device import bf16_is_fast, resumed_precision, select_device, select_dtype
 from utils import CommandError
 
 CPU = torch.device("cpu")
@@ -26,10 +27,39 @@ def carried_by_other_channels():
     return model
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.8, 0.9, 4.0])
-def test_bf16_is_fast_where_it_takes_distinctly_less_time(monkeypatch, ratio):
-    monkeypatch.setattr(device, "convolution_seconds", {torch.float32: 1.0, torch.bfloat16: ratio}.get)
-    assert bf16_is_fast(CPU) is (ratio < 0.85)
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="of Linux")
+def test_bf16_is_fast_where_the_processor_has_it():
+    assert bf16_is_fast(CPU) is ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
+
+
+def test_bf16_is_not_fast_where_pytorch_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert bf16_is_fast(CPU) is False
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_bf16_is_fast_on_gpus_from_8_0_on(monkeypatch, capability, fast):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert bf16_is_fast(torch.device("cuda")) is fast
+
+
+@pytest.mark.parametrize(
+    ("option", "recorded", "fast", "taken"),
+    [
+        ("auto", "bf16", True, "bf16"),
+        ("auto", "bf16", False, "fp32"),
+        ("auto", "fp32", True, "fp32"),
+        ("bf16", "bf16", False, "bf16"),  # which select_dtype refuses
+        ("fp32", "fp32", True, "fp32"),
+    ],
+)
+def test_a_resume_takes_the_recorded_precision_if_the_device_is_fast_at_it(
+    monkeypatch, capsys, option, recorded, fast, taken
+):
+    monkeypatch.setattr(device, "bf16_is_fast", lambda device: fast)
+    assert resumed_precision(option, recorded, torch.device("cuda")) == taken
+    out = "continuing in fp32, since bf16, used so far, is not faster on this device\n"
+    assert capsys.readouterr().out == (out if taken != recorded else "")
 
 
 @pytest.mark.parametrize(
@@ -54,24 +84,35 @@ def test_bf16_where_it_is_not_faster_is_refused(monkeypatch):
         select_dtype("bf16", CPU)
 
 
-def test_timing_leaves_the_number_of_threads_as_it_was():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    bf16_is_fast(CPU)
-    assert torch.get_num_threads() == threads + 1
-    torch.set_num_threads(threads)
-
-
-def test_convolutions_are_never_rounded_to_tf32():
-    torch.backends.cudnn.allow_tf32 = True
+def test_convolutions_are_never_rounded_to_tf32_nor_timed():
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, False
     assert select_device(cuda=False) == CPU
     assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_a_missing_gpu_is_named():
     with pytest.raises(CommandError, match="no CUDA device was found; run without --cuda"):
         select_device(cuda=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_a_gpu_without_a_driver_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as where the driver is too old
+    with pytest.raises(CommandError, match=r"^PyTorch cannot use the GPU: [^\n]+; run without --cuda$"):
+        select_device(cuda=True)
+
+
+def test_a_gpu_that_fails_at_a_small_kernel_is_one_line(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+    with emulated():
+        assert select_device(cuda=True) == torch.device("cuda")
+        monkeypatch.setattr(torch.nn.functional, "conv2d", fail)
+        with pytest.raises(CommandError, match=r"GPU: CUDA error: no kernel image [\w ]+; run without --cuda$"):
+            select_device(cuda=True)
 
 
 @pytest.mark.skipif(

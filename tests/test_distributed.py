@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_one_line, load, weights
 
-from distributed import all_reduce_mean, broadcast, gather, local_rank, rank_and_world_size
+from distributed import all_reduce_mean, broadcast, gather, local_rank, node_rank, rank_and_world_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -23,15 +23,15 @@ def torchrun(script, *arguments):
 
 @pytest.fixture
 def ranked(monkeypatch):
-    """The environment of rank 1 of 3, as torchrun and other launchers set it."""
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 3}.items():
+    """The environment of rank 3 of 4, the second process of the second node, as torchrun and other launchers set it."""
+    for name, value in {"RANK": 3, "LOCAL_RANK": 1, "GROUP_RANK": 1, "WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
 
 
 def test_only_torchrun_makes_several_processes(ranked, monkeypatch):
-    assert (rank_and_world_size(), local_rank()) == ((0, 1), 0)
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((0, 1), 0, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert (rank_and_world_size(), local_rank()) == ((1, 3), 1)
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((3, 4), 1, 1)
 
 
 def test_one_process_has_all_values():
@@ -45,7 +45,7 @@ def test_two_processes_combine_their_values():
         import sys; sys.path.insert(0, "{ROOT}")
         import torch
         from distributed import *
-        with process_group("gloo"):
+        with process_group():
             rank = rank_and_world_size()[0]
             a, b = torch.tensor([1.0, 2.0]) + rank, torch.full((1, 2), 8.0 * rank)
             all_reduce_mean([a, b], (0.75, 0.25)[rank])
@@ -60,7 +60,7 @@ def test_every_process_needs_a_patch(ranked, monkeypatch, train_small):
     monkeypatch.setenv("RANK", "0")
     status, _, err = train_small("--batch-size=2")
     assert status == 1
-    assert_one_line(err, "a batch of 2 is too small for 3 processes")
+    assert_one_line(err, "a batch of 2 is too small for 4 processes")
 
 
 def test_two_processes_train_as_one_does(photos, train_small):

@@ -45,6 +45,24 @@ def test_gradients_flow_through_the_folding():
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
 
 
+@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
+    """As on GPUs without cuDNN. The output and the gradients stay the same."""
+    lr, conv2d, outputs, gradients = noise(2, 3, 15, 19), F.conv2d, [], []
+    for layout in (torch.channels_last, torch.contiguous_format):
+
+        def conv(*args, layout=layout):
+            return conv2d(*args).contiguous(memory_format=layout)
+
+        monkeypatch.setattr(F, "conv2d", conv)
+        model = trained_model().requires_grad_(network is Folded)
+        outputs.append(network(model)(lr))
+        if outputs[-1].requires_grad:
+            gradients.append(torch.autograd.grad(outputs[-1].square().mean(), list(model.parameters())))
+    assert torch.equal(*outputs)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*gradients, strict=True))
+
+
 @torch.inference_mode()
 def differences(network, lr):
     """Between a network and float32, in levels of 8 bits, per pixel."""

@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints: each is refused in one line, soon, and nothing in it runs."""
 
+import codecs
 import collections
 import io
 import math
@@ -62,6 +63,24 @@ def with_member(name, data):
     return buffer.getvalue()
 
 
+def commented(archive):
+    """An archive whose comment ends like an archive, so that Python's zipfile does not take it for one."""
+    assert archive[-2:] == b"\0\0"  # the length of the comment
+    return archive[:-2] + b"\4\0PK\5\6"
+
+
+def encoded():
+    thing = "x" * 2**10
+    for _ in range(14):  # each doubles its length
+        thing = Call(codecs.encode, Call(codecs.decode, thing, "latin-1"), "hex")
+    return content(extra=thing)
+
+
+def hiding(mapping):
+    mapping.get = mapping.values = nested()
+    return mapping
+
+
 def shortened():
     """A checkpoint whose tensors have less memory than values."""
     result = io.BytesIO()
@@ -98,8 +117,14 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
         "a model": SRCNN,
         "another class": lambda: content(extra=Extra()),
         "another class in a course's": lambda: course_content(info=Extra()),
+        "a set": lambda: content(extra={1, 2}),
+        "a counter": lambda: content(extra=collections.Counter("a")),
+        "a size": lambda: content(extra=torch.Size([1])),
+        "text encoded again and again": encoded,
+        "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
         "TorchScript": lambda: with_member("constants.pkl", b""),
         "a zip bomb": lambda: with_member("data/99", bytes(2**28)),
+        "a zip bomb that only PyTorch unpacks": lambda: commented(with_member("data/99", bytes(2**28))),
         "a tensor said to have 10^12 values": lambda: declared(10**12),
         "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
         "a huge number": lambda: changed("args", {"lr": 10**5000}),
@@ -108,6 +133,9 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
         "a bias before its memory": lambda: placed(-1, 1),
         "a bias with strides beyond its memory": lambda: placed(0, 2**40),
         "a bias with negative strides": lambda: placed(31, -1),
+        "a quantized bias": lambda: changed(
+            "conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)
+        ),
         "less memory than values": shortened,
         "text": lambda: b"not a checkpoint",
         "an empty file": lambda: b"",
@@ -120,6 +148,10 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
         "a number": lambda: 5,
         "no model": lambda: content(model=None),
         "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
+        "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
+        "methods hidden by attributes in a course's": lambda: course_content(
+            model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
+        ),
         "itself": lambda: changed("history", endless()),
     },
     "it is too large": {"a large file": lambda: bytes(MAX_BYTES + 1)},
@@ -128,9 +160,6 @@ FILES = {  # by the reason of the refusal: functions that make the content of a 
     "its model has other layers than SRCNN": {
         "a layer missing": lambda: changed("conv3.bias", None),
         "further layers": lambda: changed("conv4.bias", torch.zeros(3)),
-    },
-    "conv2.bias is not an ordinary tensor": {
-        "quantized": lambda: changed("conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)),
     },
 }
 EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
@@ -143,8 +172,9 @@ PARTS = {  # wrong values of a part of a checkpoint
     ],
     ("conv1.bias", f"conv1.bias should have the shape [64], but it has [{2**50}]"): [torch.zeros(1).expand(2**50)],
     ("conv2.bias", "conv2.bias should have the shape [32], but it has [0]"): [torch.zeros(0)],
-    ("conv2.bias", "conv2.bias is not an ordinary tensor"): [
-        *(torch.zeros(32).to(dtype) for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn)),
+    ("conv2.bias", "conv2.bias is not an ordinary tensor"): [torch.zeros(32, dtype=torch.int64)],
+    ("conv2.bias", UNSAFE): [
+        *(torch.zeros(32).to(dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
         torch.zeros(32, device="meta"),
         torch.zeros(32).to_sparse(),
     ],
@@ -170,7 +200,8 @@ PARTS = {  # wrong values of a part of a checkpoint
     ("whiten", "whitening matrix has values that are not finite"): [EYE * math.inf],
     ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 3, 9, 9]"): [torch.zeros(64, 3, 9, 9)],
     ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 0]"): [torch.zeros(64, 0)],
-    ("exp_avg", "optimizer is not an ordinary tensor"): [torch.zeros(64, 243, dtype=torch.complex64)],
+    ("exp_avg", "optimizer is not an ordinary tensor"): [torch.zeros(64, 243, dtype=torch.int64)],
+    ("exp_avg", UNSAFE): [torch.zeros(64, 243, dtype=torch.complex64)],
     ("exp_avg", "optimizer has values that are not finite"): [torch.full((64, 243), math.nan)],
     ("exp_avg_sq", "its optimizer is damaged"): [torch.full((64, 243), -1.0)],
     ("step", "optimizer should have the shape [], but it has [5]"): [torch.zeros(5)],

@@ -66,7 +66,10 @@ def test_tiles_leave_no_seam_where_parts_are_transparent(mode, tile):
     assert_same(visible * sr, visible * whole)
 
 
-def test_too_little_memory_on_the_gpu_halves_the_tile(pictures):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("FIND was unable to find an engine")]
+)
+def test_too_little_memory_on_the_gpu_halves_the_tile(pictures, error):
     lr, _, model = pictures
     upscale, sides, largest = Upscaler(model, tile=20), [], 9
     network = upscale.network
@@ -74,7 +77,7 @@ def test_too_little_memory_on_the_gpu_halves_the_tile(pictures):
     def small_gpu(lr):
         sides.append(lr.shape[3] - 8)
         if sides[-1] > largest:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return network(lr)
 
     upscale.network = small_gpu
@@ -82,9 +85,23 @@ def test_too_little_memory_on_the_gpu_halves_the_tile(pictures):
         assert_same(upscale(lr), expected(model, lr))
     assert sides == [20, 10, *[5] * 72]
     largest = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         upscale(lr)
     assert sides[74:] == [5, 2, 1]
+
+
+def test_other_errors_are_not_tried_again(pictures):
+    lr, _, model = pictures
+    upscale, calls = Upscaler(model, tile=20), []
+
+    def broken(lr):
+        calls.append(lr)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    upscale.network = broken
+    with pytest.raises(RuntimeError, match="illegal"):
+        upscale(lr)
+    assert len(calls) == 1
 
 
 def test_memory_does_not_grow_with_the_image():

@@ -28,6 +28,7 @@ def test_text_from_elsewhere_cannot_steer_the_terminal(capsys):
         (MemoryError(), 1, "error: out of memory; use a smaller --batch-size"),
         (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; use a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory; use a smaller"),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), 1, "error: out of memory; use"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -44,12 +45,32 @@ def test_a_failure_is_one_line(capsys, problem, status, message):
     assert_one_line(err)
 
 
-def test_our_own_mistakes_keep_their_traceback():
+@pytest.mark.parametrize("text", ["a bug", "CUDA error: an illegal memory access was encountered"])
+def test_our_own_mistakes_keep_their_traceback(text):
     def main():
-        raise RuntimeError("a bug")
+        raise RuntimeError(text)
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match=text):
         run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error, lacks_memory):
+    assert utils.is_out_of_memory(error) is lacks_memory
 
 
 @pytest.mark.parametrize(
