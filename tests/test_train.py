@@ -91,7 +91,8 @@ def test_training_beats_bicubic(train_small, photos):
 
 
 def test_every_epoch_is_reported_in_one_line(train_small, photos):
-    _, out, _ = train_small()
+    status, out, err = train_small()
+    assert (status, err) == (0, "")
     assert not {"\r", "\x1b"} & set(out)  # without a terminal there is no bar
     found = load_checkpoint(Path("checkpoint.2")).training.report
     assert found.set == photos.name
