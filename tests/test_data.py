@@ -26,7 +26,7 @@ def test_the_published_sets_are_known_by_their_content(real_data, tmp_path):
     (renamed / "._baby_GT.bmp").write_text("what macOS leaves behind is not read")
     set5 = data.load_images("elsewhere", "test")
     assert (set5.name, list(set5.images)) == ("Set5", ["baby", "bird", "butterfly", "head", "woman"])
-    Image.new("RGB", (9, 9)).save(renamed / "extra.png")
+    Image.new("RGB", (9, 9)).save(renamed / "extra_GT.png")
     assert data.load_images("elsewhere", "test").name == "elsewhere"
 
 
@@ -76,11 +76,11 @@ def test_every_node_needs_the_same_training_images(monkeypatch):
     options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
     leaves = data.ImageSet("leaves", dead_leaves("train", 2, 30))
     monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
-    assert data.load_sets(options, CPU)[0].count == 2
-    for count, pixels in ((1, 1800), (2, 1791)):
-        monkeypatch.setattr(data, "gather", lambda size, other=(count, pixels): [size, size, other])
+    assert data.load_sets(options)[0] == leaves
+    for other in ([(30, 30)], [(30, 30), (30, 29)]):
+        monkeypatch.setattr(data, "gather", lambda sizes, other=other: [sizes, sizes, other])
         with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
-            data.load_sets(options, CPU)
+            data.load_sets(options)
 
 
 FIVE = data.ImageSet("x", {name: Image.new("L", (1, 1), value) for value, name in enumerate("abcde")})
