@@ -38,14 +38,6 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
-def image_examples(real_data):
-    """The course's LR, bicubic and ground-truth images, which are no part of the published sets."""
-    if not (real_data / "image_examples").is_dir():
-        pytest.skip(f"needs the course's image_examples in {real_data}")
-    return real_data / "image_examples"
-
-
-@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder with a small training set: images of several sizes and formats, one smaller than a patch."""
     folder = tmp_path_factory.mktemp("photos")
@@ -94,9 +86,3 @@ def pictures(tmp_path):
     model.conv3.weight.data[range(3), range(3), 2, 2] = 0.9
     torch.save(content(model=model.state_dict()), tmp_path / "net")
     return lr, hr, model
-
-
-@pytest.fixture(scope="session")
-def noise():
-    """A uint8 image of shape (3, 30, 36) with every value anywhere."""
-    return torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))

@@ -4,14 +4,16 @@ import argparse
 import io
 import os
 import re
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
 from info import Info
 from metrics import Psnr, Report, Row
 from model import SRCNN
@@ -20,8 +22,13 @@ from options import Options
 from run import Run
 
 ROOT = Path(__file__).parent.parent
-PYTHON = [sys.executable, "-u"]
 MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples of the fuzz tests, instead of the suite's few
+
+
+def run_python(code, *arguments):
+    """What this code prints in a process of its own, where nothing but it takes memory."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.check_output(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200)
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -56,8 +63,15 @@ def weights(path):
 
 
 def same(a, b):
-    """Whether two state_dicts are equal to the last bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    """Whether two checkpoints, or parts of them, are equal, their tensors to the last bit."""
+    return bits(a) == bits(b)
+
+
+def bits(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy(force=True).tobytes()
+    value = vars(value) if isinstance(value, Checkpoint | TrainingState) else value
+    return {key: bits(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 class Call:
@@ -87,7 +101,7 @@ def random_model(seed=0):
 
 def trained_model(path=ROOT / "checkpoint.pth"):
     model = SRCNN().requires_grad_(False)
-    model.load_state_dict(load_checkpoint(path).model)
+    model.load_state_dict(load_checkpoint(Path(path)).model)
     return model
 
 
@@ -157,13 +171,19 @@ def trained_checkpoint():
     return run.checkpoint()
 
 
-def trained_content(**changes):
-    """The content of that checkpoint's file."""
+@cache
+def trained_file():
+    """That checkpoint's file, as bytes."""
     path = Path("trained.tmp")
     save_checkpoint(trained_checkpoint(), path)
-    saved = load(path)
+    data = path.read_bytes()
     path.unlink()
-    return saved | changes
+    return data
+
+
+def trained_content(**changes):
+    """The content of that file."""
+    return load(io.BytesIO(trained_file())) | changes
 
 
 # ---------------------------------------------------------------------------------- images

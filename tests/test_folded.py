@@ -63,9 +63,6 @@ def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*gradients, strict=True))
 
 
-# ---------------------------------------------------------------------------------- bfloat16
-
-
 @torch.inference_mode()
 def differences(network, lr):
     """Between a network and float32, in levels of 8 bits, per pixel."""

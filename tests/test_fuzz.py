@@ -1,15 +1,15 @@
 """Whatever the arguments and whatever the damage: a result, or one clear line. SRCNN_FUZZ=1000 for more examples."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MORE, assert_one_line, trained_content
+from helpers import MORE, trained_content, trained_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import load_checkpoint
+from inspection import describe, to_json
 from utils import CommandError
 
 
@@ -59,13 +59,23 @@ def test_arguments_end_in_a_result_or_in_one_clear_line(cli, pictures, monkeypat
     assert all(line.isprintable() for line in lines)
 
 
+def check_loading(path):
+    """A checkpoint is refused, or it can be used and shown."""
+    try:
+        found = load_checkpoint(path)
+    except CommandError:  # and nothing else
+        return
+    report = found.training and found.training.report
+    assert all(tensor.isfinite().all() for tensor in found.model.values())
+    assert all(line.isprintable() for line in describe(path, found, report).splitlines())
+    assert to_json(found, report)
+
+
 @fuzz(200)
 @given(data=st.data())
 def test_damaged_checkpoints_load_or_are_refused(data):
     """Bits are flipped, the end is cut off."""
-    if not Path("good").exists():
-        torch.save(trained_content(), "good")
-    content = bytearray(Path("good").read_bytes())
+    content = bytearray(trained_file())
     # Most of the bytes are weights: half of the damage is to what stands around them.
     edges = st.integers(0, 6000) | st.integers(len(content) - 6000, len(content) - 1) | st.integers(0, len(content) - 1)
     for place in data.draw(st.lists(edges, min_size=1, max_size=6)):
@@ -73,8 +83,7 @@ def test_damaged_checkpoints_load_or_are_refused(data):
     if data.draw(st.booleans()):
         content = content[: data.draw(edges)]
     Path("x").write_bytes(content)
-    with contextlib.suppress(CommandError):  # and nothing else
-        assert all(tensor.isfinite().all() for tensor in load_checkpoint(Path("x")).model.values())
+    check_loading(Path("x"))
 
 
 VALUES = st.recursive(
@@ -99,7 +108,7 @@ def places(content):
 
 @fuzz(100)
 @given(data=st.data())
-def test_checkpoints_of_anything_load_or_are_refused_by_every_command(cli, pictures, data):
+def test_checkpoints_of_anything_load_or_are_refused(data):
     """Parts are replaced by values of any type."""
     content = trained_content()
     for _ in range(data.draw(st.integers(1, 2))):
@@ -107,12 +116,4 @@ def test_checkpoints_of_anything_load_or_are_refused_by_every_command(cli, pictu
         dictionary, key = found[data.draw(st.integers(0, len(found) - 1))]
         dictionary[key] = data.draw(VALUES)
     torch.save(content, "x")
-    outcomes = set()
-    for command in ("inspect x", "inspect --json x"):
-        status, _, err = cli("train.py", *command.split())
-        outcomes.add(status)
-        if status:
-            assert_one_line(err, "error: x: not a valid SRCNN checkpoint")
-        else:
-            assert err == ""
-    assert outcomes in ({0}, {1})
+    check_loading(Path("x"))

@@ -6,15 +6,14 @@ import io
 import math
 import os
 import pickle
-import subprocess
-import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, RUN, Call, assert_one_line, content, course_content, trained_content
+from helpers import RUN, Call, assert_one_line, content, course_content, run_python, trained_content, trained_file
 
 from checkpoints import MAX_BYTES, load_checkpoint
 from model import SRCNN
@@ -31,16 +30,15 @@ def stored(content, **options):
     return buffer.getvalue()
 
 
-def model(name, tensor):
-    return content(model=SRCNN().state_dict() | {name: tensor})
-
-
-def trained(name, value):
-    """A checkpoint with an optimizer's state in which this part is replaced."""
+def changed(part, value):
+    """The content of a trained checkpoint with this value in place of a part; None leaves it out."""
     saved = trained_content()
-    first = saved["optimizer"]["state"][0]
-    places = {"step": first, "exp_avg": first, "exp_avg_sq": first, "whiten": saved["optimizer"], "lr": saved["args"]}
-    places.get(name, saved)[name] = value
+    optimizer = saved["optimizer"]
+    places = [saved["model"]] if part.startswith("conv") else [optimizer["state"][0], optimizer, saved]
+    place = next((place for place in places if part in place), places[-1])
+    place[part] = value
+    if value is None:
+        del place[part]
     return saved
 
 
@@ -57,15 +55,11 @@ def endless():
     return thing
 
 
-def bomb():
-    """A checkpoint with 256 MB of zeros in 256 kB."""
-    buffer = io.BytesIO(stored(content()))
-    with (
-        zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("archive/data/99", "w", force_zip64=True) as member,
-    ):
-        for _ in range(2**8):
-            member.write(bytes(2**20))
+def with_member(name, data):
+    """A checkpoint with something more in its archive, packed."""
+    buffer = io.BytesIO(trained_file())
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(archive.namelist()[0].split("/")[0] + "/" + name, data)
     return buffer.getvalue()
 
 
@@ -106,198 +100,170 @@ def placed(offset, stride):
     """A bias whose 32 values lie at these places of a memory of 32 values."""
     storage = torch.zeros(32).storage()
     arguments = (storage, offset, (32,), (stride,), False, collections.OrderedDict())
-    return model("conv2.bias", Call(torch._utils._rebuild_tensor_v2, *arguments))
+    return changed("conv2.bias", Call(torch._utils._rebuild_tensor_v2, *arguments))
 
 
-def script():
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.ReLU()), buffer)
-    return buffer.getvalue()
-
-
-HOSTILE = {  # each a function that makes the content of a file, as bytes or for torch.save
-    # What would run
-    "os.system": lambda: content(model=RUN),
-    "os.system elsewhere": lambda: content(extra=RUN),
-    "os.system in a course's": lambda: course_content(opt=RUN),
-    "eval": lambda: content(args=Call(eval, "__import__('os').system('touch was-run')")),
-    "exec": lambda: content(args=Call(exec, "import os; os.system('touch was-run')")),
-    "subprocess": lambda: content(info=Call(subprocess.Popen, ["touch", "was-run"])),
-    "open": lambda: content(info=Call(open, "was-run", "w")),
-    "getattr": lambda: content(info=Call(getattr, Call(__import__, "os"), "system")),
-    "torch.load": lambda: content(optimizer=Call(torch.load, "other", None, None)),
-    "torch.hub": lambda: content(optimizer=Call(torch.hub.load, "a/b", "c")),
-    "torch's compiler": lambda: content(optimizer=Call(torch.compile, RUN)),
-    "a bare pickle": lambda: pickle.dumps(RUN),
-    "a bare pickle of protocol 0": lambda: pickle.dumps(RUN, 0),
-    "the old format": lambda: stored(content(model=RUN), _use_new_zipfile_serialization=False),
-    # Other classes
-    "a module": lambda: torch.nn.Conv2d(3, 3, 3),
-    "a model": lambda: SRCNN(),
-    "another class": lambda: content(extra=Extra()),
-    "another class in a course's": lambda: course_content(info=Extra()),
-    "TorchScript": script,
-    # What takes memory or time
-    "a zip bomb": bomb,
-    "a large file": lambda: bytes(MAX_BYTES + 1),
-    "a tensor said to have 10^12 values": lambda: declared(10**12),
-    "a zip bomb that only PyTorch unpacks": lambda: commented(bomb()),
-    "text encoded again and again": encoded,
-    "a set": lambda: content(extra={1, 2}),
-    "a counter": lambda: content(extra=collections.Counter("a")),
-    "a size": lambda: content(extra=torch.Size([1])),
-    "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
-    "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
-    "methods hidden by attributes in a course's": lambda: course_content(
-        model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
-    ),
-    "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
-    "2^60 references": lambda: content(args={"lr": nested()}),
-    "2^60 references as names": lambda: trained("report", {"set": "x", "images": {str(i): nested() for i in range(9)}}),
-    "2^60 references as history": lambda: trained("history", nested()),
-    "itself": lambda: trained("history", endless()),
-    "a huge string": lambda: content(info={"name": "\x1b[2J" * 10**6}),
-    "a string many times": lambda: trained("report", ["x" * 999] * 9_000),
-    "a huge number": lambda: content(args={"lr": 10**5000}),
-    # Not of a training of this network
-    "a list": lambda: [1, 2, 3],
-    "a number": lambda: 5,
-    "no model": lambda: content(model=None),
-    "a layer missing": lambda: content(model=dict(list(SRCNN().state_dict().items())[:5])),
-    "further layers": lambda: model("conv4.bias", torch.zeros(3)),
-    "another shape": lambda: model("conv1.weight", torch.zeros(64, 1, 9, 9)),
-    "args that are no dict": lambda: content(args=[1]),
-    "no args": lambda: content(args=None),
-    "a negative batch size": lambda: content(args={"batch_size": -4}),
-    "a tensor as an option": lambda: content(args={"lr": torch.zeros(5)}),
-    "an option of text": lambda: content(args={"lr": "\x1b[31m"}),
-    "an option of a list": lambda: content(args={"lr": [1]}),
-    "an optimizer of text": lambda: content(optimizer="whiten"),
-    "no epoch": lambda: content(epoch=None),
-    "a huge epoch": lambda: content(epoch=10**400),
-    "an absurd epoch": lambda: content(epoch=2**40),
-    "a negative epoch": lambda: content(epoch=-1),
-    "an epoch of text": lambda: content(epoch="3"),
-    "a PSNR of text": lambda: content(psnr="high"),
-    # Tensors
-    "a shape of 2^50": lambda: model("conv1.bias", torch.zeros(1).expand(2**50)),
-    "int64": lambda: model("conv2.bias", torch.zeros(32, dtype=torch.int64)),
-    "complex": lambda: model("conv2.bias", torch.zeros(32, dtype=torch.complex64)),
-    "float8": lambda: model("conv2.bias", torch.zeros(32).to(torch.float8_e4m3fn)),
-    "NaN": lambda: model("conv2.bias", torch.full((32,), math.nan)),
-    "infinity": lambda: model("conv2.bias", torch.full((32,), math.inf)),
-    "beyond float32": lambda: model("conv2.bias", torch.full((32,), 1e300, dtype=torch.float64)),
-    "meta": lambda: model("conv2.bias", torch.zeros(32, device="meta")),
-    "sparse": lambda: model("conv2.bias", torch.zeros(32).to_sparse()),
-    "quantized": lambda: model("conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)),
-    "zero-sized": lambda: model("conv2.bias", torch.zeros(0)),
-    "no rows": lambda: model("conv1.weight", torch.zeros(0, 3, 9, 9)),
-    "beyond its memory": lambda: placed(1, 1),
-    "far from its memory": lambda: placed(2**40, 1),
-    "before its memory": lambda: placed(-1, 1),
-    "with strides beyond its memory": lambda: placed(0, 2**40),
-    "with negative strides": lambda: placed(31, -1),
-    "with less memory than values": shortened,
-    # The optimizer's state and what belongs to it
-    "no whitening matrix": lambda: trained("whiten", "x"),
-    "infinity in the whitening matrix": lambda: trained("whiten", torch.full((243, 243), math.inf)),
-    "zero-sized whitening matrix": lambda: trained("whiten", torch.zeros(0, 243)),
-    "moments of other parameters": lambda: trained("optimizer", {"whiten": torch.eye(243), "state": {0: 7}}),
-    "tensors in place of moments": lambda: trained(
-        "optimizer", {"whiten": torch.eye(243), "state": {i: torch.zeros(9) for i in range(6)}}
-    ),
-    "a moment of another shape": lambda: trained("exp_avg", torch.zeros(64, 3, 9, 9)),
-    "a zero-sized moment": lambda: trained("exp_avg", torch.zeros(64, 0)),
-    "a complex moment": lambda: trained("exp_avg", torch.zeros(64, 243, dtype=torch.complex64)),
-    "NaN in a moment": lambda: trained("exp_avg", torch.full((64, 243), math.nan)),
-    "a negative second moment": lambda: trained("exp_avg_sq", torch.full((64, 243), -1.0)),
-    "five steps": lambda: trained("step", torch.zeros(5)),
-    "a negative step": lambda: trained("step", torch.tensor(-5.0)),
-    "a zero-sized step": lambda: trained("step", torch.zeros(0)),
-    "a short random state": lambda: trained("random_state", torch.zeros(3)),
-    "a zero-sized random state": lambda: trained("random_state", torch.zeros(0, dtype=torch.uint8)),
-    "a huge random state": lambda: trained("random_state", torch.zeros(1, dtype=torch.uint8).expand(2**32)),
-    "a random state of zeros": lambda: trained("random_state", torch.zeros(5056, dtype=torch.uint8)),
-    "a random state of ones": lambda: trained("random_state", torch.full((5056,), 255, dtype=torch.uint8)),
-    "a history that is none": lambda: trained("history", 3),
-    "a history of numbers": lambda: trained("history", [1]),
-    "a history of half pairs": lambda: trained("history", [[1]]),
-    "a history of epochs of text": lambda: trained("history", [["x", {}]]),
-    "a history of numbers as options": lambda: trained("history", [[1, 2]]),
-    "a history of zero as options": lambda: trained("history", [[1, 0]]),
-    "a history of lists as options": lambda: trained("history", [[1, {"lr": [[[]]]}]]),
-    "a run that is a number": lambda: trained("run", 5),
-    "a run that is a folder above": lambda: trained("run", ".."),
-    "a run elsewhere above": lambda: trained("run", "../../../elsewhere"),
-    "a run elsewhere": lambda: trained("run", "/tmp/elsewhere"),
-    "a run with a line break": lambda: trained("run", "x\n"),
-    "a long run": lambda: trained("run", "x" * 5000),
-    "a best of text": lambda: trained("best", "high"),
-    "a best that is NaN": lambda: trained("best", math.nan),
-    "no report": lambda: trained("report", None),
-    "a report of numbers": lambda: trained("report", {"images": 1}),
-    "a report of no images": lambda: trained("report", {"set": "x", "images": {}}),
-    "a long name in the report": lambda: trained("report", {"set": "x" * 5000, "images": {"a": {}}}),
-    # Files
-    "text": lambda: b"not a checkpoint",
-    "an empty file": lambda: b"",
-    "half of one": lambda: stored(content())[:50_000],
-    "an empty archive": lambda: b"PK\5\6" + bytes(18),
-    "a broken pickle": lambda: b"\x80\x04garbage",
+UNSAFE = "it is damaged or holds unsafe objects"
+FILES = {  # by the reason of the refusal: functions that make the content of a file, as bytes or for torch.save
+    UNSAFE: {
+        "os.system": lambda: content(model=RUN),
+        "os.system elsewhere": lambda: content(extra=RUN),
+        "os.system in a course's": lambda: course_content(opt=RUN),
+        "getattr": lambda: content(info=Call(getattr, Call(__import__, "os"), "system")),
+        "torch.load": lambda: content(optimizer=Call(torch.load, "other", None, None)),
+        "a bare pickle": lambda: pickle.dumps(RUN),
+        "a bare pickle of protocol 0": lambda: pickle.dumps(RUN, 0),
+        "the old format": lambda: stored(content(model=RUN), _use_new_zipfile_serialization=False),
+        "a model": SRCNN,
+        "another class": lambda: content(extra=Extra()),
+        "another class in a course's": lambda: course_content(info=Extra()),
+        "a set": lambda: content(extra={1, 2}),
+        "a counter": lambda: content(extra=collections.Counter("a")),
+        "a size": lambda: content(extra=torch.Size([1])),
+        "text encoded again and again": encoded,
+        "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
+        "TorchScript": lambda: with_member("constants.pkl", b""),
+        "a zip bomb": lambda: with_member("data/99", bytes(2**28)),
+        "a zip bomb that only PyTorch unpacks": lambda: commented(with_member("data/99", bytes(2**28))),
+        "a tensor said to have 10^12 values": lambda: declared(10**12),
+        "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
+        "a huge number": lambda: changed("args", {"lr": 10**5000}),
+        "a bias beyond its memory": lambda: placed(1, 1),
+        "a bias far from its memory": lambda: placed(2**40, 1),
+        "a bias before its memory": lambda: placed(-1, 1),
+        "a bias with strides beyond its memory": lambda: placed(0, 2**40),
+        "a bias with negative strides": lambda: placed(31, -1),
+        "a quantized bias": lambda: changed(
+            "conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)
+        ),
+        "less memory than values": shortened,
+        "text": lambda: b"not a checkpoint",
+        "an empty file": lambda: b"",
+        "half of one": lambda: trained_file()[:50_000],
+        "an empty archive": lambda: b"PK\5\6" + bytes(18),
+        "a broken pickle": lambda: b"\x80\x04garbage",
+    },
+    "": {
+        "a list": lambda: [1, 2, 3],
+        "a number": lambda: 5,
+        "no model": lambda: content(model=None),
+        "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
+        "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
+        "methods hidden by attributes in a course's": lambda: course_content(
+            model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
+        ),
+        "itself": lambda: changed("history", endless()),
+    },
+    "it is too large": {"a large file": lambda: bytes(MAX_BYTES + 1)},
+    "its lr is damaged": {"2^60 references": lambda: changed("args", {"lr": nested()})},
+    "its epoch is missing or damaged": {"2^60 references as history": lambda: changed("history", nested())},
+    "its model has other layers than SRCNN": {
+        "a layer missing": lambda: changed("conv3.bias", None),
+        "further layers": lambda: changed("conv4.bias", torch.zeros(3)),
+    },
+}
+EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
+PARTS = {  # wrong values of a part of a checkpoint
+    ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [64, 1, 9, 9]"): [
+        torch.zeros(64, 1, 9, 9)
+    ],
+    ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [0, 3, 9, 9]"): [
+        torch.zeros(0, 3, 9, 9)
+    ],
+    ("conv1.bias", f"conv1.bias should have the shape [64], but it has [{2**50}]"): [torch.zeros(1).expand(2**50)],
+    ("conv2.bias", "conv2.bias should have the shape [32], but it has [0]"): [torch.zeros(0)],
+    ("conv2.bias", "conv2.bias is not an ordinary tensor"): [torch.zeros(32, dtype=torch.int64)],
+    ("conv2.bias", UNSAFE): [
+        *(torch.zeros(32).to(dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
+        torch.zeros(32, device="meta"),
+        torch.zeros(32).to_sparse(),
+    ],
+    ("conv2.bias", "conv2.bias has values that are not finite"): [
+        *(torch.full((32,), value) for value in (math.nan, math.inf)),
+        torch.full((32,), 1e300, dtype=torch.float64),  # beyond float32
+    ],
+    ("args", "its args is missing or damaged"): [None, [1]],
+    ("args", "its lr is damaged"): [{"lr": torch.zeros(5)}, {"lr": [1]}],
+    ("args", r"its lr must be a positive number (below 2^31), not '\x1b[31m'"): [{"lr": "\x1b[31m"}],
+    ("args", "its batch_size must be a positive integer (below 2^31), not '-4'"): [{"batch_size": -4}],
+    ("info", "its name is too long"): [{"name": "\x1b[2J" * 10**6}],
+    ("epoch", "its epoch is missing or damaged"): [None, "3"],
+    ("epoch", "its epoch is negative or too large"): [-1, 2**40, 10**400],
+    ("psnr", "its psnr is missing or damaged"): ["high"],
+    ("optimizer", "its optimizer is missing or damaged"): [
+        "whiten",
+        {"whiten": EYE, "state": {i: torch.zeros(9) for i in range(6)}},
+    ],
+    ("optimizer", "its optimizer is of another network"): [{"whiten": EYE, "state": {0: 7}}],
+    ("whiten", "whitening matrix should have the shape [243, 243], but it has nothing"): ["x"],
+    ("whiten", "whitening matrix should have the shape [243, 243], but it has [0, 243]"): [torch.zeros(0, 243)],
+    ("whiten", "whitening matrix has values that are not finite"): [EYE * math.inf],
+    ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 3, 9, 9]"): [torch.zeros(64, 3, 9, 9)],
+    ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 0]"): [torch.zeros(64, 0)],
+    ("exp_avg", "optimizer is not an ordinary tensor"): [torch.zeros(64, 243, dtype=torch.int64)],
+    ("exp_avg", UNSAFE): [torch.zeros(64, 243, dtype=torch.complex64)],
+    ("exp_avg", "optimizer has values that are not finite"): [torch.full((64, 243), math.nan)],
+    ("exp_avg_sq", "its optimizer is damaged"): [torch.full((64, 243), -1.0)],
+    ("step", "optimizer should have the shape [], but it has [5]"): [torch.zeros(5)],
+    ("step", "optimizer should have the shape [], but it has [0]"): [torch.zeros(0)],
+    ("step", "its optimizer is damaged"): [torch.tensor(-5.0)],
+    ("random_state", "its random state is damaged"): [
+        torch.zeros(3),
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros(1, dtype=torch.uint8).expand(2**32),
+    ],
+    ("random_state", ""): [torch.full((5056,), value, dtype=torch.uint8) for value in (0, 255)],
+    ("history", ""): [3, [1], [[1]], [[1, 2]], [[1, 0]]],
+    ("history", "its history is too long"): [[[1, None]] * 10_001],
+    ("history", "its epoch is missing or damaged"): [[["x", {}]]],
+    ("history", "its lr is damaged"): [[[1, {"lr": [[[]]]}]]],
+    ("run", "its run is missing or damaged"): [5],
+    ("run", "its run is too long"): ["x" * 5000],
+    ("run", "its best PSNR or its run is damaged"): ["..", "../../../elsewhere", "/tmp/elsewhere", "x\n"],
+    ("best", "its best is missing or damaged"): ["high"],
+    ("best", "its best PSNR or its run is damaged"): [math.nan],
+    ("report", ""): [None, {"images": 1}, ["x" * 999] * 9_000],
+    ("report", "its report is damaged"): [{"set": "x", "images": {}}],
+    ("report", "its report is too long"): [
+        {"set": "x" * 5000, "images": {"a": ROW}},
+        {"set": "x", "images": {"a" * 5000: ROW}},
+    ],
+}
+HOSTILE = {name: (make, reason) for reason, files in FILES.items() for name, make in files.items()} | {
+    f"{part}, {i}: {reason}": (partial(changed, part, value), reason)
+    for (part, reason), values in PARTS.items()
+    for i, value in enumerate(values)
 }
 
 
 def write(path, name):
-    made = HOSTILE[name]()
+    made = HOSTILE[name][0]()
     Path(path).write_bytes(made if isinstance(made, bytes) else stored(made))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused(tmp_path, recwarn, name):
+def test_a_hostile_checkpoint_is_refused_and_the_reason_is_told(tmp_path, recwarn, name):
     write("x", name)
     recwarn.clear()
     start = time.process_time()
-    with pytest.raises(CommandError, match=r"^x: not a valid SRCNN checkpoint") as refusal:
+    with pytest.raises(CommandError) as refusal:
         load_checkpoint(Path("x"))
     assert time.process_time() - start < 10
-    assert len(str(refusal.value)) < 500
+    reason = HOSTILE[name][1]
+    assert str(refusal.value) == "x: not a valid SRCNN checkpoint" + (reason and f": {reason}")
     assert not recwarn.list  # which would be further lines
     assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing ran
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("os.system", "it is damaged or holds unsafe objects"),
-        ("a large file", "it is too large"),
-        ("another shape", "conv1.weight should have the shape [64, 3, 9, 9], but it has [64, 1, 9, 9]"),
-        ("int64", "conv2.bias is not an ordinary tensor"),
-        ("NaN", "conv2.bias has values that are not finite"),
-        ("further layers", "its model has other layers than SRCNN"),
-        ("a negative epoch", "its epoch is negative or too large"),
-        ("an epoch of text", "its epoch is missing or damaged"),
-        ("an option of text", "its lr must be a positive number (below 2^31), not '\\x1b[31m'"),
-        ("a negative second moment", "its optimizer is damaged"),
-        ("a long run", "its run is too long"),
-    ],
-)
-def test_a_refusal_says_why(name, reason):
-    write("x", name)
-    with pytest.raises(CommandError) as refusal:
-        load_checkpoint(Path("x"))
-    assert str(refusal.value) == f"x: not a valid SRCNN checkpoint: {reason}"
-
-
 COMMANDS = [
     ("train.py", "inspect", "x"),
-    ("train.py", "inspect", "--json", "x"),
     ("train.py", "resume", "x", "--num-epoch=9"),
     ("super_resolve.py", "--checkpoint=x", "lr.bmp"),
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[:2]))
-@pytest.mark.parametrize("name", ["os.system", "NaN", "an option of text", "a history that is none"])
+@pytest.mark.parametrize("name", ["os.system", "a list"])
 def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command, name):
     write("x", name)
     before = sorted(tmp_path.iterdir())
@@ -307,7 +273,7 @@ def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, t
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["pipe", "loop", "zeros", "folder", "missing", "\x1b[31mred"])
+@pytest.mark.parametrize("name", ["pipe", "loop", "zeros", "folder", "missing"])
 def test_a_path_that_is_no_file_is_refused(name):
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
@@ -319,28 +285,19 @@ def test_a_path_that_is_no_file_is_refused(name):
     assert str(refusal.value) == f"{name}: {reason}"
 
 
-def test_a_path_is_escaped(cli):
-    status, _, err = cli("train.py", "inspect", "\x1b[31mred")
-    assert status == 1
-    assert_one_line(err, "\\x1b[31mred: no such checkpoint")
-
-
 def test_hostile_checkpoints_take_no_memory():
     """At most 256 MB, all of them one after another."""
-    Path("good").write_bytes(stored(content()))
+    Path("good").write_bytes(trained_file())
     for i, name in enumerate(HOSTILE):
         write(f"hostile{i}", name)
-    code = f"""if True:
-        import resource
+    code = """if True:
+        import contextlib, resource, sys
         from pathlib import Path
         from checkpoints import load_checkpoint
         load_checkpoint(Path("good"))
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = peak()
-        for i in range({len(HOSTILE)}):
-            try: load_checkpoint(Path(f"hostile{{i}}"))
-            except Exception: pass
+        for i in range(int(sys.argv[1])):
+            with contextlib.suppress(Exception): load_checkpoint(Path(f"hostile{i}"))
         print((peak() - before) / 1024)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    end = subprocess.run([sys.executable, "-c", code], text=True, env=environment, timeout=1200, stdout=subprocess.PIPE)
-    assert float(end.stdout) < 256
+    assert float(run_python(code, len(HOSTILE))) < 256

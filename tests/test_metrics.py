@@ -17,6 +17,7 @@ BICUBIC = {  # Pillow's bicubic down and up: Y and RGB, dB
 }
 ONE_LEVEL = 20 * math.log10(255)  # PSNR of an error of one gray level, in dB
 GRAY = torch.full((3, 606, 20), 100, dtype=torch.uint8)  # is measured in several strips
+NOISE = torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
 A = Row(Psnr(30.0, 28.0), Psnr(31.5, 27.75))
 B = Row(Psnr(20.0, 19.0), Psnr(22.5, 20.25))
 SAME = Row(Psnr(math.inf, math.inf), Psnr(math.inf, math.inf))
@@ -47,31 +48,28 @@ def test_psnr_of_a_known_error(error, rows, y, rgb):
     assert psnr(sr, GRAY) == (psnr_y(sr, GRAY), psnr_rgb(sr, GRAY)) == pytest.approx((y, rgb))
 
 
-def test_psnr_rounds_to_8_bits_and_clamps(noise):
-    hr = noise.clamp(10, 245)
+def test_psnr_rounds_to_8_bits_and_clamps():
+    hr = NOISE.clamp(10, 245)
     assert psnr_rgb(hr / 255 + 0.4 / 255, hr) == math.inf
     assert psnr_rgb(hr / 255 + 0.6 / 255, hr) == pytest.approx(ONE_LEVEL)
     white = torch.full((3, 9, 9), 255, dtype=torch.uint8)
     assert psnr_y(torch.full((3, 9, 9), 1.7), white) == math.inf
 
 
-def test_psnr_leaves_out_the_border(noise):
-    spoilt = noise.clone()
+def test_psnr_leaves_out_the_border():
+    spoilt = NOISE.clone()
     spoilt[:, :3], spoilt[:, -3:], spoilt[:, :, :3], spoilt[:, :, -3:] = 0, 0, 0, 0
-    assert psnr(spoilt, noise) == (math.inf, math.inf)
-    assert max(psnr(spoilt, noise, shave=2)) < 40
-    assert max(psnr(spoilt, noise, shave=0)) < 20
+    assert psnr(spoilt, NOISE) == (math.inf, math.inf)
+    assert max(psnr(spoilt, NOISE, shave=2)) < 40
+    assert max(psnr(spoilt, NOISE, shave=0)) < 20
 
 
-def test_psnr_refuses_what_it_cannot_compare(noise):
-    for a, b in ((noise[:1], noise[:1]), (noise[..., 1:], noise)):
+def test_psnr_refuses_what_it_cannot_compare():
+    for a, b in ((NOISE[:1], NOISE[:1]), (NOISE[..., 1:], NOISE)):
         with pytest.raises(ValueError, match=r"two \(3, H, W\) images"):
             psnr_y(a, b)
     with pytest.raises(ValueError, match="nothing is left"):
-        psnr_y(noise[:, :6], noise[:, :6])
-
-
-# -------------------------------------------------------------------------------- reports
+        psnr_y(NOISE[:, :6], NOISE[:, :6])
 
 
 def test_the_fingerprint_tells_test_sets_apart_and_not_networks():

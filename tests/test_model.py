@@ -1,9 +1,6 @@
 """The network as it is defined: its layers, its function, its initial weights."""
 
-import ast
-import inspect
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from helpers import expected, random_model
 
-import model as model_module
 from data import degrade
 from dead_leaves import dead_leaves
 from images import bicubic, to_tensor
@@ -94,10 +90,3 @@ def test_without_its_random_features_the_network_is_pillows_bicubic():
     lr = dead_leaves("test", 1, 40)["leaves1"].point(lambda v: 64 + v // 2)  # no clipping in between
     difference = np.asarray(bicubic(lr, (120, 120))) - expected(model, lr).round()
     assert abs(difference[6:-6, 6:-6]).max() <= 1  # at the edges Pillow weighs the pixels within the image only
-
-
-def test_it_imports_torch_alone():
-    tree = ast.parse(inspect.getsource(model_module))
-    names = [n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names]
-    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"torch"}

@@ -23,9 +23,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
     assert cosine_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------- whitening
-
-
 def test_whitening_whitens():
     """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
     lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))

@@ -138,9 +138,6 @@ def test_help_has_a_synopsis_and_examples_that_are_understood(command, monkeypat
             modules[script].parse_args()
 
 
-# ------------------------------------------------------------------------------- the house
-
-
 def imports(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -153,3 +150,4 @@ def test_imports_run_down_the_readmes_table():
     assert {path.stem for path in ROOT.glob("*.py")} == {*rooms, "bench"}
     for i, room in enumerate(rooms):
         assert not imports(ROOT / f"{room}.py") & set(rooms[:i]), room
+    assert imports(ROOT / "model.py") - sys.stdlib_module_names == {"torch", "torch.nn.functional"}

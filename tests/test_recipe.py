@@ -15,8 +15,6 @@ from train import train_one_step
 RECIPE, ASSIGNMENT = RECIPES["default"], RECIPES["assignment"]
 CPU = torch.device("cpu")
 
-# ------------------------------------------------------------------------------ the default
-
 
 def test_the_loss_is_of_what_an_image_can_show():
     """Interpolation overshoots at edges; when an image is saved, that is cut off."""
@@ -125,8 +123,3 @@ def test_the_assignment_on_the_command_line(train_small):
     wanted = {"recipe": "assignment", "lr": 0.0001, "batch_size": 4, "num_epoch": 3, "patch_size": 33}
     assert {name: saved["args"][name] for name in wanted} == wanted
     assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 0.0001, 128, 100, 10, "fp32", 33)
-
-
-def test_the_assignment_is_computed_in_fp32(train_small):
-    status, _, err = train_small("--recipe=assignment", "--precision=bf16")
-    assert (status, err) == (1, "error: --recipe=assignment computes in fp32; leave out --precision\n")

@@ -1,24 +1,20 @@
 """Options at a resume, the course's checkpoints, and what is left of a training that ends early."""
 
-import re
-import resource
+import math
 import shlex
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PYTHON, ROOT, assert_one_line, course_content, load, same, weights
+from helpers import assert_one_line, course_content, load
 
 import checkpoints
 import train
 from checkpoints import load_checkpoint
 from train import resume_hint
 from utils import CommandError
-
-# ---------------------------------------------------------------------------------- options
 
 
 def test_options_on_the_line_override_saved_ones(train_small):
@@ -33,17 +29,14 @@ def test_options_on_the_line_override_saved_ones(train_small):
     assert after["history"] == [(1, before["args"])]
     assert after["run"] == before["run"]
     assert not list(Path().glob("checkpoint.*"))
-
-
-def test_a_training_that_is_finished_says_so(train_small):
-    assert train_small("--num-epoch=1")[0] == 0
-    before = {path: path.read_bytes() for path in Path().glob("checkpoint.*")}
-    status, out, err = train_small(command=("resume", "checkpoint.last"))
-    assert (status, err) == (0, "")
-    assert out == (
-        "resuming checkpoint.last after epoch 1\nits --num-epoch=1 is reached; give a larger one to train further\n"
+    files = {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")}
+    assert train_small(command=("resume", "there/checkpoint.last")) == (
+        0,
+        "resuming there/checkpoint.last after epoch 3\n"
+        "its --num-epoch=3 is reached; give a larger one to train further\n",
+        "",
     )
-    assert {path: path.read_bytes() for path in Path().glob("checkpoint.*")} == before
+    assert {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")} == files
 
 
 def test_a_resume_computes_in_the_precision_that_auto_had_chosen(train_small, monkeypatch):
@@ -90,9 +83,6 @@ def test_a_checkpoint_of_the_course_is_trained_on(train_small, photos):
     assert train_small("--num-epoch=5", command=("resume", "new/checkpoint.last"))[0] == 0
 
 
-# --------------------------------------------------------------------- ending before the end
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CommandError, ZeroDivisionError])
 @pytest.mark.parametrize(("output", "device"), [("o", "cpu"), ("a folder", "cuda"), ("\x1b[31m", "cpu")])
 def test_the_hint_is_the_command_that_resumes(capfd, error, output, device):
@@ -108,93 +98,21 @@ def test_the_hint_is_the_command_that_resumes(capfd, error, output, device):
         assert shlex.split(out) == ["resume", "with:", *command, *["--cuda"] * (device == "cuda")]
 
 
-def test_checkpoint_last_is_there_from_the_start(train_small, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_one_epoch", interrupt)
-    status, out, err = train_small("--output=o", "--seed=5")
-    assert (status, err) == (130, "interrupted\n")
-    assert out.endswith("resume with: python train.py resume o/checkpoint.last\n")
-    assert load_checkpoint(Path("o/checkpoint.last")).epoch == 0
-    assert sorted(path.name for path in Path("o").iterdir()) == ["checkpoint.last", "runs"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_an_interrupted_epoch_is_begun_anew(train_small, monkeypatch, number, epoch):
-    """SIGTERM is what torchrun and clusters send."""
-    assert train_small("--num-epoch=3", "--output=straight")[0] == 0
+def interrupt(number, monkeypatch):
+    """In the second of the four steps of epoch 2; after it there is no further one."""
     original, calls = train.train_one_step, []
 
     def train_one_step(*args):
         calls.append(1)
-        if len(calls) == 4 * (epoch - 1) + 2:  # in the second of four steps
+        assert len(calls) <= 6
+        if len(calls) == 6:
             signal.raise_signal(number)
         return original(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_one_step", train_one_step)
-        status, out, err = train_small("--num-epoch=3", "--output=stopped")
-    assert (status, err) == (130, "interrupted\n")
-    assert out.endswith("resume with: python train.py resume stopped/checkpoint.last\n")
-    assert len(calls) == 4 * (epoch - 1) + 2
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert load("stopped/checkpoint.last")["epoch"] == epoch - 1
-    assert train_small(command=("resume", "stopped/checkpoint.last"))[0] == 0
-    assert same(weights("stopped/checkpoint.3"), weights("straight/checkpoint.3"))
+    monkeypatch.setattr(train, "train_one_step", train_one_step)
 
 
-def test_ctrl_c_ends_the_command_with_the_hint_and_130(photos):
-    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=9999", "--output=a folder"]
-    command = [*PYTHON, ROOT / "train.py", "train", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch   2/"):
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=1200)
-    assert process.returncode == 130, err
-    assert err == "interrupted\n"
-    (hint,) = re.findall(r"^resume with: python train.py (.*)$", out, re.M)
-    assert shlex.split(hint) == ["resume", "a folder/checkpoint.last"]
-    assert load("a folder/checkpoint.last")["epoch"] >= 2
-
-
-def test_a_loss_that_is_not_finite_keeps_the_last_good(train_small):
-    assert train_small("--num-epoch=1")[0] == 0
-    wild = load("checkpoint.1")
-    for name in ("conv1.weight", "conv2.weight"):  # finite, but what comes out of both is infinite
-        wild["model"][name] *= 1e30
-    torch.save(wild, "wild")
-    before = {path: path.read_bytes() for path in Path().glob("checkpoint.*")}
-    status, out, err = train_small("--num-epoch=3", "--output=o", command=("resume", "wild"))
-    assert status == 1
-    assert err.endswith("error: the loss is not finite at step 1 of epoch 2; lower the learning rate (--lr)\n")
-    assert out.endswith("resume with: python train.py resume o/checkpoint.last\n")
-    assert [path.name for path in Path("o").glob("checkpoint.*")] == ["checkpoint.last"]
-    assert {path: path.read_bytes() for path in Path().glob("checkpoint.*")} == before
-
-
-def test_a_full_disk_ends_training_with_what_was_saved(train_small):
-    """A limit for the size of files is met as a full disk is."""
-    assert train_small("--num-epoch=1")[0] == 0
-    before = {path: path.read_bytes() for path in Path().glob("checkpoint.*")}
-    size = Path("checkpoint.1").stat().st_size - 1000
-    end = subprocess.run(
-        [sys.executable, ROOT / "train.py", "resume", "checkpoint.1", "--num-epoch=2"],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-    assert end.returncode == 1
-    assert end.stderr == "error: cannot write checkpoint.last: File too large\n"
-    assert {path: path.read_bytes() for path in Path().glob("checkpoint.*")} == before
-    assert not list(Path().glob(".*.part"))
-
-
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(train_small, monkeypatch):
+def fill_the_disk(monkeypatch):
     original = checkpoints.atomic_write
 
     def atomic_write(path):
@@ -203,24 +121,39 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(train_small, monkeypatch
         return original(path)
 
     monkeypatch.setattr(checkpoints, "atomic_write", atomic_write)
-    status, out, err = train_small("--save-freq=1")
-    assert status == 1
-    assert_one_line(err, "cannot write checkpoint.2: No space left")
-    assert out.endswith("resume with: python train.py resume checkpoint.last\n")
-    assert load_checkpoint(Path("checkpoint.last")).epoch == 1
-    assert load_checkpoint(Path("checkpoint.1")).epoch == 1
 
 
-def test_only_one_training_writes_to_a_folder(train_small, monkeypatch):
-    outcomes, original = [], train.train_one_epoch
+def diverge(monkeypatch):
+    def train_one_epoch(run, *args):
+        return original(run, *args) * (math.nan if run.epoch == 1 else 1)
 
-    def train_one_epoch(*args):
-        if not outcomes:
-            outcomes.append(None)
-            with pytest.raises(CommandError, match="another training is writing to o; use another --output"):
-                train.exclusive(Path("o")).__enter__()
-        return original(*args)
-
+    original = train.train_one_epoch
     monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
-    assert train_small("--output=o", "--num-epoch=1")[0] == 0
-    assert outcomes
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        (partial(interrupt, signal.SIGINT), 130, "interrupted"),
+        (partial(interrupt, signal.SIGTERM), 130, "interrupted"),  # torchrun and clusters send this
+        (fill_the_disk, 1, "error: cannot write checkpoint.2: No space left on device"),
+        (diverge, 1, "error: the loss is not finite at step 1 of epoch 2; lower the learning rate (--lr)"),
+    ],
+    ids=["SIGINT", "SIGTERM", "full disk", "infinite loss"],
+)
+def test_what_ends_an_epoch_leaves_the_checkpoints_of_the_last(train_small, monkeypatch, end, status, message):
+    end(monkeypatch)
+    found, out, err = train_small("--save-freq=1")
+    assert (found, err) == (status, f"{message}\n")
+    assert out.endswith("resume with: python train.py resume checkpoint.last\n")
+    assert [load_checkpoint(Path(f"checkpoint.{name}")).epoch for name in ("1", "last")] == [1, 1]
+    assert not Path("checkpoint.2").exists()
+
+
+def test_checkpoint_last_is_there_from_the_start(train_small, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    assert train_small()[0] == 130
+    assert load_checkpoint(Path("checkpoint.last")).epoch == 0

@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 from functools import partial
@@ -7,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, load, report, same, small_run, trained_checkpoint
+from helpers import ROOT, assert_one_line, load, report, same, small_run, trained_checkpoint
 
 from checkpoints import load_checkpoint, save_checkpoint
 from data import ImageSet, TrainSet
 from dead_leaves import dead_leaves
 from options import Options
 from run import exclusive, keep_other_checkpoints, new_run, restored_run
-from utils import CommandError
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +25,6 @@ def run():
     run = small_run(num_epoch=5, save_freq=2)
     run.start(report(30.0))
     return run
-
-
-# ------------------------------------------------------------------- what is saved and when
 
 
 def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
@@ -72,15 +67,12 @@ def test_the_best_psnr_of_before_counts_on_the_same_test_set(train_set, first, b
     assert run.report == first
 
 
-# ------------------------------------------------------------------------- new or restored
-
-
 def test_a_new_run_is_drawn_by_its_seed(train_set):
     a, b, c = (new_run(Options(seed=seed), train_set, torch.float32) for seed in (1, 1, 2))
     assert same(a.model.state_dict(), b.model.state_dict())
-    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+    assert same(a.generator.get_state(), b.generator.get_state())
     assert not same(a.model.state_dict(), c.model.state_dict())
-    assert not torch.equal(a.generator.get_state(), c.generator.get_state())
+    assert not same(a.generator.get_state(), c.generator.get_state())
     assert (a.epoch, a.best, a.history) == (0, -math.inf, [])
 
 
@@ -88,22 +80,13 @@ def test_a_restored_run_is_the_one_that_was_saved(train_set):
     saved = trained_checkpoint()
     run = restored_run(saved, Options.from_args(saved.args), train_set, torch.float32)
     run.start(saved.training.report)
+    saved.training.train_set = train_set.name
     again = run.checkpoint()
-    assert same(again.model, saved.model)
-    assert (again.epoch, again.psnr, again.args) == (saved.epoch, saved.psnr, saved.args)
-    before, after = saved.training, again.training
-    assert torch.equal(after.random_state, before.random_state)
-    assert torch.equal(after.optimizer["whiten"], before.optimizer["whiten"])
-    assert all(same(after.optimizer["state"][i], before.optimizer["state"][i]) for i in range(6))
-    for name in ("precision", "report", "best", "best_epoch", "run", "history"):
-        assert getattr(after, name) == getattr(before, name)
-
-
-def test_the_options_before_a_change_are_remembered(train_set):
-    saved = trained_checkpoint()
+    again.saved_at = saved.saved_at
+    assert same(again, saved)
     saved.training.history = [(0, None)]
     run = restored_run(saved, Options(num_epoch=9), train_set, torch.float32)
-    assert run.history == [(0, None), (1, saved.args)]
+    assert run.history == [(0, None), (1, saved.args)]  # the options before a change are remembered
     assert saved.training.history == [(0, None)]  # a list of its own
 
 
@@ -117,23 +100,15 @@ def test_of_another_program_only_the_weights_are_taken(train_set):
     assert run.id != "20250102-030405-6"
 
 
-# --------------------------------------------------------------------------- output folder
-
-
-def other_run():
-    run = small_run()
-    run.id = "another"
-    run.start(report(30.0))
-    return run
-
-
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_a_checkpoint_of_another_run_is_kept(run, capfd, name):
-    path = Path(f"checkpoint.{name}")
+    path, other = Path(f"checkpoint.{name}"), small_run()
     save_checkpoint(run.checkpoint(), path)
     content = path.read_bytes()
+    other.id = "another"
+    other.start(report(30.0))
     for number in (1, 2):  # nor is it lost when that happens again
-        keep_other_checkpoints(Path(), other_run())
+        keep_other_checkpoints(Path(), other)
         assert not path.exists()
         assert capfd.readouterr().out == (
             f"checkpoint.{name} of another run, or of a later epoch, is kept as checkpoint.{name}.{number}\n"
@@ -156,24 +131,16 @@ def test_the_checkpoints_that_a_run_continues_stay(run, tmp_path, capfd):
     assert load("checkpoint.last.1")["epoch"] == 2
 
 
-def test_only_one_training_writes_to_a_folder(tmp_path):
+def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
     folder = tmp_path / "a" / "b"
     with exclusive(folder):
-        with pytest.raises(CommandError, match=f"another training is writing to {folder}; use another --output"):
-            exclusive(folder).__enter__()
+        status, _, err = train_small(f"--output={folder}")
+        assert status == 1
+        assert_one_line(err, f"another training is writing to {folder}; use another --output")
         with exclusive(tmp_path / "c"):
             pass
     with exclusive(folder):
-        pass
-    assert not list(folder.iterdir())
-
-
-def test_the_lock_ends_with_its_process(tmp_path):
-    code = "import os, pathlib, run; run.exclusive(pathlib.Path('o')).__enter__(); os._exit(9)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
-    with exclusive(tmp_path / "o"):
-        pass
+        assert not list(folder.iterdir())
 
 
 def test_what_a_killed_training_left_is_removed(tmp_path):
@@ -181,15 +148,6 @@ def test_what_a_killed_training_left_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     with exclusive(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.part", "checkpoint.1"]
-
-
-def test_a_folder_that_cannot_be_made_is_one_line():
-    Path("file").write_text("in the way")
-    with pytest.raises(CommandError, match="cannot make the folder file/o: Not a directory"):
-        exclusive(Path("file/o")).__enter__()
-
-
-# --------------------------------------------------------------------------- exact resuming
 
 
 @pytest.mark.parametrize(("threads", "epochs"), [(1, 4), (2, 2)])
@@ -204,21 +162,15 @@ def test_resuming_is_exact_from_every_epoch(train_small, request, threads, epoch
         assert (status, err) == (0, "")
         assert f"after epoch {epoch}\n" in out
         resumed = load_checkpoint(Path(output, f"checkpoint.{epochs}"))
-        assert same(resumed.model, straight.model)
-        assert resumed.args == straight.args
-        before, after = straight.training, resumed.training
-        assert torch.equal(after.random_state, before.random_state)
-        assert torch.equal(after.optimizer["whiten"], before.optimizer["whiten"])
-        assert all(same(after.optimizer["state"][i], before.optimizer["state"][i]) for i in range(6))
-        for name in ("report", "best", "best_epoch", "precision", "run", "history", "train_set"):
-            assert getattr(after, name) == getattr(before, name)
+        resumed.saved_at = straight.saved_at
+        assert same(resumed, straight)
 
 
 def test_killed_trainings_lose_nothing():
     """`python tests/killing.py 100` is the long form."""
-    command = [sys.executable, ROOT / "tests/killing.py", "10"]
+    command = [sys.executable, ROOT / "tests/killing.py", "5"]
     end = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert end.returncode == 0, end.stderr
     words = end.stdout.split()
-    assert words[:2] == ["10", "kills,"]
+    assert words[:2] == ["5", "kills,"]
     assert int(words[words.index("times") - 1]) > 0  # some were resumed

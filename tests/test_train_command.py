@@ -1,6 +1,7 @@
-"""train.py on the command line: the terminal, bad input, and where no data is."""
+"""train.py on the command line: inspect, the terminal, bad input, and where no data is."""
 
 import contextlib
+import json
 import os
 import re
 import struct
@@ -11,27 +12,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PYTHON, ROOT, assert_one_line, load
+from helpers import ROOT, assert_one_line, course_content, load, report, trained_content, trained_model
 
-from data import find_data
+from checkpoints import load_checkpoint
+from course import course_psnr
+from data import TestSet, find_data, load_images
 from dead_leaves import dead_leaves
 from info import Info
+from inspection import course_to_json, describe, describe_course, to_json
 from options import Options
+from train import evaluate
 from utils import CommandError
 
-# ------------------------------------------------------------------------------ the terminal
+
+@pytest.mark.parametrize(("content", "own"), [(trained_content, report(31.0)), (course_content, None)])
+def test_inspect_prints_a_checkpoint_with_its_own_report(cli, content, own):
+    """What that is, is tested in test_inspection.py."""
+    torch.save(content(), "x")
+    saved = load_checkpoint(Path("x"))
+    assert cli("train.py", "inspect", "x") == (0, describe(Path("x"), saved, own) + "\n", "")
+    assert cli("train.py", "inspect", "x", "--json") == (0, to_json(saved, own) + "\n", "")
 
 
-def command(photos):
-    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"]
-    return [*PYTHON, str(ROOT / "train.py"), "train", *options]
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_inspect_measures_on_any_images(cli, photos, self_ensemble):
+    torch.save(trained_content(), "x")
+    saved = load_checkpoint(Path("x"))
+    found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test")), self_ensemble)
+    assert found.set == photos.name + " (self-ensemble)" * self_ensemble
+    options = [f"--test-data={photos}", *["--self-ensemble"] * self_ensemble]
+    assert cli("train.py", "inspect", "x", *options) == (0, describe(Path("x"), saved, found) + "\n", "")
+    assert json.loads(cli("train.py", "inspect", "x", *options, "--json")[1])["report"] == found.to_dict()
 
 
-def test_without_a_terminal_there_is_no_bar(photos):
-    end = subprocess.run(command(photos), capture_output=True, text=True, check=True)
-    assert end.stderr == ""
-    assert "\r" not in end.stdout
-    assert "\x1b" not in end.stdout
+def test_inspect_measures_as_the_course_does(cli, photos):
+    torch.save(trained_content(), "x")
+    model, images = trained_model("x"), load_images(str(photos), "test")
+    row = course_psnr(model, images, 3)
+    options = ("--protocol=course", f"--test-data={photos}", "--batch-size=3")
+    wanted = describe_course(row, photos.name, 3) + "\n"
+    assert cli("train.py", "inspect", "x", *options) == (0, wanted, "")
+    assert cli("train.py", "inspect", "x", *options, "--json")[1] == course_to_json(row, photos.name, 3) + "\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -40,9 +61,11 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
     import pty
     import termios
 
+    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"]
+    command = [sys.executable, ROOT / "train.py", "train", *options]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm fills the width that is there
-    with subprocess.Popen(command(photos), stdout=subprocess.DEVNULL, stderr=theirs):
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs):
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # the end of a pseudo-terminal
@@ -52,48 +75,42 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
     assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+", shown)
 
 
-# -------------------------------------------------------------------------------- bad input
+BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must not be empty (see train.py"
 
 
-@pytest.mark.parametrize("command", ["train", "resume x"])
-def test_a_bad_option_is_a_usage_error_in_one_line(cli, command):
-    status, out, err = cli("train.py", *command.split(), "--output=")
-    assert (status, out) == (2, "")
-    assert_one_line(err, "argument --output: must not be empty", f"(see train.py {command.split()[0]} --help)")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_without_a_gpu_cuda_is_refused(train_small):
-    status, _, err = train_small("--cuda")
-    assert status == 1
-    assert_one_line(err, "no CUDA device was found; run without --cuda")
-
-
-@pytest.mark.parametrize("option", ["--batch-size=2000000000", "--patch-size=2147483646"])
-def test_a_batch_that_no_memory_holds_is_refused(train_small, option):
-    status, _, err = train_small(option)
-    assert status == 1
-    assert_one_line(err, "at most 67,108,864 pixels")
-
-
-@pytest.mark.parametrize("option", ["--train-data", "--test-data"])
-@pytest.mark.parametrize(("folder", "says"), [("missing", "no such folder"), ("empty", "no images")])
-def test_a_folder_without_images_is_refused(train_small, option, folder, says):
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ("train --output=", 2, f"{EMPTY} train --help)"),
+        ("resume x --output=", 2, f"{EMPTY} resume --help)"),
+        ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
+        ("inspect x --test-data=missing", 1, "missing: no such folder of images"),
+        ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
+        (
+            "train --recipe=assignment --precision=bf16",
+            1,
+            "--recipe=assignment computes in fp32; leave out --precision",
+        ),
+        ("train --train-data=missing", 1, "missing: no such folder of images"),
+        ("train --test-data=missing", 1, "missing: no such folder of images"),
+        ("train --train-data=empty", 1, "empty: this folder holds no images"),
+        ("train --test-data=empty", 1, "empty: this folder holds no images"),
+        ("train --batch-size=2000000000", 1, BATCH),
+        ("train --patch-size=2147483646", 1, BATCH),
+        ("train --output=file", 1, "cannot make the folder file: File exists"),
+        *[("train --cuda", 1, "no CUDA device was found; run without --cuda")] * (not torch.cuda.is_available()),
+    ],
+)
+def test_bad_input_is_one_clear_line(cli, photos, arguments, status, says):
+    torch.save(trained_content(epoch=2), "x")
     Path("empty").mkdir()
-    status, _, err = train_small(f"{option}={folder}")
-    assert status == 1
-    assert_one_line(err, folder, says)
-    assert not Path("runs").exists()
-
-
-def test_an_output_that_cannot_be_written_is_refused(train_small):
     Path("file").write_text("in the way")
-    status, _, err = train_small("--output=file")
-    assert status == 1
-    assert_one_line(err, "cannot make the folder file: File exists")
-
-
-# ------------------------------------------------------------------------- where no data is
+    command, *options = arguments.split()
+    sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
+    found, out, err = cli("train.py", command, *sets, *options)
+    assert (found, out) == (status, "")
+    assert_one_line(err, says)
+    assert sorted(os.listdir()) == ["empty", "file", "x"]
 
 
 @pytest.fixture
@@ -134,15 +151,17 @@ def test_a_default_set_that_is_there_is_used(offline, capfd):
     assert capfd.readouterr().err == WARNING.format("TEST_DATA", "Set5")
 
 
-def test_a_folder_that_was_given_is_never_replaced(offline):
-    given = {"train_data": "data/91-image"}
-    with pytest.raises(CommandError, match="data/91-image: no such folder of images"):
-        find_data(Options.from_args(given), given, fresh=True)
-
-
-def test_a_run_on_real_images_is_not_resumed_on_generated_ones(offline):
-    with pytest.raises(CommandError, match="cannot fetch 91-image and Set5: "):
-        find_data(Options(), {}, fresh=False)
+@pytest.mark.parametrize(
+    ("given", "fresh", "problem"),
+    [
+        ({"train_data": "data/91-image"}, True, "data/91-image: no such folder of images"),
+        ({}, False, "cannot fetch 91-image and Set5: "),
+    ],
+    ids=["that was given", "of a run that is resumed"],
+)
+def test_a_set_is_never_replaced(offline, given, fresh, problem):
+    with pytest.raises(CommandError, match=problem):
+        find_data(Options.from_args(given), given, fresh)
 
 
 def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
@@ -184,10 +203,3 @@ def test_the_courses_folders_serve_where_the_published_ones_are_missing(offline,
     assert (found.train_data, found.test_data) == ("data/train", "data/test")
     Path("data/Set5").mkdir()
     assert find_data(Options(), {}, fresh=True).test_data == "data/Set5"
-
-
-def test_fewer_epochs_than_are_done_is_an_error(train_small):
-    assert train_small()[0] == 0
-    status, out, err = train_small("--num-epoch=1", command=("resume", "checkpoint.2"))
-    assert (status, out) == (1, "")
-    assert err == "error: checkpoint.2 has 2 epochs already, more than --num-epoch=1\n"
