@@ -43,6 +43,8 @@ FORMATS = {
     "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
     "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
 }
+ENDINGS = ", ".join(f".{name.lower()}" for name in FORMATS)
+FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
 
 
 # ------------------------------------------------------------------------------- reading
@@ -197,13 +199,16 @@ def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # ------------------------------------------------------------------------------- writing
 
 
+def writable(path: Path) -> bool:
+    """Whether a path has the ending of one of FORMATS."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
+
+
 def format_of(path: Path) -> str:
     """Pillow's name of the format for a path's ending. Raises CommandError if it is not one of FORMATS."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name not in FORMATS:
-        endings = ", ".join(f".{name.lower()}" for name in FORMATS)
-        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {endings}")
-    return name
+    if not writable(path):
+        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {ENDINGS}")
+    return Image.registered_extensions()[path.suffix.lower()]
 
 
 def check_output(path: Path, lr: Image.Image) -> None:

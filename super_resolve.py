@@ -1,12 +1,10 @@
 """Upscale images by 3 with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
-import os
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -15,27 +13,31 @@ from checkpoints import load_checkpoint
 from comparison import compare
 from device import dtype_name, select_device, select_dtype
 from distributed import gather, process_group, rank_and_world_size
-from images import MAX_PIXELS, check_output, list_images, read_hr, read_image, to_rgb, write_image
+from images import FORMAT_CHOICES, MAX_PIXELS, check_output, read_hr, read_image, to_rgb, write_image
+from jobs import SUFFIX, Job, find_jobs
 from metrics import Report, Row, table
 from model import SCALE, SRCNN
 from options import PRECISION_HELP, PRECISIONS
 from upscaler import TILE, Upscaler
-from utils import ArgumentParser, CommandError, describe_error, integer, make_folder, path, printable, run_command, warn
+from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
 
-SUFFIX = "_srcnn_x3"
+CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
 
 
 def parse_args() -> argparse.Namespace:
-    start = "python super_resolve.py --checkpoint checkpoint.pth"
+    start = "python super_resolve.py"
     parser = ArgumentParser(
         prog="super_resolve.py",
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
     )
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
-    parser.add_argument("--checkpoint", type=path, required=True, help="trained weights, such as checkpoint.pth")
+    text = "trained weights (default: checkpoint.pth beside this program)"
+    parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, help=text)
     text = f"output file, or folder for several inputs (default: NAME{SUFFIX} beside each)"
-    parser.add_argument("--output", type=output, metavar="PATH", help=text)
+    parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
+    text = f"of outputs without a given name: {', '.join(FORMAT_CHOICES)} (default: that of the input)"
+    parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
     text = "HR image, or folder of HR images, to measure and compare with"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
     text = "take the mean over eight flips and rotations, at eight times the cost"
@@ -53,93 +55,6 @@ def output(text: str) -> str:
     """An argparse type for --output, whose trailing slash, which Path drops, makes it a folder."""
     path(text)
     return text
-
-
-# ------------------------------------------------------------------- which file goes where
-
-
-class Job(NamedTuple):
-    lr: Path
-    sr: Path
-    hr: Path | None  # ground truth
-
-    @property
-    def comparison(self) -> Path:
-        return self.sr.with_name(f"{self.sr.stem}_comparison.png")
-
-
-def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path) -> list[Job]:
-    """What to do, in order.
-
-    Raises
-    ------
-    CommandError if there is nothing to do, a ground truth is missing, or an output would replace
-    an input or another output
-    """
-    several = len(inputs) > 1 or inputs[0].is_dir()
-    if ground_truth and several and not ground_truth.is_dir():
-        raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
-    truths = GroundTruths(ground_truth)
-    images = [image for input in inputs for image in find_images(input, truths)]
-    images = list({os.path.realpath(image): image for image in images}.values())
-    folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
-    jobs = []
-    for image in images:
-        beside = (folder or image.parent) / f"{image.stem}{SUFFIX}{image.suffix}"
-        jobs.append(Job(image, Path(output) if output and not folder else beside, truths.find(image)))
-    check_overwriting(jobs, [checkpoint, *images])
-    if folder:
-        make_folder(folder)
-    return jobs
-
-
-class GroundTruths:
-    """The ground truths of images: one file, or a folder in which they are found by name."""
-
-    def __init__(self, place: Path | None) -> None:
-        self.place, self.files = place, {}
-        if place and place.is_dir():
-            self.files = {file.stem: file for file in list_images(place)}
-        elif place and not place.exists():
-            raise CommandError(f"{place}: no such file or folder")
-
-    def find(self, image: Path) -> Path | None:
-        """The ground truth of an image, if there is one. The course's endings _lr and _GT are ignored."""
-        if not self.files:
-            found = self.place
-        else:
-            name = image.stem.removesuffix("_lr").removesuffix("_GT")
-            stems = (f"{name}_GT", name, f"{name}_lr")
-            found = next((self.files[stem] for stem in stems if stem in self.files), None)
-        return None if found is None or os.path.realpath(found) == os.path.realpath(image) else found
-
-
-def find_images(input: Path, truths: GroundTruths) -> list[Path]:
-    """The image itself, or the images in a folder except for outputs and those without a ground truth."""
-    if not input.is_dir():
-        if truths.place and not truths.find(input):
-            raise CommandError(f"{truths.place}: it holds no ground truth for {input.name}")
-        return [input]
-    images = [image for image in list_images(input) if SUFFIX not in image.stem]
-    if not images:
-        raise CommandError(f"{input}: this folder holds no images, apart from earlier outputs")
-    if not truths.place:
-        return images
-    paired = [image for image in images if truths.find(image)]
-    if not paired:
-        raise CommandError(f"{input}: this folder holds no images with a ground truth in {truths.place}")
-    if len(paired) < len(images):
-        warn(f"{input}: skipping {len(images) - len(paired)} images without a ground truth")
-    return paired
-
-
-def check_overwriting(jobs: list[Job], inputs: list[Path]) -> None:
-    taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
-    for job in jobs:
-        for file in (job.sr, job.comparison) if job.hr else (job.sr,):
-            if os.path.realpath(file) in taken:
-                raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
-            taken[os.path.realpath(file)] = f"also the output of {job.lr}"
 
 
 # ------------------------------------------------------------------------------- upscaling
@@ -170,7 +85,7 @@ def main() -> None:
     device = select_device(args.cuda)
     model = SRCNN()
     model.load_state_dict(load_checkpoint(args.checkpoint).model)
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = select_dtype(args.precision, device, model)
     upscale = Upscaler(model, dtype, args.tile, args.self_ensemble)

@@ -8,108 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, assert_same, expected, rows_of
+from helpers import ROOT, assert_one_line, assert_same, contents, expected, rows_of, trained_model
 from PIL import Image
 
 from images import bicubic, to_rgb, to_tensor
 from metrics import Psnr, Row, psnr
-from super_resolve import find_jobs, summarize
+from super_resolve import summarize
 from utils import CommandError
 
 COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
-
-
-def contents(folder="."):
-    return {str(file): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
-
-
-# ------------------------------------------------------------------- which file goes where
-
-
-FILES = """
-    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_comparison.png net there/x done/x_srcnn_x3.png
-    in/b.png in/a.jpg in/a_srcnn_x3.jpg in/.hidden.png in/deeper.png/x
-    course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
-    lr/a.png lr/b.png lr/c_GT.png lr/d.png hr/a.bmp hr/b_GT.png hr/b.bmp hr/c_GT.png
-"""
-
-
-@pytest.fixture
-def find():
-    """find_jobs with empty files, since it does not look inside, and all names as text."""
-    for path in map(Path, FILES.split()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    def call(inputs, output, truth):
-        return find_jobs([Path(name) for name in inputs.split()], output, truth and Path(truth), Path("net"))
-
-    return call
-
-
-def pairs(text):
-    return [tuple(map(Path, pair.split())) for pair in text.split(", ")]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "wanted"),
-    [
-        ("deep/a.b.jpg", None, "deep/a.b.jpg deep/a.b_srcnn_x3.jpg"),
-        ("lr.bmp", "big.png", "lr.bmp big.png"),
-        ("lr.bmp", "there", "lr.bmp there/lr_srcnn_x3.bmp"),
-        ("lr.bmp", "new/", "lr.bmp new/lr_srcnn_x3.bmp"),
-        ("in", None, "in/a.jpg in/a_srcnn_x3.jpg, in/b.png in/b_srcnn_x3.png"),
-        ("lr.bmp in", "o/p", "lr.bmp o/p/lr_srcnn_x3.bmp, in/a.jpg o/p/a_srcnn_x3.jpg, in/b.png o/p/b_srcnn_x3.png"),
-        ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
-    ],
-)
-def test_outputs(find, inputs, output, wanted):
-    assert [(job.lr, job.sr) for job in find(inputs, output, None)] == pairs(wanted)
-    assert output in (None, "big.png") or Path(output).is_dir()
-
-
-@pytest.mark.parametrize(
-    ("inputs", "truth", "wanted"),
-    [
-        ("lr.bmp", "hr.png", "lr.bmp hr.png"),
-        ("course", "./course", "course/a_lr.bmp course/a_GT.bmp, course/b_lr.bmp course/b_GT.bmp"),
-        # The truth with the ending _GT is preferred; the same name in both folders is no obstacle.
-        ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png"),
-        ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp"),
-    ],
-)
-def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
-    jobs = find(inputs, "o/", truth)
-    assert [(job.lr, job.hr) for job in jobs] == pairs(wanted)
-    assert [job.comparison for job in jobs] == [Path("o", f"{job.lr.stem}_srcnn_x3_comparison.png") for job in jobs]
-    warnings = {"course": "WARNING: course: skipping 3 images without a ground truth\n"}
-    warnings["lr/a.png lr"] = "WARNING: lr: skipping 1 images without a ground truth\n"
-    assert capsys.readouterr().err == warnings.get(inputs, "")
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "truth", "problem"),
-    [
-        ("lr.bmp", None, "missing.png", "missing.png: no such file or folder"),
-        ("lr.bmp hr.png", None, "hr.png", "hr.png: several images need a folder of ground truths"),
-        ("lr.bmp", None, "lr.bmp", "lr.bmp: it holds no ground truth for lr.bmp"),
-        ("lr.bmp", None, "hr", "hr: it holds no ground truth for lr.bmp"),
-        ("in", None, "in", "in: this folder holds no images with a ground truth in in"),
-        ("done", None, None, "done: this folder holds no images, apart from earlier outputs"),
-        ("lr.bmp", "lr.bmp", None, "lr.bmp is an input"),
-        ("lr.bmp", "net", None, "net is an input"),
-        ("lr.bmp", "hr.png", "hr.png", "hr.png is an input"),
-        ("lr.bmp hr_srcnn_x3.png hr.png", None, None, "hr_srcnn_x3.png is an input"),
-        ("lr/b.png in", "in", None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
-        ("lr.bmp", "x.png", "x_comparison.png", "x_comparison.png is an input"),
-        ("lr.bmp hr.png", "lr.bmp", None, "cannot make the folder lr.bmp: File exists"),
-    ],
-)
-def test_what_does_not_fit_is_refused(find, inputs, output, truth, problem):
-    before = contents()
-    with pytest.raises(CommandError, match=re.escape(problem)):
-        find(inputs, output, truth)
-    assert contents() == before
 
 
 # ------------------------------------------------------------------------------- upscaling
@@ -127,6 +34,15 @@ def test_it_writes_the_networks_output_beside_the_input(cli, pictures):
     after = contents()
     del after["lr_srcnn_x3.bmp"]
     assert after == before
+
+
+def test_the_shipped_checkpoint_is_the_default_and_the_format_is_free(cli, pictures):
+    pictures[0].save("lr.jp2", irreversible=False)
+    status, _, err = cli("super_resolve.py", "--precision=fp32", "lr.jp2")
+    assert (status, err) == (0, "WARNING: .jp2: such files are not written; their outputs are PNG\n")
+    assert_same(Image.open("lr_srcnn_x3.png"), expected(trained_model(), pictures[0]))
+    assert cli("super_resolve.py", "lr.jp2", "--format=webp", "-o", "new/")[0] == 0
+    assert Image.open("new/lr_srcnn_x3.webp").format == "WEBP"
 
 
 def test_a_file_that_fails_is_reported_at_the_end_and_the_others_are_done(cli, pictures):
@@ -249,7 +165,7 @@ def test_bad_input_is_one_clear_line(cli, arguments, problem):
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
-        (["x"], "required: --checkpoint"),
+        (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
     ],
 )

@@ -60,6 +60,8 @@ def test_a_bad_option_is_a_usage_error_in_one_line(cli, command):
     status, out, err = cli("train.py", *command.split(), "--output=")
     assert (status, out) == (2, "")
     assert_one_line(err, "argument --output: must not be empty", f"(see train.py {command.split()[0]} --help)")
+    err = cli("train.py", *command.split(), "--no-such")[2]
+    assert_one_line(err, "unrecognized arguments: --no-such", f"(see train.py {command.split()[0]} --help)")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -1,0 +1,147 @@
+"""Which file goes where: LR images, the outputs and their formats, ground truths."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from images import ENDINGS, format_of, list_images, writable
+from utils import CommandError, make_folder, warn
+
+SUFFIX = "_srcnn_x3"
+OURS = (SUFFIX, f"{SUFFIX}_comparison")  # how the names of our own files end
+
+
+class Job(NamedTuple):
+    lr: Path
+    sr: Path
+    hr: Path | None  # ground truth
+    format: str  # of sr, as Pillow calls it
+
+    @property
+    def comparison(self) -> Path:
+        return self.sr.with_name(f"{self.sr.stem}_comparison.png")
+
+
+def find_jobs(
+    inputs: list[Path],
+    output: str | None,
+    ground_truth: Path | None,
+    checkpoint: Path,
+    ending: str | None = None,
+) -> list[Job]:
+    """What to do, in order. An output folder is made.
+
+    Parameters
+    ----------
+    inputs : images and folders of images
+    output : a file for one image, or a folder; by default each output is put beside its input
+    ground_truth : an image, or a folder of images with the names of the inputs
+    checkpoint : not to be replaced
+    ending : of the names that outputs get; by default that of the input
+
+    Raises
+    ------
+    CommandError if there is nothing to do, a ground truth is missing, an output has no known format, or an
+    output would replace an input or another output
+    """
+    several = len(inputs) > 1 or inputs[0].is_dir()
+    if ground_truth and several and not ground_truth.is_dir():
+        raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
+    truths = GroundTruths(ground_truth)
+    images = [image for input in inputs for image in find_images(input, truths)]
+    images = list({os.path.realpath(image): image for image in images}.values())
+    folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
+    if output and not folder:
+        check_file_name(output, ending)
+        outputs = [Path(output)]
+    else:
+        outputs = [(folder or image.parent) / output_name(image, ending) for image in images]
+    jobs = [Job(lr, sr, truths.find(lr), format_of(sr)) for lr, sr in zip(images, outputs, strict=True)]
+    check_overwriting(jobs, [checkpoint, *images])
+    if not (ending or (output and not folder)):
+        warn_of_fallback(images)
+    if folder:
+        make_folder(folder)
+    return jobs
+
+
+class GroundTruths:
+    """The ground truths of images: one file, or a folder in which they are found by name."""
+
+    def __init__(self, place: Path | None) -> None:
+        self.place, self.files = place, {}
+        if place and place.is_dir():
+            self.files = {file.stem: file for file in list_images(place)}
+        elif place and not place.exists():
+            raise CommandError(f"{place}: no such file or folder")
+
+    def find(self, image: Path) -> Path | None:
+        """The ground truth of an image, if there is one. The course's endings _lr and _GT are ignored."""
+        if not self.files:
+            found = self.place
+        else:
+            name = image.stem.removesuffix("_lr").removesuffix("_GT")
+            stems = (f"{name}_GT", name, f"{name}_lr")
+            found = next((self.files[stem] for stem in stems if stem in self.files), None)
+        return None if found is None or os.path.realpath(found) == os.path.realpath(image) else found
+
+
+# ------------------------------------------------------------------------------- inputs
+
+
+def find_images(input: Path, truths: GroundTruths) -> list[Path]:
+    """The image itself, or the images in a folder, except for outputs and those that are no LR images.
+
+    With ground truths these are the images without one; or else, if there are names in _lr, all other names.
+    """
+    if not input.is_dir():
+        if truths.place and not truths.find(input):
+            raise CommandError(f"{truths.place}: it holds no ground truth for {input.name}")
+        return [input]
+    images = [image for image in list_images(input) if not image.stem.endswith(OURS)]
+    if not images:
+        raise CommandError(f"{input}: this folder holds no images, apart from earlier outputs")
+    if truths.place:
+        chosen, others = [image for image in images if truths.find(image)], "without a ground truth"
+        if not chosen:
+            raise CommandError(f"{input}: this folder holds no images with a ground truth in {truths.place}")
+    else:
+        marked = {image.parent for image in images if image.stem.endswith("_lr")}
+        chosen = [image for image in images if image.parent not in marked or image.stem.endswith("_lr")]
+        others = "whose names do not end in _lr"
+    if len(chosen) < len(images):
+        warn(f"{input}: skipping {len(images) - len(chosen)} images {others}")
+    return chosen
+
+
+# ------------------------------------------------------------------------------ outputs
+
+
+def output_name(image: Path, ending: str | None) -> str:
+    """The name of an image's output; PNG where the image's own format is not written."""
+    if ending:
+        return f"{image.stem}{SUFFIX}.{ending}"
+    return f"{image.stem}{SUFFIX}{image.suffix if writable(image) else '.png'}"
+
+
+def warn_of_fallback(images: list[Path]) -> None:
+    others = sorted({image.suffix for image in images if not writable(image)})
+    if others:
+        warn(f"{', '.join(others) or 'files without an ending'}: such files are not written; their outputs are PNG")
+
+
+def check_file_name(output: str, ending: str | None) -> None:
+    """Raise CommandError unless --output ends as a file of a known format does, and as --format says."""
+    if not writable(Path(output)):
+        raise CommandError(f"{output}: use one of the endings {ENDINGS}; for a folder, type --output={output}/")
+    if ending and format_of(Path(output)) != format_of(Path(f"x.{ending}")):
+        raise CommandError(f"--format={ending} contradicts --output={output}; leave out one of them")
+
+
+def check_overwriting(jobs: list[Job], inputs: list[Path]) -> None:
+    taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
+    for job in jobs:
+        for file in (job.sr, job.comparison) if job.hr else (job.sr,):
+            if os.path.realpath(file) in taken:
+                raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
+            taken[os.path.realpath(file)] = f"also the output of {job.lr}"
