@@ -152,16 +152,24 @@ def convert_inks(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The images in a folder by their endings, sorted. Raises CommandError if there are none."""
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """The images in a folder, or below it, by their endings, sorted. Raises CommandError if there are none."""
     endings = {ending for ending, name in Image.registered_extensions().items() if name in readable_formats()}
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = []
+    for place, folders, names in os.walk(folder, onerror=reraise):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if file.is_file())
     images = [file for file in files if file.suffix.lower() in endings]
     if not images:
         raise CommandError(f"{folder}: this folder holds no images")
     if len(images) < len(files):
         warn(f"{folder}: skipping {len(files) - len(images)} files without the ending of an image format")
     return images
+
+
+def reraise(error: OSError) -> None:
+    raise error
 
 
 # ---------------------------------------------------------------------------- conversion

@@ -21,6 +21,10 @@ class Job(NamedTuple):
     def comparison(self) -> Path:
         return self.sr.with_name(f"{self.sr.stem}_comparison.png")
 
+    def is_done(self) -> bool:
+        """Whether an earlier run wrote all of it, which it does in one go."""
+        return self.sr.exists() and (not self.hr or self.comparison.exists())
+
 
 def find_jobs(
     inputs: list[Path],
@@ -28,8 +32,9 @@ def find_jobs(
     ground_truth: Path | None,
     checkpoint: Path,
     ending: str | None = None,
+    recursive: bool = False,
 ) -> list[Job]:
-    """What to do, in order. An output folder is made.
+    """What to do, in order. Output folders are made.
 
     Parameters
     ----------
@@ -38,6 +43,7 @@ def find_jobs(
     ground_truth : an image, or a folder of images with the names of the inputs
     checkpoint : not to be replaced
     ending : of the names that outputs get; by default that of the input
+    recursive : take the folders in folders, too; an output folder gets the same tree
 
     Raises
     ------
@@ -47,58 +53,72 @@ def find_jobs(
     several = len(inputs) > 1 or inputs[0].is_dir()
     if ground_truth and several and not ground_truth.is_dir():
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
-    truths = GroundTruths(ground_truth)
-    images = [image for input in inputs for image in find_images(input, truths)]
-    images = list({os.path.realpath(image): image for image in images}.values())
+    truths = GroundTruths(ground_truth, recursive)
+    found: dict[str, Found] = {}  # each file once
+    for image in (image for input in inputs for image in find_images(input, truths, recursive)):
+        found.setdefault(os.path.realpath(image.path), image)
+    images = list(found.values())
     folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
     if output and not folder:
         check_file_name(output, ending)
         outputs = [Path(output)]
     else:
-        outputs = [(folder or image.parent) / output_name(image, ending) for image in images]
-    jobs = [Job(lr, sr, truths.find(lr), format_of(sr)) for lr, sr in zip(images, outputs, strict=True)]
-    check_overwriting(jobs, [checkpoint, *images])
+        outputs = [(folder or image.base) / image.place / output_name(image.path, ending) for image in images]
+    jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
+    check_overwriting(jobs, [checkpoint, *(job.lr for job in jobs)])
     if not (ending or (output and not folder)):
-        warn_of_fallback(images)
-    if folder:
-        make_folder(folder)
+        warn_of_fallback([job.lr for job in jobs])
+    for place in {sr.parent for sr in outputs} if folder else ():
+        make_folder(place)
     return jobs
 
 
-class GroundTruths:
-    """The ground truths of images: one file, or a folder in which they are found by name."""
+class Found(NamedTuple):
+    """An image, and the folder on the command line that it was found in or below."""
 
-    def __init__(self, place: Path | None) -> None:
+    path: Path
+    base: Path
+
+    @property
+    def place(self) -> Path:
+        return self.path.parent.relative_to(self.base)
+
+
+class GroundTruths:
+    """The ground truths of images: one file, or a folder in which they are found by name, in the same tree."""
+
+    def __init__(self, place: Path | None, recursive: bool) -> None:
         self.place, self.files = place, {}
         if place and place.is_dir():
-            self.files = {file.stem: file for file in list_images(place)}
+            self.files = {file.relative_to(place).with_suffix(""): file for file in list_images(place, recursive)}
         elif place and not place.exists():
             raise CommandError(f"{place}: no such file or folder")
 
-    def find(self, image: Path) -> Path | None:
+    def find(self, image: Found) -> Path | None:
         """The ground truth of an image, if there is one. The course's endings _lr and _GT are ignored."""
         if not self.files:
             found = self.place
         else:
-            name = image.stem.removesuffix("_lr").removesuffix("_GT")
-            stems = (f"{name}_GT", name, f"{name}_lr")
-            found = next((self.files[stem] for stem in stems if stem in self.files), None)
-        return None if found is None or os.path.realpath(found) == os.path.realpath(image) else found
+            name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
+            names = [image.place / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
+            found = next((self.files[name] for name in names if name in self.files), None)
+        return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
 
 
 # ------------------------------------------------------------------------------- inputs
 
 
-def find_images(input: Path, truths: GroundTruths) -> list[Path]:
+def find_images(input: Path, truths: GroundTruths, recursive: bool) -> list[Found]:
     """The image itself, or the images in a folder, except for outputs and those that are no LR images.
 
-    With ground truths these are the images without one; or else, if there are names in _lr, all other names.
+    With ground truths these are the images without one; or else, if a folder has names in _lr, all other names.
     """
     if not input.is_dir():
-        if truths.place and not truths.find(input):
+        image = Found(input, input.parent)
+        if truths.place and not truths.find(image):
             raise CommandError(f"{truths.place}: it holds no ground truth for {input.name}")
-        return [input]
-    images = [image for image in list_images(input) if not image.stem.endswith(OURS)]
+        return [image]
+    images = [Found(file, input) for file in list_images(input, recursive) if not file.stem.endswith(OURS)]
     if not images:
         raise CommandError(f"{input}: this folder holds no images, apart from earlier outputs")
     if truths.place:
@@ -106,8 +126,8 @@ def find_images(input: Path, truths: GroundTruths) -> list[Path]:
         if not chosen:
             raise CommandError(f"{input}: this folder holds no images with a ground truth in {truths.place}")
     else:
-        marked = {image.parent for image in images if image.stem.endswith("_lr")}
-        chosen = [image for image in images if image.parent not in marked or image.stem.endswith("_lr")]
+        marked = {image.place for image in images if image.path.stem.endswith("_lr")}
+        chosen = [image for image in images if image.place not in marked or image.path.stem.endswith("_lr")]
         others = "whose names do not end in _lr"
     if len(chosen) < len(images):
         warn(f"{input}: skipping {len(images) - len(chosen)} images {others}")

@@ -5,6 +5,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -38,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
     text = f"of outputs without a given name: {', '.join(FORMAT_CHOICES)} (default: that of the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
+    parser.add_argument("--recursive", action="store_true", help="take the folders in folders, too")
+    parser.add_argument("--skip-existing", action="store_true", help="leave images whose outputs are there already")
     text = "HR image, or folder of HR images, to measure and compare with"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
     text = "take the mean over eight flips and rotations, at eight times the cost"
@@ -60,7 +63,22 @@ def output(text: str) -> str:
 # ------------------------------------------------------------------------------- upscaling
 
 
-def do_job(job: Job, upscale: Upscaler, max_pixels: int, how: str) -> Row | None:
+def load_upscaler(
+    checkpoint: Path | str = CHECKPOINT,
+    cuda: bool = False,
+    precision: str = "auto",
+    tile: int | None = None,
+    self_ensemble: bool = False,
+) -> Upscaler:
+    """The network of a checkpoint, for any number of images. The options are those of the command."""
+    device = select_device(cuda)
+    model = SRCNN()
+    model.load_state_dict(load_checkpoint(Path(checkpoint)).model)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Upscaler(model, select_dtype(precision, device, model), tile, self_ensemble)
+
+
+def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
     """Read, upscale, write, and compare with the ground truth if there is one."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
@@ -68,9 +86,9 @@ def do_job(job: Job, upscale: Upscaler, max_pixels: int, how: str) -> Row | None
     hr = read_hr(job.hr, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
-    sr = upscale(lr, job.lr.name)
+    sr = upscaler(lr, job.lr.name)
     write_image(sr, job.sr, lr.info)
-    seconds = time.perf_counter() - start
+    seconds, how = time.perf_counter() - start, f"{upscaler.device}, {dtype_name(upscaler.dtype)}"
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
@@ -80,44 +98,68 @@ def do_job(job: Job, upscale: Upscaler, max_pixels: int, how: str) -> Row | None
     return row
 
 
-def main() -> None:
-    args = parse_args()
-    device = select_device(args.cuda)
-    model = SRCNN()
-    model.load_state_dict(load_checkpoint(args.checkpoint).model)
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dtype = select_dtype(args.precision, device, model)
-    upscale = Upscaler(model, dtype, args.tile, args.self_ensemble)
+class Share(NamedTuple):
+    """What a process has done of the jobs."""
+
+    rows: dict[str, Row]
+    failures: list[str]
+    skipped: int
+
+
+def do_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixels: int) -> Share:
+    """Do this process's share of the jobs. The time that is left is estimated by the size of the files."""
     rank, world_size = rank_and_world_size()
-    rows, failures, alone = {}, [], len(jobs) == 1
-    for job in tqdm(jobs[rank::world_size], "images", leave=False, disable=alone or rank > 0 or None, unit="image"):
-        try:
-            row = do_job(job, upscale, args.max_pixels, f"{device}, {dtype_name(dtype)}")
-            if row:
-                rows[str(job.lr)] = row
-        except BrokenPipeError:  # whoever reads the output has gone
-            raise
-        except Exception as error:
-            if alone:
+    share, alone = jobs[rank::world_size], len(jobs) == 1
+    todo = [job for job in share if not (skip_existing and job.is_done())]
+    rows, failures, sizes = {}, [], [size_of(job.lr) for job in todo]
+    hidden = alone or rank > 0 or None
+    with tqdm(total=sum(sizes), leave=False, disable=hidden, unit="B", unit_scale=True) as bar:
+        for number, (job, size) in enumerate(zip(todo, sizes, strict=True)):
+            bar.set_description(f"{number}/{len(todo)} images")
+            try:
+                row = do_job(job, upscaler, max_pixels)
+                if row:
+                    rows[str(job.lr)] = row
+            except BrokenPipeError:  # whoever reads the output has gone
                 raise
-            failures.append(describe_error(error))
-    with process_group("gloo", timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
-        shares = gather((rows, failures))
-    if rank == 0:
-        summarize(shares, args.ground_truth, len(jobs))
+            except Exception as error:
+                if alone:
+                    raise
+                failures.append(describe_error(error))
+            bar.update(size)
+    return Share(rows, failures, len(share) - len(todo))
 
 
-def summarize(shares: list[tuple[dict[str, Row], list[str]]], ground_truth: Path | None, count: int) -> None:
-    """Print the PSNR and the failures of all processes. Raises CommandError if there are failures."""
-    rows = dict(sorted(row for share, _ in shares for row in share.items()))
-    failures = [failure for _, share in shares for failure in share]
+def size_of(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def summarize(shares: list[Share], ground_truth: Path | None, count: int, seconds: float) -> None:
+    """Print the PSNR, the failures and the numbers of all processes. Raises CommandError if there are failures."""
+    rows = dict(sorted(row for share in shares for row in share.rows.items()))
+    failures = [failure for share in shares for failure in share.failures]
+    skipped = sum(share.skipped for share in shares)
     if rows and ground_truth:
         print(table(Report(ground_truth.name, rows)))
+    if count > 1 or skipped:
+        done = f"{count - skipped - len(failures)} of {count} images upscaled in {timedelta(seconds=round(seconds))}"
+        print(done + (f", {skipped} were there already" if skipped else ""), flush=True)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise CommandError(f"{len(failures)} of {count} images failed")
+
+
+def main() -> None:
+    args, start = parse_args(), time.perf_counter()
+    upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble)
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format, args.recursive)
+    share = do_share(jobs, upscaler, args.skip_existing, args.max_pixels)
+    with process_group("gloo", timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
+        shares = gather(share)
+    if rank_and_world_size()[0] == 0:
+        summarize(shares, args.ground_truth, len(jobs), time.perf_counter() - start)
 
 
 if __name__ == "__main__":

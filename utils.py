@@ -30,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, epilog=epilog, **options)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Refuse what is unknown here, so that an unknown option of a subcommand names that subcommand's help."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:

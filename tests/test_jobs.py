@@ -14,6 +14,7 @@ FILES = """
     in/b.png in/a.jpg in/a_srcnn_x3.jpg in/.hidden.png in/deeper.png/x
     mixed/a.psd mixed/b.JP2 mixed/c.tif mixed/d_srcnn_x3_.png mixed/e_srcnn_x3_comparison.png
     course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
+    tree/a.png tree/sub/a.png tree/sub/c_lr.bmp tree/sub/.no/x.png tree/b/b.png twin/a.png twin/sub/c_GT.png
     lr/a.png lr/b.png lr/c_GT.png lr/d.png hr/a.bmp hr/b_GT.png hr/b.bmp hr/c_GT.png
 """
 
@@ -25,10 +26,9 @@ def find():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def call(inputs, output, truth=None, ending=None):
-        return find_jobs(
-            [Path(name) for name in inputs.split()], output, truth and Path(truth), Path("net.png"), ending
-        )
+    def call(inputs, output, truth=None, ending=None, recursive=False):
+        files = [Path(name) for name in inputs.split()]
+        return find_jobs(files, output, truth and Path(truth), Path("net.png"), ending, recursive)
 
     return call
 
@@ -125,6 +125,17 @@ def test_what_does_not_fit_is_refused(find, inputs, output, truth, problem):
     with pytest.raises(CommandError, match=re.escape(problem)):
         find(inputs, output, truth)
     assert contents() == before
+
+
+def test_the_tree_is_kept_below_the_output(find):
+    jobs = find("tree", "o", recursive=True)
+    assert [(job.lr, job.sr) for job in jobs] == pairs(
+        "tree/a.png o/a_srcnn_x3.png, tree/b/b.png o/b/b_srcnn_x3.png, tree/sub/c_lr.bmp o/sub/c_lr_srcnn_x3.bmp"
+    )
+    assert Path("o/sub").is_dir()
+    assert [job.sr for job in find("tree", None)] == [Path("tree/a_srcnn_x3.png")]
+    jobs = find("tree", None, "twin", recursive=True)
+    assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
 
 
 def test_a_format_and_a_name_that_differ_are_refused(find):

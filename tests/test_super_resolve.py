@@ -13,7 +13,7 @@ from PIL import Image
 
 from images import bicubic, to_rgb, to_tensor
 from metrics import Psnr, Row, psnr
-from super_resolve import summarize
+from super_resolve import Share, summarize
 from utils import CommandError
 
 COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
@@ -59,11 +59,33 @@ def test_a_file_that_fails_is_reported_at_the_end_and_the_others_are_done(cli, p
     assert failure.startswith("error: in/aa.png: not an image")
     assert end == "error: 1 of 4 images failed"
     names = ["lr_srcnn_x3.bmp", "a_srcnn_x3.jpg", "b_srcnn_x3.png"]
-    assert [line.split(":")[0] for line in out.splitlines()] == [f"o/p/{name}" for name in names]
+    *lines, summary = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"o/p/{name}" for name in names]
+    assert re.fullmatch(r"3 of 4 images upscaled in 0:\d\d:\d\d", summary)
     assert sorted(os.listdir("o/p")) == sorted(names)
     assert_same(Image.open("o/p/lr_srcnn_x3.bmp"), expected(model, lr))
     assert_same(Image.open("o/p/b_srcnn_x3.png"), expected(model, lr))
     assert_same(Image.open("o/p/a_srcnn_x3.jpg"), expected(model, Image.open("in/a.jpg")), levels=16)
+
+
+def test_a_batch_goes_on_where_it_was_interrupted(cli, pictures):
+    """What is there stays, here with other content; what comes with a comparison needs both."""
+    for name in ("a", "sub/a", "sub/deeper/b"):
+        Path("in", name).parent.mkdir(exist_ok=True)
+        pictures[0].save(f"in/{name}.png")
+        Path("hr", name).parent.mkdir(parents=True, exist_ok=True)
+        pictures[1].save(f"hr/{name}.png")
+    command = (*COMMAND, "in", "--recursive", "--skip-existing", "--output=o")
+    Path("o/sub").mkdir(parents=True)
+    Path("o/sub/a_srcnn_x3.png").write_text("there")
+    status, out, err = cli(*command)
+    assert (status, err) == (0, "")
+    assert re.search(r"^2 of 3 images upscaled in 0:\d\d:\d\d, 1 were there already$", out, re.M)
+    assert Path("o/sub/a_srcnn_x3.png").read_text() == "there"
+    assert Image.open("o/sub/deeper/b_srcnn_x3.png").size == (90, 90)
+    assert cli(*command)[1] == "0 of 3 images upscaled in 0:00:00, 3 were there already\n"
+    out = cli(*command, "--ground-truth=hr")[1]
+    assert list(rows_of(out)) == ["in/a.png", "in/sub/a.png", "in/sub/deeper/b.png", "hr"]
 
 
 def figures(lr, sr, hr):
@@ -118,10 +140,11 @@ def test_what_differs_from_the_ground_truth_is_measured(cli, pictures, change, w
 
 def test_the_shares_of_all_processes_are_one_table(capsys):
     a, b, c = (Row(Psnr(20, 20), Psnr(value, 20)) for value in (21.0, 23.0, 25.0))
-    with pytest.raises(CommandError, match=r"^1 of 4 images failed$"):
-        summarize([({"a": a, "c": c}, ["x: damaged"]), ({"b": b}, [])], Path("in/hr"), 4)
+    with pytest.raises(CommandError, match=r"^1 of 7 images failed$"):
+        summarize([Share({"a": a, "c": c}, ["x: damaged"], 1), Share({"b": b}, [], 2)], Path("in/hr"), 7, 3661.2)
     out, err = capsys.readouterr()
     assert [(name, row[2]) for name, row in rows_of(out).items()] == [("a", 21), ("b", 23), ("c", 25), ("hr", 23)]
+    assert out.endswith("\n3 of 7 images upscaled in 1:01:01, 3 were there already\n")
     assert err == "error: x: damaged\n"
 
 
