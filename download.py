@@ -13,7 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from tqdm import tqdm
 
-from utils import ArgumentParser, CommandError, path
+from utils import ArgumentParser, CommandError, locked, path, sweep
 
 # One digest per set stands for the name and the SHA-256 of every file:
 # that of the output of `sha256sum *.bmp` in its folder.
@@ -124,7 +124,8 @@ def install(sets: dict[str, Files]) -> None:
         target = DATA / name
         try:
             DATA.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary:
+            sweep(DATA, f".{name}-*")
+            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary, locked(Path(temporary)):
                 part = Path(temporary, name)
                 part.mkdir()
                 for file, content in files.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images import ENDINGS, format_of, list_images, writable
-from utils import CommandError, make_folder, warn
+from utils import CommandError, make_folder, sweep, warn
 
 SUFFIX = "_srcnn_x3"
 OURS = (SUFFIX, f"{SUFFIX}_comparison")  # how the names of our own files end
@@ -34,7 +34,7 @@ def find_jobs(
     ending: str | None = None,
     recursive: bool = False,
 ) -> list[Job]:
-    """What to do, in order. Output folders are made.
+    """What to do, in order. Output folders are made, and what killed runs left in them is removed.
 
     Parameters
     ----------
@@ -68,8 +68,10 @@ def find_jobs(
     check_overwriting(jobs, [checkpoint, *(job.lr for job in jobs)])
     if not (ending or (output and not folder)):
         warn_of_fallback([job.lr for job in jobs])
-    for place in {sr.parent for sr in outputs} if folder else ():
-        make_folder(place)
+    for place in {sr.parent for sr in outputs}:
+        if folder:
+            make_folder(place)
+        sweep(place)
     return jobs
 
 

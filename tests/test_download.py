@@ -122,6 +122,13 @@ def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, monkeypat
     assert installed() == FILES
 
 
+def test_what_a_killed_download_left_is_removed():
+    Path("data/.Set5-abc/Set5").mkdir(parents=True)
+    Path("copy.zip").write_bytes(GOOD)
+    download.fetch(NAMES, Path("copy.zip"))
+    assert installed() == FILES
+
+
 def test_a_slow_download_is_given_up(web, monkeypatch):
     monkeypatch.setattr(download, "DEADLINE", 0)
     with pytest.raises(CommandError, match="not done after 0 seconds"):

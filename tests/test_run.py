@@ -14,7 +14,7 @@ from data import ImageSet, TrainSet
 from dead_leaves import dead_leaves
 from options import Options
 from run import exclusive, keep_other_checkpoints, new_run, restored_run
-from utils import CommandError
+from utils import PART, CommandError
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_the_lock_ends_with_its_process(tmp_path):
 
 
 def test_what_a_killed_training_left_is_removed(tmp_path):
-    for name in (".checkpoint.best.123.part", ".other.part", "checkpoint.1"):
+    for name in (f".checkpoint.best.123{PART}", ".other.part", "checkpoint.1"):
         (tmp_path / name).write_text("half")
     with exclusive(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.part", "checkpoint.1"]
