@@ -28,15 +28,17 @@ MIRRORS = (
 )
 DATA = Path("data")  # where the sets are put
 MAX_BYTES = 2**27  # of an archive, and of the images in it
+MAX_FILE = 2**20  # bytes; the largest published image has 786,486
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
 Files = dict[str, bytes]  # the contents of a folder by file name
 
 
-def digest(files: Files) -> str:
-    """What SETS identifies a folder by."""
-    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+def digest(files: Iterable[tuple[str, bytes]]) -> str:
+    """What SETS identifies a folder by, of the names and contents of its files, each needed once."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files}
+    lines = (f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -111,7 +113,7 @@ def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files
     folders: dict[PurePath, Files] = {}
     for file, content in files.items():
         folders.setdefault(file.parent, {})[file.name] = content
-    found = {digest(folder): folder for folder in folders.values()}
+    found = {digest(folder.items()): folder for folder in folders.values()}
     for name in names:
         if SETS[name] not in found:
             raise CommandError(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")

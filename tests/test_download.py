@@ -22,7 +22,7 @@ FILES = {name: {f"t{i}.bmp": b"BM" + rng.bytes(600) for i in range(2)} for name 
 @pytest.fixture(autouse=True)
 def _small_sets(monkeypatch):
     """The digests of the real sets are tested in test_data.py and test_train.py."""
-    monkeypatch.setattr(download, "SETS", {name: download.digest(files) for name, files in FILES.items()})
+    monkeypatch.setattr(download, "SETS", {name: download.digest(files.items()) for name, files in FILES.items()})
     monkeypatch.setattr(download, "MAX_BYTES", 2**20)
     monkeypatch.setattr(download, "TIMEOUT", 1)
 
