@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from images import ENDINGS, format_of, list_images, writable
+from formats import ENDINGS, format_of, writable
+from images import STANDARD, list_images
 from utils import CommandError, make_folder, sweep, warn
 
 SUFFIX = "_srcnn_x3"
@@ -38,8 +39,8 @@ def find_jobs(
 
     Parameters
     ----------
-    inputs : images and folders of images
-    output : a file for one image, or a folder; by default each output is put beside its input
+    inputs : images and folders of images, or STANDARD alone
+    output : a file for one image, or "-", or a folder; by default each output is put beside its input
     ground_truth : an image, or a folder of images with the names of the inputs
     checkpoint : not to be replaced
     ending : of the names that outputs get; by default that of the input
@@ -50,6 +51,8 @@ def find_jobs(
     CommandError if there is nothing to do, a ground truth is missing, an output has no known format, or an
     output would replace an input or another output
     """
+    if STANDARD in inputs or output == str(STANDARD):
+        return [standard_job(inputs, output, ground_truth, checkpoint, ending)]
     several = len(inputs) > 1 or inputs[0].is_dir()
     if ground_truth and several and not ground_truth.is_dir():
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
@@ -73,6 +76,24 @@ def find_jobs(
             make_folder(place)
         sweep(place)
     return jobs
+
+
+def standard_job(
+    inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path, ending: str | None
+) -> Job:
+    """The job that reads standard input, or writes standard output. Raises CommandError as :func:`find_jobs` does."""
+    if len(inputs) > 1 or inputs[0].is_dir():
+        raise CommandError("- stands for a single image; give one input")
+    if output not in (None, str(STANDARD)):
+        check_file_name(output, ending)
+        job = Job(inputs[0], Path(output), ground_truth, format_of(Path(output)))
+        check_overwriting([job], [checkpoint])
+        return job
+    if not ending:
+        raise CommandError("standard output needs a format; add --format=png, or another")
+    if ground_truth:
+        raise CommandError("--ground-truth also saves a picture, and needs --output=FILE")
+    return Job(inputs[0], STANDARD, None, format_of(Path(f"x.{ending}")))
 
 
 class Found(NamedTuple):

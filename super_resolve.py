@@ -1,20 +1,35 @@
 """Upscale images by 3 with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
+import contextlib
 import sys
 import time
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint
 from comparison import compare
 from device import dtype_name, select_device, select_dtype
 from distributed import gather, process_group, rank_and_world_size
-from images import FORMAT_CHOICES, MAX_PIXELS, check_output, read_hr, read_image, to_rgb, write_image
+from formats import FORMAT_CHOICES
+from images import (
+    MAX_PIXELS,
+    STANDARD,
+    check_output,
+    from_array,
+    read_hr,
+    read_image,
+    simplify,
+    to_rgb,
+    write_image,
+)
 from jobs import SUFFIX, Job, find_jobs
 from metrics import Report, Row, table
 from model import SCALE, SRCNN
@@ -22,6 +37,7 @@ from options import PRECISION_HELP, PRECISIONS
 from upscaler import TILE, Upscaler
 from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
 
+T = TypeVar("T", Image.Image, np.ndarray)
 CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
 
 
@@ -32,10 +48,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
     )
-    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
+    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, folder of LR images, or -")
     text = "trained weights (default: checkpoint.pth beside this program)"
     parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, help=text)
-    text = f"output file, or folder for several inputs (default: NAME{SUFFIX} beside each)"
+    text = f"output file, or -, or folder for several inputs (default: NAME{SUFFIX} beside each)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
     text = f"of outputs without a given name: {', '.join(FORMAT_CHOICES)} (default: that of the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
@@ -78,16 +94,36 @@ def load_upscaler(
     return Upscaler(model, select_dtype(precision, device, model), tile, self_ensemble)
 
 
+@lru_cache
+def shipped_upscaler() -> Upscaler:
+    return load_upscaler()
+
+
+def upscale(image: T, upscaler: Upscaler | None = None) -> T:
+    """Upscale a Pillow image, or a NumPy array, by 3. The same kind is returned.
+
+    Parameters
+    ----------
+    image : Pillow image of any mode but I and F; or array, uint8 of shape (h, w) or (h, w, 2 to 4), or
+        uint16 of shape (h, w). With 2 or 4 channels, the last is alpha.
+    upscaler : of :func:`load_upscaler`; by default that of the shipped checkpoint, which is loaded once
+    """
+    upscaler = upscaler or shipped_upscaler()
+    if isinstance(image, np.ndarray):
+        return np.asarray(upscaler(from_array(image)))
+    return upscaler(simplify(image))
+
+
 def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
     """Read, upscale, write, and compare with the ground truth if there is one."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
-    check_output(job.sr, lr)
+    check_output(job.sr, lr, job.format)
     hr = read_hr(job.hr, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
     sr = upscaler(lr, job.lr.name)
-    write_image(sr, job.sr, lr.info)
+    write_image(sr, job.sr, lr.info, job.format)
     seconds, how = time.perf_counter() - start, f"{upscaler.device}, {dtype_name(upscaler.dtype)}"
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
@@ -155,7 +191,8 @@ def main() -> None:
     args, start = parse_args(), time.perf_counter()
     upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble)
     jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format, args.recursive)
-    share = do_share(jobs, upscaler, args.skip_existing, args.max_pixels)
+    with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
+        share = do_share(jobs, upscaler, args.skip_existing, args.max_pixels)
     with process_group("gloo", timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
         shares = gather(share)
     if rank_and_world_size()[0] == 0:

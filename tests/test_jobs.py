@@ -138,6 +138,27 @@ def test_the_tree_is_kept_below_the_output(find):
     assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
 
 
+def test_a_dash_stands_for_standard_input_and_output(find):
+    assert find("-", None, ending="tif") == [(Path("-"), Path("-"), None, "TIFF")]
+    assert find("lr.bmp", "-", ending="jpg") == [(Path("lr.bmp"), Path("-"), None, "JPEG")]
+    assert find("-", "a.png", "hr.png") == [(Path("-"), Path("a.png"), Path("hr.png"), "PNG")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "truth", "ending", "problem"),
+    [
+        ("-", None, None, None, "standard output needs a format; add --format=png"),
+        ("lr.bmp -", None, None, "png", "- stands for a single image"),
+        ("in", "-", None, "png", "- stands for a single image"),
+        ("-", "-", "hr.png", "png", "--ground-truth also saves a picture, and needs --output=FILE"),
+        ("-", "net.png", None, None, "net.png is an input"),
+    ],
+)
+def test_what_a_dash_does_not_go_with(find, inputs, output, truth, ending, problem):
+    with pytest.raises(CommandError, match=f"^{re.escape(problem)}"):
+        find(inputs, output, truth, ending)
+
+
 def test_a_format_and_a_name_that_differ_are_refused(find):
     assert find("lr.bmp", "a.jpeg", ending="jpg")[0].sr == Path("a.jpeg")
     with pytest.raises(CommandError, match=r"^--format=png contradicts --output=a\.jpg; leave out one of them$"):

@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import resource
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, assert_same, contents, expected, rows_of, trained_model
+from helpers import ROOT, assert_one_line, assert_same, contents, expected, random_image, rows_of, trained_model
 from PIL import Image
 
+import super_resolve
 from images import bicubic, to_rgb, to_tensor
 from metrics import Psnr, Row, psnr
-from super_resolve import Share, summarize
+from super_resolve import Share, load_upscaler, summarize, upscale
 from utils import CommandError
 
 COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
@@ -146,6 +148,47 @@ def test_the_shares_of_all_processes_are_one_table(capsys):
     assert [(name, row[2]) for name, row in rows_of(out).items()] == [("a", 21), ("b", 23), ("c", 25), ("hr", 23)]
     assert out.endswith("\n3 of 7 images upscaled in 1:01:01, 3 were there already\n")
     assert err == "error: x: damaged\n"
+
+
+def test_between_pipes_there_is_nothing_but_the_image(pictures):
+    lr, _, model = pictures
+    command = [sys.executable, ROOT / "super_resolve.py", *COMMAND[1:], "-", "--format=tif"]
+    with open("lr.bmp", "rb") as file:
+        process = subprocess.run(command, stdin=file, capture_output=True, timeout=1200)
+    assert process.stderr.startswith(b"-: 30x30 -> 90x90 in ")
+    sr = Image.open(io.BytesIO(process.stdout))
+    assert sr.format == "TIFF"
+    assert_same(sr, expected(model, lr))
+
+
+def test_what_standard_input_cannot_be(cli, pictures, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(17))))
+    for limit, problem in ((1, "-: more than 16 bytes are too many"), (2, "-: not an image that can be read")):
+        status, out, err = cli(*COMMAND, "-", "--output=a.png", f"--max-pixels={limit}")
+        assert (status, out) == (1, "")
+        assert_one_line(err, problem)
+        sys.stdin.buffer.seek(0)
+
+
+# ------------------------------------------------------------------------------- in Python
+
+
+def test_upscale_returns_the_kind_that_it_is_given(pictures, monkeypatch):
+    lr, _, model = pictures
+    upscaler = load_upscaler("net", precision="fp32")
+    for image in (lr, lr.convert("L"), lr.convert("LA"), lr.convert("RGBA"), random_image("I;16")):
+        sr, array = upscale(image, upscaler), upscale(np.array(image), upscaler)
+        assert (sr.mode, sr.size) == (image.mode, (3 * image.width, 3 * image.height))
+        assert np.array_equal(array, sr)
+        assert array.dtype == np.array(image).dtype
+    palette = lr.quantize(9)
+    assert_same(upscale(palette, upscaler), expected(model, palette.convert("RGB")))
+    for array in (np.zeros((3, 9, 9), np.uint8), np.zeros((9, 9)), np.zeros((9, 0), np.uint8), np.zeros(9, np.uint8)):
+        with pytest.raises(ValueError, match="an image is uint8 of shape"):
+            upscale(array, upscaler)
+    assert_same(upscale(lr), expected(trained_model(), lr))
+    monkeypatch.setattr(super_resolve, "load_checkpoint", None)  # it is loaded once
+    upscale(lr)
 
 
 # ------------------------------------------------------------------------------- bad input
