@@ -54,7 +54,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
-                turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)  # type: ignore[attr-defined]
+                turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)
                 image.load()
                 if turned:  # Pillow has just done that
                     swap_dpi(image.info)
@@ -127,7 +127,7 @@ def simplify(image: Image.Image) -> Image.Image:
 
 def from_array(array: np.ndarray) -> Image.Image:
     """An array as an image of one of the modes of :func:`read_image`. Raises ValueError if it is none."""
-    kinds = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
+    kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
     if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
         found = f"{array.dtype} of shape {array.shape}"
         raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
@@ -250,5 +250,5 @@ def standard_output() -> Iterator[io.BytesIO]:
     yield content
     if not sys.__stdout__ or sys.__stdout__.isatty():
         raise CommandError("standard output is closed, or a terminal; redirect it, or use --output=FILE")
-    sys.__stdout__.buffer.write(content.getbuffer())
+    sys.__stdout__.buffer.write(content.getvalue())
     sys.__stdout__.buffer.flush()

@@ -143,8 +143,8 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager

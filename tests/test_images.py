@@ -288,7 +288,8 @@ def test_a_bad_resolution_costs_no_other_exif_data(orientation):
     size, info = read_image(Path("e.jpg")).size, read_image(Path("e.jpg")).info
     assert size == ((24, 15) if orientation == 1 else (15, 24))
     write_image(random_image(size=size), Path("o.jpg"), info)
-    kept = Image.open("o.jpg").getexif()
+    with Image.open("o.jpg") as image:
+        kept = image.getexif()
     assert (kept.get(0x010F), kept.get(0x0112, 1), kept.get(0x011A), kept.get(0x011B)) == ("a camera", 1, None, 216)
 
 
