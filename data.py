@@ -86,7 +86,9 @@ def require_folder(folder: str) -> None:
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
     """The name of a published set if the files are the published ones, or else the folder's name."""
-    name, digest = printable(folder.resolve().name), download.digest({file.name: file.read_bytes() for file in files})
+    name, digest = printable(folder.resolve().name), ""
+    if all(file.stat().st_size <= download.MAX_FILE for file in files):
+        digest = download.digest((file.name, file.read_bytes()) for file in files)
     for published, known in download.SETS.items():
         if digest == known:
             return published

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from tqdm import tqdm
 
-from utils import ArgumentParser, CommandError, path
+from utils import ArgumentParser, CommandError, locked, path, sweep
 
 # One digest per set stands for the name and the SHA-256 of every file:
 # that of the output of `sha256sum *.bmp` in its folder.
@@ -28,15 +28,17 @@ MIRRORS = (
 )
 DATA = Path("data")  # where the sets are put
 MAX_BYTES = 2**27  # of an archive, and of the images in it
+MAX_FILE = 2**20  # bytes; the largest published image has 786,486
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
 Files = dict[str, bytes]  # the contents of a folder by file name
 
 
-def digest(files: Files) -> str:
-    """What SETS identifies a folder by."""
-    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+def digest(files: Iterable[tuple[str, bytes]]) -> str:
+    """What SETS identifies a folder by, of the names and contents of its files, each needed once."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files}
+    lines = (f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -111,7 +113,7 @@ def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files
     folders: dict[PurePath, Files] = {}
     for file, content in files.items():
         folders.setdefault(file.parent, {})[file.name] = content
-    found = {digest(folder): folder for folder in folders.values()}
+    found = {digest(folder.items()): folder for folder in folders.values()}
     for name in names:
         if SETS[name] not in found:
             raise CommandError(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")
@@ -124,7 +126,8 @@ def install(sets: dict[str, Files]) -> None:
         target = DATA / name
         try:
             DATA.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary:
+            sweep(DATA, f".{name}-*")
+            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary, locked(Path(temporary)):
                 part = Path(temporary, name)
                 part.mkdir()
                 for file, content in files.items():

@@ -1,48 +1,27 @@
-"""Image files in and out: decoding, formats, metadata, conversion to tensors."""
+"""Image files in and out: decoding, encoding, conversion to tensors."""
 
 import contextlib
 import io
 import os
+import sys
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
+from formats import FORMATS, format_of, lies_on_its_side, metadata, swap_dpi, turn_upright
 from model import SCALE
 from utils import CommandError, atomic_write, warn
 
 MAX_PIXELS = 2**28 // 3  # of an image to read by default; Pillow warns of larger ones
+STANDARD = Path("-")  # stands for standard input and output
 # Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
 WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
-
-
-@dataclass(frozen=True)
-class Format:
-    """What a format can hold beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
-
-    alpha: bool = False
-    sixteen_bits: bool = False
-    exif: bool = False
-    max_side: int = 2**62  # pixels
-    max_bytes: int = 2**62  # before compression
-    options: dict[str, int] = field(default_factory=dict)
-
-
-# PNG at level 1 takes a quarter of the time of Pillow's default, 6, and the files are a third larger.
-FORMATS = {
-    "BMP": Format(max_bytes=2**32),
-    "GIF": Format(alpha=True, max_side=65535),
-    "JPEG": Format(exif=True, max_side=65500, options={"quality": 95, "subsampling": 0}),
-    "PNG": Format(alpha=True, sixteen_bits=True, exif=True, options={"compress_level": 1}),
-    "PPM": Format(sixteen_bits=True),
-    "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
-    "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
-}
 
 
 # ------------------------------------------------------------------------------- reading
@@ -53,7 +32,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Parameters
     ----------
-    path : of the file
+    path : of the file, or STANDARD
     max_pixels : refuse images with more, since a file of a few bytes can claim to be of any size
 
     Returns
@@ -66,15 +45,19 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+        if path != STANDARD and os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
             raise CommandError(f"{path}: not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about oddities that it copes with
-            with Image.open(path, formats=readable_formats()) as image:
+            source = standard_input(16 * max_pixels) if path == STANDARD else path
+            with Image.open(source, formats=readable_formats()) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
+                turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)
                 image.load()
+                if turned:  # Pillow has just done that
+                    swap_dpi(image.info)
                 result, frames = simplify(image), 1
                 with contextlib.suppress(Exception):  # damaged frames are not read
                     frames = image.n_frames if image.format in WITH_FRAMES else 1
@@ -93,6 +76,16 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if frames > 1:
         warn(f"{path}: only the first of {frames} frames is read")
     return result
+
+
+def standard_input(max_bytes: int) -> io.BytesIO:
+    """What comes from standard input, since formats need to seek. Raises CommandError if it is more than max_bytes."""
+    if not sys.stdin:
+        raise CommandError(f"{STANDARD}: standard input is closed")
+    content = io.BytesIO(sys.stdin.buffer.read(max_bytes + 1))
+    if len(content.getbuffer()) > max_bytes:
+        raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
+    return content
 
 
 def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -116,7 +109,9 @@ def simplify(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow's PPM has 16 bits there
         result = gray_of_16_bits(image, info.get("transparency"))
     elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits, whose range is unknown; convert it to 8 or 16 bits")
+        signed = image.format == "TIFF" and image.tag_v2.get(258) == (16,)  # type: ignore[attr-defined]
+        kind = "are signed numbers" if signed else "have 32 bits"
+        raise ValueError(f"its pixels {kind}, whose range is unknown; convert it to 8 or 16 bits")
     else:
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         mode += "A" if image.has_transparency_data else ""
@@ -126,8 +121,17 @@ def simplify(image: Image.Image) -> Image.Image:
     info.pop("transparency", None)
     result.info = info
     with contextlib.suppress(Exception):  # damaged EXIF data say nothing
-        ImageOps.exif_transpose(result, in_place=True)
+        turn_upright(result)
     return result
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """An array as an image of one of the modes of :func:`read_image`. Raises ValueError if it is none."""
+    kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
+    if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def gray_of_16_bits(image: Image.Image, transparent: int | None) -> Image.Image:
@@ -150,16 +154,24 @@ def convert_inks(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The images in a folder by their endings, sorted. Raises CommandError if there are none."""
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """The images in a folder, or below it, by their endings, sorted. Raises CommandError if there are none."""
     endings = {ending for ending, name in Image.registered_extensions().items() if name in readable_formats()}
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = []
+    for place, folders, names in os.walk(folder, onerror=reraise):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if file.is_file())
     images = [file for file in files if file.suffix.lower() in endings]
     if not images:
         raise CommandError(f"{folder}: this folder holds no images")
     if len(images) < len(files):
         warn(f"{folder}: skipping {len(files) - len(images)} files without the ending of an image format")
     return images
+
+
+def reraise(error: OSError) -> None:
+    raise error
 
 
 # ---------------------------------------------------------------------------- conversion
@@ -197,20 +209,11 @@ def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # ------------------------------------------------------------------------------- writing
 
 
-def format_of(path: Path) -> str:
-    """Pillow's name of the format for a path's ending. Raises CommandError if it is not one of FORMATS."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name not in FORMATS:
-        endings = ", ".join(f".{name.lower()}" for name in FORMATS)
-        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {endings}")
-    return name
-
-
-def check_output(path: Path, lr: Image.Image) -> None:
-    """Raise CommandError unless ``path`` can be written and its format holds what ``lr`` becomes."""
-    name = format_of(path)
+def check_output(path: Path, lr: Image.Image, name: str | None = None) -> None:
+    """Raise CommandError unless ``path`` can be written and its format, or that named, holds what ``lr`` becomes."""
+    name = name or format_of(path)
     format = FORMATS[name]
-    if not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+    if path != STANDARD and not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
         raise CommandError(f"cannot write {path}: no such folder, or no permission to write to it")
     width, height, channels = SCALE * lr.width, SCALE * lr.height, 2 if lr.mode == "I;16" else len(lr.mode)
     if lr.mode in ("LA", "RGBA") and not format.alpha:
@@ -224,44 +227,28 @@ def check_output(path: Path, lr: Image.Image) -> None:
     raise CommandError(f"{path}: {problem}; use --output=NAME.png")
 
 
-def write_image(image: Image.Image, path: Path, info: dict) -> None:
+def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None) -> None:
     """Write an image with the metadata of the input, whose Pillow ``info`` is given. Raises CommandError."""
-    format = format_of(path)
+    format = format or format_of(path)
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
         image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))
     options = FORMATS[format].options | metadata(info, format, image.mode)
     try:
-        with atomic_write(path) as file:
+        with standard_output() if path == STANDARD else atomic_write(path) as file:
             image.save(file, format, **options)
-    except (CommandError, MemoryError):
+    except (CommandError, MemoryError, BrokenPipeError):
         raise
     except Exception as error:  # Pillow's encoders raise errors of many types
         raise CommandError(f"{path}: cannot be written as {format}: {error}") from error
 
 
-def metadata(info: dict, format: str, mode: str) -> dict:
-    """Pillow's options for what an output takes over: ICC profile, EXIF data, and three times the DPI."""
-    kept: dict = {}
-    space = b"GRAY" if mode in ("L", "LA", "I;16") and format != "WEBP" else b"RGB "
-    if (info.get("icc_profile") or b"")[16:20] == space:  # otherwise it describes another kind of image
-        kept["icc_profile"] = info["icc_profile"]
-    with contextlib.suppress(Exception):  # damaged metadata are left out
-        dpi = tuple(SCALE * float(value) for value in info["dpi"])
-        if len(dpi) == 2 and min(dpi) >= 1 and max(dpi) < 2**16:
-            kept["dpi"] = dpi
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if FORMATS[format].exif and len(exif := upscaled_exif(info["exif"])) < 65000:  # JPEG's limit
-            kept["exif"] = exif
-    return kept
-
-
-def upscaled_exif(content: bytes) -> bytes:
-    """EXIF data with three times the resolution and without the input's size."""
-    exif, tags = Image.Exif(), ExifTags.Base
-    exif.load(content)
-    exif.update({tag: SCALE * exif[tag] for tag in (tags.XResolution, tags.YResolution) if tag in exif})
-    for tag in (tags.ExifImageWidth, tags.ExifImageHeight):
-        exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
-    return exif.tobytes()
+@contextlib.contextmanager
+def standard_output() -> Iterator[io.BytesIO]:
+    """A file that goes to standard output when it is complete, even where sys.stdout is redirected."""
+    content = io.BytesIO()
+    yield content
+    if not sys.__stdout__ or sys.__stdout__.isatty():
+        raise CommandError("standard output is closed, or a terminal; redirect it, or use --output=FILE")
+    sys.__stdout__.buffer.write(content.getvalue())
+    sys.__stdout__.buffer.flush()

@@ -18,12 +18,7 @@ from model import SRCNN
 from optim import Adam
 from options import Options
 from recipe import RECIPES, Patches
-from utils import CommandError, make_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from utils import CommandError, locked, make_folder, sweep
 
 
 @dataclass
@@ -126,17 +121,11 @@ def exclusive(output: Path) -> Iterator[None]:
         return
     make_folder(output)
     with contextlib.ExitStack() as stack:
-        if fcntl:
-            lock = os.open(output, os.O_RDONLY)
-            stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CommandError(f"another training is writing to {output}; use another --output") from error
-            except OSError:  # no locks there, as on some network drives
-                pass
-        for part in output.glob(".checkpoint.*.part"):  # of a training that was killed
-            part.unlink(missing_ok=True)
+        try:
+            stack.enter_context(locked(output))
+        except BlockingIOError as error:
+            raise CommandError(f"another training is writing to {output}; use another --output") from error
+        sweep(output)
         yield
 
 

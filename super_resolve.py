@@ -1,41 +1,62 @@
 """Upscale images by 3 with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
-import os
+import contextlib
 import sys
 import time
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint
 from comparison import compare
 from device import dtype_name, select_device, select_dtype
 from distributed import gather, process_group, rank_and_world_size
-from images import MAX_PIXELS, check_output, list_images, read_hr, read_image, to_rgb, write_image
+from formats import FORMAT_CHOICES
+from images import (
+    MAX_PIXELS,
+    STANDARD,
+    check_output,
+    from_array,
+    read_hr,
+    read_image,
+    simplify,
+    to_rgb,
+    write_image,
+)
+from jobs import SUFFIX, Job, find_jobs
 from metrics import Report, Row, table
 from model import SCALE, SRCNN
 from options import PRECISION_HELP, PRECISIONS
 from upscaler import TILE, Upscaler
-from utils import ArgumentParser, CommandError, describe_error, integer, make_folder, path, printable, run_command, warn
+from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
 
-SUFFIX = "_srcnn_x3"
+T = TypeVar("T", Image.Image, np.ndarray)
+CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
 
 
 def parse_args() -> argparse.Namespace:
-    start = "python super_resolve.py --checkpoint checkpoint.pth"
+    start = "python super_resolve.py"
     parser = ArgumentParser(
         prog="super_resolve.py",
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
     )
-    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, or folder of LR images")
-    parser.add_argument("--checkpoint", type=path, required=True, help="trained weights, such as checkpoint.pth")
-    text = f"output file, or folder for several inputs (default: NAME{SUFFIX} beside each)"
-    parser.add_argument("--output", type=output, metavar="PATH", help=text)
+    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, folder of LR images, or -")
+    text = "trained weights (default: checkpoint.pth beside this program)"
+    parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, help=text)
+    text = f"output file, or -, or folder for several inputs (default: NAME{SUFFIX} beside each)"
+    parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
+    text = f"of outputs without a given name: {', '.join(FORMAT_CHOICES)} (default: that of the input)"
+    parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
+    parser.add_argument("--recursive", action="store_true", help="take the folders in folders, too")
+    parser.add_argument("--skip-existing", action="store_true", help="leave images whose outputs are there already")
     text = "HR image, or folder of HR images, to measure and compare with"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
     text = "take the mean over eight flips and rotations, at eight times the cost"
@@ -55,107 +76,55 @@ def output(text: str) -> str:
     return text
 
 
-# ------------------------------------------------------------------- which file goes where
-
-
-class Job(NamedTuple):
-    lr: Path
-    sr: Path
-    hr: Path | None  # ground truth
-
-    @property
-    def comparison(self) -> Path:
-        return self.sr.with_name(f"{self.sr.stem}_comparison.png")
-
-
-def find_jobs(inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path) -> list[Job]:
-    """What to do, in order.
-
-    Raises
-    ------
-    CommandError if there is nothing to do, a ground truth is missing, or an output would replace
-    an input or another output
-    """
-    several = len(inputs) > 1 or inputs[0].is_dir()
-    if ground_truth and several and not ground_truth.is_dir():
-        raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
-    truths = GroundTruths(ground_truth)
-    images = [image for input in inputs for image in find_images(input, truths)]
-    images = list({os.path.realpath(image): image for image in images}.values())
-    folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
-    jobs = []
-    for image in images:
-        beside = (folder or image.parent) / f"{image.stem}{SUFFIX}{image.suffix}"
-        jobs.append(Job(image, Path(output) if output and not folder else beside, truths.find(image)))
-    check_overwriting(jobs, [checkpoint, *images])
-    if folder:
-        make_folder(folder)
-    return jobs
-
-
-class GroundTruths:
-    """The ground truths of images: one file, or a folder in which they are found by name."""
-
-    def __init__(self, place: Path | None) -> None:
-        self.place, self.files = place, {}
-        if place and place.is_dir():
-            self.files = {file.stem: file for file in list_images(place)}
-        elif place and not place.exists():
-            raise CommandError(f"{place}: no such file or folder")
-
-    def find(self, image: Path) -> Path | None:
-        """The ground truth of an image, if there is one. The course's endings _lr and _GT are ignored."""
-        if not self.files:
-            found = self.place
-        else:
-            name = image.stem.removesuffix("_lr").removesuffix("_GT")
-            stems = (f"{name}_GT", name, f"{name}_lr")
-            found = next((self.files[stem] for stem in stems if stem in self.files), None)
-        return None if found is None or os.path.realpath(found) == os.path.realpath(image) else found
-
-
-def find_images(input: Path, truths: GroundTruths) -> list[Path]:
-    """The image itself, or the images in a folder except for outputs and those without a ground truth."""
-    if not input.is_dir():
-        if truths.place and not truths.find(input):
-            raise CommandError(f"{truths.place}: it holds no ground truth for {input.name}")
-        return [input]
-    images = [image for image in list_images(input) if SUFFIX not in image.stem]
-    if not images:
-        raise CommandError(f"{input}: this folder holds no images, apart from earlier outputs")
-    if not truths.place:
-        return images
-    paired = [image for image in images if truths.find(image)]
-    if not paired:
-        raise CommandError(f"{input}: this folder holds no images with a ground truth in {truths.place}")
-    if len(paired) < len(images):
-        warn(f"{input}: skipping {len(images) - len(paired)} images without a ground truth")
-    return paired
-
-
-def check_overwriting(jobs: list[Job], inputs: list[Path]) -> None:
-    taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
-    for job in jobs:
-        for file in (job.sr, job.comparison) if job.hr else (job.sr,):
-            if os.path.realpath(file) in taken:
-                raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
-            taken[os.path.realpath(file)] = f"also the output of {job.lr}"
-
-
 # ------------------------------------------------------------------------------- upscaling
 
 
-def do_job(job: Job, upscale: Upscaler, max_pixels: int, how: str) -> Row | None:
+def load_upscaler(
+    checkpoint: Path | str = CHECKPOINT,
+    cuda: bool = False,
+    precision: str = "auto",
+    tile: int | None = None,
+    self_ensemble: bool = False,
+) -> Upscaler:
+    """The network of a checkpoint, for any number of images. The options are those of the command."""
+    device = select_device(cuda)
+    model = SRCNN()
+    model.load_state_dict(load_checkpoint(Path(checkpoint)).model)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Upscaler(model, select_dtype(precision, device, model), tile, self_ensemble)
+
+
+@lru_cache
+def shipped_upscaler() -> Upscaler:
+    return load_upscaler()
+
+
+def upscale(image: T, upscaler: Upscaler | None = None) -> T:
+    """Upscale a Pillow image, or a NumPy array, by 3. The same kind is returned.
+
+    Parameters
+    ----------
+    image : Pillow image of any mode but I and F; or array, uint8 of shape (h, w) or (h, w, 2 to 4), or
+        uint16 of shape (h, w). With 2 or 4 channels, the last is alpha.
+    upscaler : of :func:`load_upscaler`; by default that of the shipped checkpoint, which is loaded once
+    """
+    upscaler = upscaler or shipped_upscaler()
+    if isinstance(image, np.ndarray):
+        return np.asarray(upscaler(from_array(image)))
+    return upscaler(simplify(image))
+
+
+def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
     """Read, upscale, write, and compare with the ground truth if there is one."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
-    check_output(job.sr, lr)
+    check_output(job.sr, lr, job.format)
     hr = read_hr(job.hr, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
-    sr = upscale(lr, job.lr.name)
-    write_image(sr, job.sr, lr.info)
-    seconds = time.perf_counter() - start
+    sr = upscaler(lr, job.lr.name)
+    write_image(sr, job.sr, lr.info, job.format)
+    seconds, how = time.perf_counter() - start, f"{upscaler.device}, {dtype_name(upscaler.dtype)}"
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
@@ -165,44 +134,69 @@ def do_job(job: Job, upscale: Upscaler, max_pixels: int, how: str) -> Row | None
     return row
 
 
-def main() -> None:
-    args = parse_args()
-    device = select_device(args.cuda)
-    model = SRCNN()
-    model.load_state_dict(load_checkpoint(args.checkpoint).model)
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dtype = select_dtype(args.precision, device, model)
-    upscale = Upscaler(model, dtype, args.tile, args.self_ensemble)
+class Share(NamedTuple):
+    """What a process has done of the jobs."""
+
+    rows: dict[str, Row]
+    failures: list[str]
+    skipped: int
+
+
+def do_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixels: int) -> Share:
+    """Do this process's share of the jobs. The time that is left is estimated by the size of the files."""
     rank, world_size = rank_and_world_size()
-    rows, failures, alone = {}, [], len(jobs) == 1
-    for job in tqdm(jobs[rank::world_size], "images", leave=False, disable=alone or rank > 0 or None, unit="image"):
-        try:
-            row = do_job(job, upscale, args.max_pixels, f"{device}, {dtype_name(dtype)}")
-            if row:
-                rows[str(job.lr)] = row
-        except BrokenPipeError:  # whoever reads the output has gone
-            raise
-        except Exception as error:
-            if alone:
+    share, alone = jobs[rank::world_size], len(jobs) == 1
+    todo = [job for job in share if not (skip_existing and job.is_done())]
+    rows, failures, sizes = {}, [], [size_of(job.lr) for job in todo]
+    hidden = alone or rank > 0 or None
+    with tqdm(total=sum(sizes), leave=False, disable=hidden, unit="B", unit_scale=True) as bar:
+        for number, (job, size) in enumerate(zip(todo, sizes, strict=True)):
+            bar.set_description(f"{number}/{len(todo)} images")
+            try:
+                row = do_job(job, upscaler, max_pixels)
+                if row:
+                    rows[str(job.lr)] = row
+            except BrokenPipeError:  # whoever reads the output has gone
                 raise
-            failures.append(describe_error(error))
-    with process_group(timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
-        shares = gather((rows, failures))
-    if rank == 0:
-        summarize(shares, args.ground_truth, len(jobs))
+            except Exception as error:
+                if alone:
+                    raise
+                failures.append(describe_error(error))
+            bar.update(size)
+    return Share(rows, failures, len(share) - len(todo))
 
 
-def summarize(shares: list[tuple[dict[str, Row], list[str]]], ground_truth: Path | None, count: int) -> None:
-    """Print the PSNR and the failures of all processes. Raises CommandError if there are failures."""
-    rows = dict(sorted(row for share, _ in shares for row in share.items()))
-    failures = [failure for _, share in shares for failure in share]
+def size_of(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def summarize(shares: list[Share], ground_truth: Path | None, count: int, seconds: float) -> None:
+    """Print the PSNR, the failures and the numbers of all processes. Raises CommandError if there are failures."""
+    rows = dict(sorted(row for share in shares for row in share.rows.items()))
+    failures = [failure for share in shares for failure in share.failures]
+    skipped = sum(share.skipped for share in shares)
     if rows and ground_truth:
         print(table(Report(ground_truth.name, rows)))
+    if count > 1 or skipped:
+        done = f"{count - skipped - len(failures)} of {count} images upscaled in {timedelta(seconds=round(seconds))}"
+        print(done + (f", {skipped} were there already" if skipped else ""), flush=True)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise CommandError(f"{len(failures)} of {count} images failed")
+
+
+def main() -> None:
+    args, start = parse_args(), time.perf_counter()
+    upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble)
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format, args.recursive)
+    with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
+        share = do_share(jobs, upscaler, args.skip_existing, args.max_pixels)
+    with process_group(timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
+        shares = gather(share)
+    if rank_and_world_size()[0] == 0:
+        summarize(shares, args.ground_truth, len(jobs), time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
     except BaseException:
         cuda = " --cuda" if device.type == "cuda" else ""
         last = printable(shlex.quote(str(output / "checkpoint.last")))
-        print(f"resume with: python train.py resume {last}{cuda}", flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"resume with: python train.py resume {last}{cuda}", flush=True)
         raise
 
 

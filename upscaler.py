@@ -44,7 +44,7 @@ class Upscaler:
         self.device = model.conv1.weight.device
         self.tile = tile or TILE[self.device.type]
         self.self_ensemble = self_ensemble
-        self.model = model
+        self.model, self.dtype = model, dtype
         self.network = FoldedBf16(model) if dtype == torch.bfloat16 else Folded(model)
 
     @cached_property

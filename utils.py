@@ -3,16 +3,24 @@
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # signals; Windows has no SIGHUP
+PART = ".srcnn.part"  # how temporary files end
 
 
 class CommandError(Exception):
@@ -29,6 +37,13 @@ class ArgumentParser(argparse.ArgumentParser):
         epilog = f"examples:\n{examples}" if examples else None
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, epilog=epilog, **options)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Refuse what is unknown here, so that an unknown option of a subcommand names that subcommand's help."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
@@ -73,23 +88,26 @@ def path(text: str) -> Path:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: status 0 when done, 1 with one line on stderr, 130 when interrupted."""
+    """Run a command and exit: status 0 when done, 1 with one line on stderr, 128 and its number after a signal."""
     for name in ("stdout", "stderr"):
         if not getattr(sys, name):  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     status, message = 0, ""
     try:
-        main()
+        with handled(ENDING, interrupt):
+            main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (CommandError, OSError, MemoryError, RuntimeError) as error:
         status, message = 1, f"error: {describe_error(error)}\n"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted\n"
-    sys.stderr.write(message)  # in one call, since several processes may write here
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        status, message = 128 + number, "interrupted\n"
+    with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+        sys.stderr.write(message)  # in one call, since several processes may write here
     sys.exit(status)
 
 
@@ -122,28 +140,41 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler: end as Ctrl-C does, so that temporary files are removed."""
+    raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals, except for those that are ignored, as SIGHUP is under nohup."""
+    heeded = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Defer the first SIGINT or SIGTERM until the yielded function is called, which then raises KeyboardInterrupt.
+    """Defer the first SIGINT, SIGTERM or SIGHUP until the yielded function is called: it raises KeyboardInterrupt.
 
     TensorBoard's writer may deadlock if it is interrupted. A second Ctrl-C takes effect at once.
     """
-    received = threading.Event()
+    received: list[int] = []
 
     def defer(number: int, frame: FrameType | None) -> None:
-        received.set()
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def raise_deferred() -> None:
-        if received.is_set():
-            raise KeyboardInterrupt
+        if received:
+            raise KeyboardInterrupt(received[0])
 
-    previous = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled([signal.SIGINT, *ENDING], defer):
         yield raise_deferred
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------- files
@@ -155,18 +186,49 @@ def atomic_write(path: Path) -> Iterator[SimpleNamespace]:
 
     It has no ``fileno``: Pillow would use that to write past Python, and miss that a disk is full.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[:30]}.{os.getpid()}{PART}")  # no longer than a name may be
     try:
-        with open(part, "w+b") as file:
+        with open(part, "w+b") as file, locked(part):
             yield SimpleNamespace(**{name: getattr(file, name) for name in ("read", "write", "seek", "tell", "flush")})
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            file.close()  # since Windows renames no open file
+            os.replace(part, path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder, and yield whether that worked: Windows and some network drives have no locks.
+
+    Raises BlockingIOError if another process has locked it.
+    """
+    if not fcntl:
+        yield False
+        return
+    number, works = os.open(path, os.O_RDONLY | os.O_NONBLOCK), True  # a pipe would block
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            works = False
+        yield works
+    finally:
+        os.close(number)
+
+
+def sweep(folder: Path, pattern: str = f".*{PART}") -> None:
+    """Remove the temporary files, or folders, of processes that were killed. Those in use are locked."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError), locked(left) as works:
+            if works:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def make_folder(folder: Path) -> None:

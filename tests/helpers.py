@@ -143,6 +143,11 @@ def dihedral(tensor):
     return [t.flip(dims) for t in (tensor, tensor.transpose(-1, -2)) for dims in ((), (-1,), (-2,), (-1, -2))]
 
 
+def contents(folder="."):
+    """All files in a folder and below."""
+    return {str(file): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+
+
 # ------------------------------------------------------------------------------- trainings
 
 

@@ -27,6 +27,11 @@ pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach t
         ("a.eps", lambda path: path.write_bytes(file_of(random_image(), "EPS")), "not an image that can be read"),
         ("f.tif", lambda path: Image.new("F", (9, 9)).save(path), "not an image .*32 bits, whose range is unknown.*"),
         ("i.tif", lambda path: Image.new("I", (9, 9)).save(path), "not an image .*32 bits, whose range is unknown.*"),
+        (
+            "s.tif",
+            lambda path: Image.new("I;16", (9, 9)).save(path, tiffinfo={339: 2}),
+            "not an image .*: its pixels are signed numbers, whose range is unknown.*",
+        ),
         ("loop.png", lambda path: path.symlink_to(path), "not an image .*: Too many levels of symbolic links"),
         ("pipe.png", os.mkfifo, "not a file"),
         ("folder.png", Path.mkdir, "not a file"),

@@ -47,6 +47,19 @@ def test_any_images_will_do_each_under_a_name_of_its_own(tmp_path):
     assert {(image.mode, image.size) for image in image_set.images.values()} == {("RGB", (30, 60))}
 
 
+def test_of_a_published_set_only_files_of_its_sizes_are_read(tmp_path, monkeypatch):
+    """For its digest; a video would fill the memory."""
+    files = [tmp_path / "a.bmp", tmp_path / "video.mpg"]
+    for file in files:
+        file.write_bytes(b"ab")
+    monkeypatch.setattr(data.download, "SETS", {"Set9": data.download.digest((f.name, b"ab") for f in files)})
+    assert data.name_of_set(tmp_path, files) == "Set9"
+    with files[1].open("wb") as file:
+        file.truncate(data.download.MAX_FILE + 1)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert data.name_of_set(tmp_path, files) == tmp_path.name
+
+
 def test_of_the_courses_test_images_only_the_ground_truths_are_read(tmp_path, capfd):
     for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_GT.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)

@@ -22,7 +22,7 @@ FILES = {name: {f"t{i}.bmp": b"BM" + rng.bytes(600) for i in range(2)} for name 
 @pytest.fixture(autouse=True)
 def _small_sets(monkeypatch):
     """The digests of the real sets are tested in test_data.py and test_train.py."""
-    monkeypatch.setattr(download, "SETS", {name: download.digest(files) for name, files in FILES.items()})
+    monkeypatch.setattr(download, "SETS", {name: download.digest(files.items()) for name, files in FILES.items()})
     monkeypatch.setattr(download, "MAX_BYTES", 2**20)
     monkeypatch.setattr(download, "TIMEOUT", 1)
 
@@ -119,6 +119,13 @@ def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, monkeypat
     assert not os.listdir()
     monkeypatch.setattr(download, "MIRRORS", (web(path), web("good")))
     download.fetch(NAMES)
+    assert installed() == FILES
+
+
+def test_what_a_killed_download_left_is_removed():
+    Path("data/.Set5-abc/Set5").mkdir(parents=True)
+    Path("copy.zip").write_bytes(GOOD)
+    download.fetch(NAMES, Path("copy.zip"))
     assert installed() == FILES
 
 

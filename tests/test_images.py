@@ -12,7 +12,8 @@ import pytest
 from helpers import SRGB, file_of, random_image
 from PIL import Image, JpegImagePlugin
 
-from images import FORMATS, check_output, list_images, metadata, read_image, to_image, to_rgb, to_tensor, write_image
+from formats import FORMATS, metadata
+from images import check_output, list_images, read_image, to_image, to_rgb, to_tensor, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach the user
@@ -262,6 +263,34 @@ def test_exif_data_have_the_resolution_and_not_the_size():
     kept = copied("m.webp", exif=exif).getexif()
     assert (kept[0x011A], kept[0x011B]) == (288, 216)
     assert kept.get_ifd(0x8769) == {0x8827: 100}
+
+
+@pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.tif"])
+@pytest.mark.parametrize("orientation", [1, 4, 5, 8])
+def test_the_resolutions_of_an_image_on_its_side_change_places(name, orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x011B], exif[0x0128] = orientation, 300.0, 150.0, 2
+    copy = copied(name, dpi=(300, 150), exif=exif)
+    wanted = (450, 900) if orientation > 4 else (900, 450)
+    assert copy.info["dpi"] == pytest.approx(wanted, abs=0.05)
+    if name != "e.tif":
+        assert (copy.getexif()[0x011A], copy.getexif()[0x011B]) == wanted
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_bad_resolution_costs_no_other_exif_data(orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A], exif[0x011B] = orientation, "a camera", 123.0, 72.0
+    content = exif.tobytes()
+    good = struct.pack("<2I", 123, 1) if content[6:8] == b"II" else struct.pack(">2I", 123, 1)
+    assert content.count(good) == 1
+    random_image().save("e.jpg", exif=content.replace(good, good[:4] + bytes(4)))  # 123/0
+    size, info = read_image(Path("e.jpg")).size, read_image(Path("e.jpg")).info
+    assert size == ((24, 15) if orientation == 1 else (15, 24))
+    write_image(random_image(size=size), Path("o.jpg"), info)
+    with Image.open("o.jpg") as image:
+        kept = image.getexif()
+    assert (kept.get(0x010F), kept.get(0x0112, 1), kept.get(0x011A), kept.get(0x011B)) == ("a camera", 1, None, 216)
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,12 @@ def diverge(monkeypatch):
     ("end", "status", "message"),
     [
         (partial(interrupt, signal.SIGINT), 130, "interrupted"),
-        (partial(interrupt, signal.SIGTERM), 130, "interrupted"),  # torchrun and clusters send this
+        (partial(interrupt, signal.SIGTERM), 143, "interrupted"),  # torchrun and clusters send this
+        (partial(interrupt, signal.SIGHUP), 129, "interrupted"),  # a terminal that closes
         (fill_the_disk, 1, "error: cannot write checkpoint.2: No space left on device"),
         (diverge, 1, "error: the loss is not finite at step 1 of epoch 2; lower the learning rate (--lr)"),
     ],
-    ids=["SIGINT", "SIGTERM", "full disk", "infinite loss"],
+    ids=["SIGINT", "SIGTERM", "SIGHUP", "full disk", "infinite loss"],
 )
 def test_what_ends_an_epoch_leaves_the_checkpoints_of_the_last(train_small, monkeypatch, end, status, message):
     end(monkeypatch)

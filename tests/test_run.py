@@ -13,6 +13,7 @@ from data import ImageSet, TrainSet
 from dead_leaves import dead_leaves
 from options import Options
 from run import exclusive, keep_other_checkpoints, new_run, restored_run
+from utils import PART
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
 
 
 def test_what_a_killed_training_left_is_removed(tmp_path):
-    for name in (".checkpoint.best.123.part", ".other.part", "checkpoint.1"):
+    for name in (f".checkpoint.best.123{PART}", ".other.part", "checkpoint.1"):
         (tmp_path / name).write_text("half")
     with exclusive(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.part", "checkpoint.1"]

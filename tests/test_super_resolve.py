@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import resource
@@ -8,108 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, assert_same, expected, rows_of
+from helpers import ROOT, assert_one_line, assert_same, contents, expected, random_image, rows_of, trained_model
 from PIL import Image
 
+import super_resolve
 from images import bicubic, to_rgb, to_tensor
 from metrics import Psnr, Row, psnr
-from super_resolve import find_jobs, summarize
+from super_resolve import Share, load_upscaler, summarize, upscale
 from utils import CommandError
 
 COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
-
-
-def contents(folder="."):
-    return {str(file): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
-
-
-# ------------------------------------------------------------------- which file goes where
-
-
-FILES = """
-    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_comparison.png net there/x done/x_srcnn_x3.png
-    in/b.png in/a.jpg in/a_srcnn_x3.jpg in/.hidden.png in/deeper.png/x
-    course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
-    lr/a.png lr/b.png lr/c_GT.png lr/d.png hr/a.bmp hr/b_GT.png hr/b.bmp hr/c_GT.png
-"""
-
-
-@pytest.fixture
-def find():
-    """find_jobs with empty files, since it does not look inside, and all names as text."""
-    for path in map(Path, FILES.split()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    def call(inputs, output, truth):
-        return find_jobs([Path(name) for name in inputs.split()], output, truth and Path(truth), Path("net"))
-
-    return call
-
-
-def pairs(text):
-    return [tuple(map(Path, pair.split())) for pair in text.split(", ")]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "wanted"),
-    [
-        ("deep/a.b.jpg", None, "deep/a.b.jpg deep/a.b_srcnn_x3.jpg"),
-        ("lr.bmp", "big.png", "lr.bmp big.png"),
-        ("lr.bmp", "there", "lr.bmp there/lr_srcnn_x3.bmp"),
-        ("lr.bmp", "new/", "lr.bmp new/lr_srcnn_x3.bmp"),
-        ("in", None, "in/a.jpg in/a_srcnn_x3.jpg, in/b.png in/b_srcnn_x3.png"),
-        ("lr.bmp in", "o/p", "lr.bmp o/p/lr_srcnn_x3.bmp, in/a.jpg o/p/a_srcnn_x3.jpg, in/b.png o/p/b_srcnn_x3.png"),
-        ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
-    ],
-)
-def test_outputs(find, inputs, output, wanted):
-    assert [(job.lr, job.sr) for job in find(inputs, output, None)] == pairs(wanted)
-    assert output in (None, "big.png") or Path(output).is_dir()
-
-
-@pytest.mark.parametrize(
-    ("inputs", "truth", "wanted"),
-    [
-        ("lr.bmp", "hr.png", "lr.bmp hr.png"),
-        ("course", "./course", "course/a_lr.bmp course/a_GT.bmp, course/b_lr.bmp course/b_GT.bmp"),
-        # The truth with the ending _GT is preferred; the same name in both folders is no obstacle.
-        ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png"),
-        ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp"),
-    ],
-)
-def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
-    jobs = find(inputs, "o/", truth)
-    assert [(job.lr, job.hr) for job in jobs] == pairs(wanted)
-    assert [job.comparison for job in jobs] == [Path("o", f"{job.lr.stem}_srcnn_x3_comparison.png") for job in jobs]
-    warnings = {"course": "WARNING: course: skipping 3 images without a ground truth\n"}
-    warnings["lr/a.png lr"] = "WARNING: lr: skipping 1 images without a ground truth\n"
-    assert capsys.readouterr().err == warnings.get(inputs, "")
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "truth", "problem"),
-    [
-        ("lr.bmp", None, "missing.png", "missing.png: no such file or folder"),
-        ("lr.bmp hr.png", None, "hr.png", "hr.png: several images need a folder of ground truths"),
-        ("lr.bmp", None, "lr.bmp", "lr.bmp: it holds no ground truth for lr.bmp"),
-        ("lr.bmp", None, "hr", "hr: it holds no ground truth for lr.bmp"),
-        ("in", None, "in", "in: this folder holds no images with a ground truth in in"),
-        ("done", None, None, "done: this folder holds no images, apart from earlier outputs"),
-        ("lr.bmp", "lr.bmp", None, "lr.bmp is an input"),
-        ("lr.bmp", "net", None, "net is an input"),
-        ("lr.bmp", "hr.png", "hr.png", "hr.png is an input"),
-        ("lr.bmp hr_srcnn_x3.png hr.png", None, None, "hr_srcnn_x3.png is an input"),
-        ("lr/b.png in", "in", None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
-        ("lr.bmp", "x.png", "x_comparison.png", "x_comparison.png is an input"),
-        ("lr.bmp hr.png", "lr.bmp", None, "cannot make the folder lr.bmp: File exists"),
-    ],
-)
-def test_what_does_not_fit_is_refused(find, inputs, output, truth, problem):
-    before = contents()
-    with pytest.raises(CommandError, match=re.escape(problem)):
-        find(inputs, output, truth)
-    assert contents() == before
 
 
 # ------------------------------------------------------------------------------- upscaling
@@ -129,6 +38,15 @@ def test_it_writes_the_networks_output_beside_the_input(cli, pictures):
     assert after == before
 
 
+def test_the_shipped_checkpoint_is_the_default_and_the_format_is_free(cli, pictures):
+    pictures[0].save("lr.jp2", irreversible=False)
+    status, _, err = cli("super_resolve.py", "--precision=fp32", "lr.jp2")
+    assert (status, err) == (0, "WARNING: .jp2: such files are not written; their outputs are PNG\n")
+    assert_same(Image.open("lr_srcnn_x3.png"), expected(trained_model(), pictures[0]))
+    assert cli("super_resolve.py", "lr.jp2", "--format=webp", "-o", "new/")[0] == 0
+    assert Image.open("new/lr_srcnn_x3.webp").format == "WEBP"
+
+
 def test_a_file_that_fails_is_reported_at_the_end_and_the_others_are_done(cli, pictures):
     lr, _, model = pictures
     Path("in").mkdir()
@@ -143,11 +61,33 @@ def test_a_file_that_fails_is_reported_at_the_end_and_the_others_are_done(cli, p
     assert failure.startswith("error: in/aa.png: not an image")
     assert end == "error: 1 of 4 images failed"
     names = ["lr_srcnn_x3.bmp", "a_srcnn_x3.jpg", "b_srcnn_x3.png"]
-    assert [line.split(":")[0] for line in out.splitlines()] == [f"o/p/{name}" for name in names]
+    *lines, summary = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"o/p/{name}" for name in names]
+    assert re.fullmatch(r"3 of 4 images upscaled in 0:\d\d:\d\d", summary)
     assert sorted(os.listdir("o/p")) == sorted(names)
     assert_same(Image.open("o/p/lr_srcnn_x3.bmp"), expected(model, lr))
     assert_same(Image.open("o/p/b_srcnn_x3.png"), expected(model, lr))
     assert_same(Image.open("o/p/a_srcnn_x3.jpg"), expected(model, Image.open("in/a.jpg")), levels=16)
+
+
+def test_a_batch_goes_on_where_it_was_interrupted(cli, pictures):
+    """What is there stays, here with other content; what comes with a comparison needs both."""
+    for name in ("a", "sub/a", "sub/deeper/b"):
+        Path("in", name).parent.mkdir(exist_ok=True)
+        pictures[0].save(f"in/{name}.png")
+        Path("hr", name).parent.mkdir(parents=True, exist_ok=True)
+        pictures[1].save(f"hr/{name}.png")
+    command = (*COMMAND, "in", "--recursive", "--skip-existing", "--output=o")
+    Path("o/sub").mkdir(parents=True)
+    Path("o/sub/a_srcnn_x3.png").write_text("there")
+    status, out, err = cli(*command)
+    assert (status, err) == (0, "")
+    assert re.search(r"^2 of 3 images upscaled in 0:\d\d:\d\d, 1 were there already$", out, re.M)
+    assert Path("o/sub/a_srcnn_x3.png").read_text() == "there"
+    assert Image.open("o/sub/deeper/b_srcnn_x3.png").size == (90, 90)
+    assert cli(*command)[1] == "0 of 3 images upscaled in 0:00:00, 3 were there already\n"
+    out = cli(*command, "--ground-truth=hr")[1]
+    assert list(rows_of(out)) == ["in/a.png", "in/sub/a.png", "in/sub/deeper/b.png", "hr"]
 
 
 def figures(lr, sr, hr):
@@ -202,11 +142,53 @@ def test_what_differs_from_the_ground_truth_is_measured(cli, pictures, change, w
 
 def test_the_shares_of_all_processes_are_one_table(capsys):
     a, b, c = (Row(Psnr(20, 20), Psnr(value, 20)) for value in (21.0, 23.0, 25.0))
-    with pytest.raises(CommandError, match=r"^1 of 4 images failed$"):
-        summarize([({"a": a, "c": c}, ["x: damaged"]), ({"b": b}, [])], Path("in/hr"), 4)
+    with pytest.raises(CommandError, match=r"^1 of 7 images failed$"):
+        summarize([Share({"a": a, "c": c}, ["x: damaged"], 1), Share({"b": b}, [], 2)], Path("in/hr"), 7, 3661.2)
     out, err = capsys.readouterr()
     assert [(name, row[2]) for name, row in rows_of(out).items()] == [("a", 21), ("b", 23), ("c", 25), ("hr", 23)]
+    assert out.endswith("\n3 of 7 images upscaled in 1:01:01, 3 were there already\n")
     assert err == "error: x: damaged\n"
+
+
+def test_between_pipes_there_is_nothing_but_the_image(pictures):
+    lr, _, model = pictures
+    command = [sys.executable, ROOT / "super_resolve.py", *COMMAND[1:], "-", "--format=tif"]
+    with open("lr.bmp", "rb") as file:
+        process = subprocess.run(command, stdin=file, capture_output=True, timeout=1200)
+    assert process.stderr.startswith(b"-: 30x30 -> 90x90 in ")
+    sr = Image.open(io.BytesIO(process.stdout))
+    assert sr.format == "TIFF"
+    assert_same(sr, expected(model, lr))
+
+
+def test_what_standard_input_cannot_be(cli, pictures, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(17))))
+    for limit, problem in ((1, "-: more than 16 bytes are too many"), (2, "-: not an image that can be read")):
+        status, out, err = cli(*COMMAND, "-", "--output=a.png", f"--max-pixels={limit}")
+        assert (status, out) == (1, "")
+        assert_one_line(err, problem)
+        sys.stdin.buffer.seek(0)
+
+
+# ------------------------------------------------------------------------------- in Python
+
+
+def test_upscale_returns_the_kind_that_it_is_given(pictures, monkeypatch):
+    lr, _, model = pictures
+    upscaler = load_upscaler("net", precision="fp32")
+    for image in (lr, lr.convert("L"), lr.convert("LA"), lr.convert("RGBA"), random_image("I;16")):
+        sr, array = upscale(image, upscaler), upscale(np.array(image), upscaler)
+        assert (sr.mode, sr.size) == (image.mode, (3 * image.width, 3 * image.height))
+        assert np.array_equal(array, sr)
+        assert array.dtype == np.array(image).dtype
+    palette = lr.quantize(9)
+    assert_same(upscale(palette, upscaler), expected(model, palette.convert("RGB")))
+    for array in (np.zeros((3, 9, 9), np.uint8), np.zeros((9, 9)), np.zeros((9, 0), np.uint8), np.zeros(9, np.uint8)):
+        with pytest.raises(ValueError, match="an image is uint8 of shape"):
+            upscale(array, upscaler)
+    assert np.array_equal(upscale(lr), load_upscaler()(lr))
+    monkeypatch.setattr(super_resolve, "load_checkpoint", None)  # it is loaded once
+    upscale(lr)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -249,7 +231,7 @@ def test_bad_input_is_one_clear_line(cli, arguments, problem):
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
-        (["x"], "required: --checkpoint"),
+        (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
     ],
 )

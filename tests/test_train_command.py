@@ -83,6 +83,7 @@ BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must
     [
         ("train --output=", 2, f"{EMPTY} train --help)"),
         ("resume x --output=", 2, f"{EMPTY} resume --help)"),
+        ("train --no-such", 2, "unrecognized arguments: --no-such (see train.py train --help)"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --test-data=missing", 1, "missing: no such folder of images"),
         ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),

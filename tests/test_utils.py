@@ -30,6 +30,7 @@ def test_text_from_elsewhere_cannot_steer_the_terminal(capsys):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory; use a smaller"),
         (RuntimeError("FIND was unable to find an engine to execute this computation"), 1, "error: out of memory; use"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -93,17 +94,41 @@ def test_any_kind_of_output_will_do(shell, out, err):
     assert (end.returncode, end.stdout.strip(), end.stderr.strip()) == (0, out, err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_command_without_leaving_a_half_written_file(capsys, number, status):
+    def main():
+        with atomic_write(Path("file")) as file:
+            file.write(b"half")
+            signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert (end.value.code, capsys.readouterr().err, os.listdir()) == (status, "interrupted\n", [])
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_under_nohup_commands_and_trainings_go_on(monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.handled([signal.SIGHUP], utils.interrupt), deferred_interrupts() as raise_deferred:
+            signal.raise_signal(signal.SIGHUP)
+            raise_deferred()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_is_deferred_and_a_second_ctrl_c_is_not(number):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.ENDING)]
     with deferred_interrupts() as raise_deferred:
         raise_deferred()
         signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=str(int(number))):
             raise_deferred()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, *utils.ENDING)] == before
 
 
 # -------------------------------------------------------------------------------- files
@@ -127,3 +152,29 @@ def test_a_file_is_replaced_when_it_is_complete_and_never_written_over(monkeypat
         file.write(b"half of another")
     assert path.read_bytes() == b"the next"
     assert sorted(os.listdir()) == ["file", "link"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows():
+    name = 63 * "\N{GRINNING FACE}" + "abc"
+    assert len(name.encode()) == 255
+    with atomic_write(Path(name)) as file:
+        file.write(b"content")
+    assert os.listdir() == [name]
+
+
+def test_what_killed_processes_left_is_swept_and_what_is_in_use_stays(monkeypatch):
+    for name in (f".a.1{utils.PART}", ".b.part", f"c{utils.PART}"):
+        Path(name).touch()
+    Path(".set-1").mkdir()
+    Path(".set-1/file").touch()
+    os.mkfifo(f".pipe{utils.PART}")
+    with atomic_write(Path("d")) as file:
+        utils.sweep(Path())
+        assert sorted(os.listdir()) == [".b.part", f".d.{os.getpid()}{utils.PART}", ".set-1", f"c{utils.PART}"]
+        file.write(b"content")
+    assert Path("d").read_bytes() == b"content"
+    with utils.locked(Path(".set-1")):
+        utils.sweep(Path(), ".set-*")
+        assert Path(".set-1/file").exists()
+    utils.sweep(Path(), ".set-*")
+    assert not Path(".set-1").exists()
