@@ -124,7 +124,7 @@ def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
     sr = upscaler(lr, job.lr.name)
     write_image(sr, job.sr, lr.info, job.format)
-    seconds, how = time.perf_counter() - start, f"{upscaler.device}, {dtype_name(upscaler.dtype)}"
+    seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
