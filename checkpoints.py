@@ -43,7 +43,7 @@ Stage = tuple[int, Args | None]  # the epoch after which options were changed, a
 class TrainingState:
     """What it takes to resume exactly, and what inspect shows."""
 
-    optimizer: dict[str, Any]  # state_dict of optim.WhitenedAdam
+    optimizer: dict[str, Any]  # state_dict of optim.Adam or optim.WhitenedAdam
     random_state: Tensor  # of the generator that draws patches
     precision: str  # fp32 or bf16, also where the option is auto
     report: Report
@@ -101,7 +101,7 @@ def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any
     """The state of an optimizer as PyTorch's Adam loads it, without moments in whitened coordinates."""
     moments = state.get("state", {})
     plain = {i: moments[i] for i in moments if i > 0 or "whiten" not in state}
-    return torch.optim.Adam(SRCNN().parameters(), learning_rate).state_dict() | {"state": plain}
+    return torch.optim.Adam([torch.empty(0) for _ in shapes()], learning_rate).state_dict() | {"state": plain}
 
 
 def is_filled_in(who: Info) -> bool:

@@ -291,7 +291,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     model.load_state_dict(checkpoint.model)
     model.to(select_device(args.cuda))
     if args.protocol == "course":
-        images = load_images(args.test_data or str(default_folder("test_data")), "test")
+        images = load_images(args.test_data or default_folder("test_data"), "test")
         row = course_psnr(model, images, args.batch_size)
         print((course_to_json if args.json else describe_course)(row, images.name, args.batch_size))
         return
