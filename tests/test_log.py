@@ -1,4 +1,5 @@
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_resumed_run_replaces_what_was_logged_after_its_epoch():
         with Log(Path("log"), epochs[0] - 1, OPTIONS) as log:
             for epoch in epochs:
                 log.write(epoch, report(), loss, 0.25)
+        time.sleep(1)  # TensorBoard reads files in the order of their names, which hold the second
     assert values(events("log"), "train/loss") == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25), (5, 0.25), (6, 0.25)]
 
 
