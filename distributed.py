@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank and world size under torchrun; (0, 1) otherwise."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK and WORLD_SIZE, too
+    if not os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"}:  # other launchers set the last two
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

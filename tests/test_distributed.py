@@ -32,6 +32,8 @@ def test_only_torchrun_makes_several_processes(ranked, monkeypatch):
     assert (rank_and_world_size(), local_rank(), node_rank()) == ((0, 1), 0, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert (rank_and_world_size(), local_rank(), node_rank()) == ((3, 4), 1, 1)
+    monkeypatch.delenv("RANK")  # the rest of another program's environment
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((0, 1), 0, 0)
 
 
 def test_one_process_has_all_values():
