@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, upright. Of several frames or pages it reads the first, with a warning.
+    """Decode an image, upright. Of several frames or pages it reads the first, of 16-bit colour 8, with a warning.
 
     Parameters
     ----------
@@ -55,6 +56,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
                 turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)
+                deep = re.search(r";16[BLN]", str(image.tile[:1]))  # how Pillow will decode PNG and TIFF of 16 bits
                 image.load()
                 if turned:  # Pillow has just done that
                     swap_dpi(image.info)
@@ -75,6 +77,8 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
     if frames > 1:
         warn(f"{path}: only the first of {frames} frames is read")
+    if deep and result.mode != "I;16":
+        warn(f"{path}: its 16 bits are read as 8, the most that Pillow has for colour and transparency")
     return result
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,9 +32,10 @@ LOSSLESS = {"bmp": "L RGB", "png": "L LA RGB RGBA I;16", "tif": "L LA RGB RGBA I
 
 
 @pytest.mark.parametrize(("ending", "mode"), [(end, mode) for end, modes in LOSSLESS.items() for mode in modes.split()])
-def test_what_is_written_is_read_back(ending, mode):
+def test_what_is_written_is_read_back(ending, mode, capfd):
     write_image(random_image(mode), Path(f"a.{ending}"), {})
     assert_equal(read_image(Path(f"a.{ending}")), random_image(mode))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,26 @@ def test_the_profile_of_inks_tells_their_colours():
     image = read_image(Path("c.tif"))
     assert image.getpixel((5, 5)) == pytest.approx((219, 116, 94), abs=2)  # Lab (60, 40, 30) in sRGB
     assert "icc_profile" not in image.info
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, [0, 1, 2]), (4, [0, 0, 0, 1]), (6, [0, 1, 2, 3])])
+def test_of_colour_and_alpha_with_16_bits_8_are_read_with_a_warning(kind, channels, capfd):
+    """Pillow writes no such PNG."""
+    count = max(channels) + 1
+    values = np.arange(300, 300 + 9 * 5 * count * 256, 256).reshape(5, 9, count)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = {b"IHDR": struct.pack(">2I5B", 9, 5, 16, kind, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    with Path("deep.png").open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, content in chunks.items():
+            checksum = struct.pack(">I", zlib.crc32(name + content))
+            file.write(struct.pack(">I", len(content)) + name + content + checksum)
+    image = read_image(Path("deep.png"))
+    assert image.mode == "RGBA"[: len(channels)]
+    assert np.array_equal(image, (values >> 8)[..., channels])
+    assert capfd.readouterr().err == (
+        "WARNING: deep.png: its 16 bits are read as 8, the most that Pillow has for colour and transparency\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["f.gif", "f.png", "f.webp", "f.tif"])
