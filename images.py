@@ -56,11 +56,13 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
                 turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)
-                deep = re.search(r";16[BLN]", str(image.tile[:1]))  # how Pillow will decode PNG and TIFF of 16 bits
+                stored = re.search(r"(\w+);16[BLN]", str(image.tile[:1]))  # with 16 bits, in PNG and TIFF
                 image.load()
                 if turned:  # Pillow has just done that
                     swap_dpi(image.info)
                 result, frames = simplify(image), 1
+                if stored and stored[1] == "LA":  # which Pillow has made RGBA
+                    result = result.convert("LA")
                 with contextlib.suppress(Exception):  # damaged frames are not read
                     frames = image.n_frames if image.format in WITH_FRAMES else 1
     except FileNotFoundError as error:
@@ -77,7 +79,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
     if frames > 1:
         warn(f"{path}: only the first of {frames} frames is read")
-    if deep and result.mode != "I;16":
+    if stored and result.mode != "I;16":
         warn(f"{path}: its 16 bits are read as 8, the most that Pillow has for colour and transparency")
     return result
 
