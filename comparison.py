@@ -17,7 +17,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Row]:
-    """The picture, and the PSNR of bicubic interpolation and of the network. All images are RGB."""
+    """The picture, and the PSNR of bicubic interpolation and of the network.
+
+    Images are gray or RGB. As the ground truth is, so is what is measured and shown.
+    """
+    lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3
         warn(f"the ground truth has {hr.width}x{hr.height} pixels; everything is resized to that")
         sr = bicubic(sr, hr.size)
@@ -50,7 +54,7 @@ def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
 
 
 def most_different(a: Image.Image, b: Image.Image, side: int) -> Box:
-    """The square where two RGB images differ most."""
+    """The square where two images of one mode differ most."""
     difference = (to_tensor(a).sum(0, dtype=torch.float32) - to_tensor(b).sum(0)).abs()  # (h, w)
     step = max(1, side // 8)
     means = F.avg_pool2d(difference[None, None], side, step)[0, 0]

@@ -58,7 +58,7 @@ def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:
     ------
     CommandError if no image is large enough
     """
-    hr = [patch for image in image_set.images.values() for patch in grid(image, size)]
+    hr = [patch for image in image_set.images.values() for patch in grid(image.convert("RGB"), size)]
     if not hr:
         raise CommandError(f"{image_set.name}: no image holds a patch of {size}x{size}, which takes {2 * size} pixels")
     lr = [to_tensor(bicubic(patch, (size // SCALE, size // SCALE))) for patch in hr]

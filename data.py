@@ -32,7 +32,7 @@ COURSE_FOLDERS = {"train_data": "data/train", "test_data": "data/test"}  # the s
 
 @dataclass(frozen=True)
 class ImageSet:
-    """HR images in RGB, by name."""
+    """HR images by name, gray or RGB as in their files."""
 
     name: str
     images: dict[str, Image.Image]
@@ -109,8 +109,8 @@ def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 class TestImage(NamedTuple):
     lr: Image.Image
-    hr: Tensor  # uint8, (3, 3h, 3w)
-    bicubic: Tensor  # lr upscaled by Pillow, uint8, (3, 3h, 3w)
+    hr: Tensor  # uint8, (C, 3h, 3w); one channel if it is gray
+    bicubic: Tensor  # lr upscaled by Pillow, uint8, (C, 3h, 3w)
     bicubic_psnr: Psnr
 
 
@@ -143,6 +143,7 @@ class TrainSet:
         self.patch_size, self.device = patch_size, device
         self.lr, self.hr = Atlas(), Atlas()
         for image in image_set.images.values():
+            image = image.convert("RGB")
             hr_start = self.hr.add_pixels(to_tensor(image))
             for top, left in product(range(SCALE), repeat=2):
                 lr = to_tensor(degrade(image.crop((left, top, *image.size)))[0])

@@ -95,8 +95,11 @@ def standard_input(max_bytes: int) -> io.BytesIO:
 
 
 def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a ground truth as :func:`read_image` does, in RGB. Raises CommandError if it is smaller than 9x9."""
-    image = to_rgb(read_image(path, max_pixels))
+    """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB.
+
+    Raises CommandError if it is smaller than 9x9.
+    """
+    image = flatten(read_image(path, max_pixels))
     if min(image.size) < 3 * SCALE:  # the PSNR leaves out 3 pixels on each side
         raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is 9x9")
     return image
@@ -184,8 +187,8 @@ def reraise(error: OSError) -> None:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a uint8 tensor of shape (3, h, w)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """An image as a uint8 tensor: (3, h, w), or (1, h, w) if it is gray."""
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
@@ -198,13 +201,14 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of :func:`read_image` as 8-bit RGB, on white where it is transparent."""
+def flatten(image: Image.Image) -> Image.Image:
+    """An image of :func:`read_image` as 8-bit gray or RGB, on white where it is transparent."""
     if image.mode == "I;16":
-        image = to_8_bits(image)
-    elif image.mode in ("LA", "RGBA"):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return to_8_bits(image)
+    if image.mode in ("LA", "RGBA"):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert(image.mode[:-1])
+    return image
 
 
 def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -23,11 +23,11 @@ from images import (
     MAX_PIXELS,
     STANDARD,
     check_output,
+    flatten,
     from_array,
     read_hr,
     read_image,
     simplify,
-    to_rgb,
     write_image,
 )
 from jobs import SUFFIX, Job, find_jobs
@@ -128,7 +128,7 @@ def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
-    picture, row = compare(to_rgb(lr), to_rgb(sr), hr)
+    picture, row = compare(flatten(lr), flatten(sr), hr)
     write_image(picture, job.comparison, {})
     tqdm.write(printable(job.comparison))
     return row

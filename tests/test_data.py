@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import dihedral
+from helpers import dihedral, random_image
 from PIL import Image
 
 import data
@@ -44,7 +44,8 @@ def test_any_images_will_do_each_under_a_name_of_its_own(tmp_path):
     gray.save(tmp_path / "c_GT.png")
     image_set = data.load_images(str(tmp_path), "train")
     assert list(image_set.images) == ["a.jpg", "a.tiff", "c\\x1b.png", "c_GT.png"]
-    assert {(image.mode, image.size) for image in image_set.images.values()} == {("RGB", (30, 60))}
+    assert [image.mode for image in image_set.images.values()] == ["L", "L", "RGB", "L"]
+    assert {image.size for image in image_set.images.values()} == {(30, 60)}
 
 
 def test_of_a_published_set_only_files_of_its_sizes_are_read(tmp_path, monkeypatch):
@@ -129,6 +130,19 @@ def test_a_test_set_holds_what_the_protocol_says(photos):
     assert lr == image.resize((33, 27), Image.Resampling.BICUBIC)
     assert to_image(up) == lr.resize((99, 81), Image.Resampling.BICUBIC)
     assert figures == psnr(up, hr)
+
+
+def test_gray_images_are_measured_as_gray_and_trained_on_as_rgb():
+    for folder, mode in (("gray", "L"), ("colour", "RGB")):
+        Path(folder).mkdir()
+        random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
+    gray, colour = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "colour"))
+    assert (gray.lr.mode, gray.hr.shape, colour.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
+    assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
+    assert gray.bicubic_psnr.y == pytest.approx(colour.bicubic_psnr.y - 1.322, abs=1e-3)
+    a, b = (data.TrainSet(data.load_images(name, "train"), 9, CPU) for name in ("gray", "colour"))
+    assert torch.equal(a.hr.pixels, b.hr.pixels)
+    assert torch.equal(a.lr.pixels, b.lr.pixels)
 
 
 def mapped(width, height, blue):

@@ -48,6 +48,12 @@ def test_psnr_of_a_known_error(error, rows, y, rgb):
     assert psnr(sr, GRAY) == (psnr_y(sr, GRAY), psnr_rgb(sr, GRAY)) == pytest.approx((y, rgb))
 
 
+def test_gray_images_are_measured_on_their_values():
+    """Not on the luma of an RGB copy, whose range is narrower."""
+    assert psnr(GRAY[:1] + 1, GRAY[:1]) == pytest.approx((ONE_LEVEL, ONE_LEVEL))
+    assert psnr_y(GRAY + 1, GRAY) - psnr_y(GRAY[:1] + 1, GRAY[:1]) == pytest.approx(1.322, abs=1e-3)
+
+
 def test_psnr_rounds_to_8_bits_and_clamps():
     hr = NOISE.clamp(10, 245)
     assert psnr_rgb(hr / 255 + 0.4 / 255, hr) == math.inf
@@ -65,8 +71,8 @@ def test_psnr_leaves_out_the_border():
 
 
 def test_psnr_refuses_what_it_cannot_compare():
-    for a, b in ((NOISE[:1], NOISE[:1]), (NOISE[..., 1:], NOISE)):
-        with pytest.raises(ValueError, match=r"two \(3, H, W\) images"):
+    for a, b in ((NOISE[:2], NOISE[:2]), (NOISE[..., 1:], NOISE), (NOISE[:1], NOISE)):
+        with pytest.raises(ValueError, match=r"two \(3, H, W\) or \(1, H, W\) images"):
             psnr_y(a, b)
     with pytest.raises(ValueError, match="nothing is left"):
         psnr_y(NOISE[:, :6], NOISE[:, :6])

@@ -13,7 +13,7 @@ from helpers import ROOT, assert_one_line, assert_same, contents, expected, rand
 from PIL import Image
 
 import super_resolve
-from images import bicubic, to_rgb, to_tensor
+from images import bicubic, flatten, to_tensor
 from metrics import Psnr, Row, psnr
 from super_resolve import Share, load_upscaler, summarize, upscale
 from utils import CommandError
@@ -92,8 +92,8 @@ def test_a_batch_goes_on_where_it_was_interrupted(cli, pictures):
 
 def figures(lr, sr, hr):
     """What the table says of three files."""
-    lr, sr, hr = (to_rgb(Image.open(file)) for file in (lr, sr, hr))
-    a, b = (psnr(to_tensor(bicubic(image, hr.size)), to_tensor(hr)) for image in (lr, sr))
+    lr, sr, hr = (flatten(Image.open(file)) for file in (lr, sr, hr))
+    a, b = (psnr(to_tensor(bicubic(image.convert(hr.mode), hr.size)), to_tensor(hr)) for image in (lr, sr))
     return [*a, *b, b.y - a.y, b.rgb - a.rgb]
 
 
@@ -125,10 +125,13 @@ def transparent(lr, hr):
     ("change", "warning"),
     [
         (transparent, ""),
+        (lambda lr, hr: (lr.convert("L"), hr.convert("L")), ""),
+        (lambda lr, hr: (lr, hr.convert("L")), ""),
+        (lambda lr, hr: (lr.convert("L"), hr), ""),
         # The course made its LR images without cropping: 256 -> 85, so 3 x 85 is one less than 256.
         (lambda lr, hr: (lr, bicubic(hr, (92, 91))), "WARNING: the ground truth has 92x91 pixels"),
     ],
-    ids=["on white", "at the size of the ground truth"],
+    ids=["on white", "gray", "as gray", "as RGB", "at the size of the ground truth"],
 )
 def test_what_differs_from_the_ground_truth_is_measured(cli, pictures, change, warning):
     for image, name in zip(change(*pictures[:2]), ("lr.png", "hr.png"), strict=True):
