@@ -19,7 +19,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Row]:
     """The picture, and the PSNR of bicubic interpolation and of the network.
 
-    Images are gray or RGB. As the ground truth is, so is what is measured and shown.
+    Images are gray or RGB. All are converted to the mode of the ground truth.
     """
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3

@@ -29,7 +29,7 @@ WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, upright. Of several frames or pages it reads the first, of 16-bit colour 8, with a warning.
+    """Decode an image, upright. It warns of further frames or pages, and of 16-bit colour, which is read with 8 bits.
 
     Parameters
     ----------
