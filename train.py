@@ -117,9 +117,10 @@ def train_one_step(run: Run, lr: Tensor, hr: Tensor) -> Tensor:
     lr, hr = lr[rank::world_size], hr[rank::world_size]
 
     run.optimizer.zero_grad()
-    output = recipe.forward(run.model, run.dtype, lr)  # (N, 3, patch, patch)
+    network = recipe.network(run.model, run.dtype)
+    output = network(lr)  # (N, 3, patch, patch)
     loss = recipe.loss_function(output, hr)
-    (loss + recipe.penalty(run.model)).backward()
+    (loss + recipe.penalty(run.model, network, lr)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     all_reduce_mean([loss, *gradients], weight=len(lr) / batch_size)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from helpers import same, weights
@@ -6,9 +8,10 @@ from torch import nn
 from course import GridPatches
 from data import ImageSet, TrainSet
 from dead_leaves import dead_leaves
+from folded import Folded
 from model import SRCNN
 from options import Options
-from recipe import RECIPES
+from recipe import RECIPES, gray_corners
 from run import new_run
 from train import train_one_step
 
@@ -23,12 +26,45 @@ def test_the_loss_is_of_what_an_image_can_show():
     assert RECIPE.loss_function(output.bfloat16(), hr).dtype == torch.float32
 
 
-def test_the_colour_loss_is_ten_times_that_of_plain_areas():
+def passing():
+    """A network that passes the interpolated image."""
     model = SRCNN()
-    model.conv3.weight.data.zero_()[range(3), range(3), 2, 2] = 1  # the first three channels pass the image
-    assert RECIPE.penalty(model).item() == pytest.approx(0, abs=1e-12)
+    model.conv3.weight.data.zero_()[range(3), range(3), 2, 2] = 1
+    return model
+
+
+def plain(*levels):
+    """A plain patch with context for each gray level."""
+    return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 15, 15).contiguous()
+
+
+def test_the_colour_loss_is_ten_times_that_of_plain_areas():
+    model = passing()
+    assert RECIPE.penalty(model, Folded(model), plain(100)).item() == pytest.approx(0, abs=1e-12)
     model.conv3.bias.data[1] = 0.1
-    assert RECIPE.penalty(model).item() == pytest.approx(10 * 0.1**2 / 3)
+    assert RECIPE.penalty(model, lambda lr: lr, plain(100)).item() == pytest.approx(10 * 0.1**2 / 3)
+
+
+def test_the_gray_loss_is_that_of_the_tint_that_an_image_can_show():
+    model = passing()
+    tint = torch.tensor([0.0, 30, 0]).view(3, 1, 1)  # 10, 20, 10 from its mean
+    loss = RECIPE.penalty(model, lambda lr: lr + tint, plain(100, 255))  # none in white, which is cut off
+    assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2) / 3 / 255**2 / 2)
+
+
+def test_gray_corners_are_gray_and_contrast_rises_by_what_the_patch_itself_draws():
+    lr = plain(100, 100)
+    lr[:, :, 5, 5] += torch.tensor([[6], [14]], dtype=torch.uint8)  # the second differs more
+    lr[:, 0, 5, 5] += 3
+    draws = lr[..., :13, :13].sum((1, 2, 3)) % 256
+    assert draws[0] != draws[1]
+    gray = gray_corners(lr)
+    assert gray.shape == (2, 3, 13, 13)
+    for patch, draw, rise in zip(gray, draws, (7, 15), strict=True):
+        assert (patch == patch[:1]).all()
+        assert patch[0, 0, 0] == 100
+        assert patch[0, 5, 5] == min(255, round(100 + rise * math.exp(5 * draw.item() / 256)))
+    assert torch.equal(gray_corners(lr[1:]), gray[1:])  # in any number of processes
 
 
 @pytest.mark.parametrize("patch", [9, 63, 360])
