@@ -1,45 +1,67 @@
-"""Make the README's pictures again: `python examples/make.py`, in the project's folder.
+"""Make the pictures and charts of the README and the docs again: `python examples/make.py`, in the project's folder.
 
-The curves are those of examples/training.csv; `python examples/make.py --runs runs/A runs/B` first takes them
-from TensorBoard's logs of trainings that were just run.
+The training curves are those of examples/training.csv; `python examples/make.py --runs runs/A runs/B` first takes
+them from TensorBoard's logs of trainings that were just run. The speeds are those of the table in docs/speed.md.
 """
 
 import argparse
 import csv
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
+from matplotlib.figure import Figure
+from PIL import Image
+from scene import draw_scene
 
-from checkpoints import load_checkpoint
+from comparison import side_by_side
 from data import degrade
-from dead_leaves import dead_leaves
-from images import to_image
+from images import bicubic, to_tensor
+from metrics import psnr
+from super_resolve import load_upscaler, upscale
 
 HERE = Path(__file__).parent
-LINES = {"the paper, 91 images: 32.39 dB, three days": 32.39, "bicubic: 30.40 dB": 30.403}
-COLOURS = ("#0b6e4f", "#c84c09", "#3057a4")
+GREEN, ORANGE, GRAY = "#0b6e4f", "#c84c09", "#8a8a8a"
+LEVELS = {"the paper, three days on a GPU: 32.39 dB": 32.39, "bicubic: 30.40 dB": 30.403}
+DETAILS = (((272, 100, 407, 162), 2), ((54, 112, 144, 172), 3))  # box in the ground truth, enlargement
+
+# ------------------------------------------------------------------------------ pictures
 
 
-def comparison() -> None:
-    """An image that the project draws itself, its LR version, and both beside what the network makes of it."""
-    lr, hr = degrade(dead_leaves("test", 3, 240)["leaves3"])
-    lr.save(HERE / "lr.bmp")
-    hr.save(HERE / "hr.bmp")
-    command = [sys.executable, "super_resolve.py", "--checkpoint=checkpoint.pth", "--precision=fp32"]
-    subprocess.run([*command, HERE / "lr.bmp", "--ground-truth", HERE / "hr.bmp"], check=True)
+def comparison(folder: Path) -> tuple[Image.Image, float]:
+    """The scene as LR image, by bicubic, by SRCNN and as drawn, with two details; and the gain in dB of luma."""
+    lr, hr = degrade(draw_scene())
+    lr.save(folder / "lr.bmp")
+    hr.save(folder / "hr.png")
+    interpolated, sr = bicubic(lr, hr.size), upscale(lr, load_upscaler(precision="fp32"))
+    bicubic_psnr, srcnn_psnr = (psnr(to_tensor(image), to_tensor(hr)).y for image in (interpolated, sr))
+    panels = {
+        f"LR, {lr.width} x {lr.height}\nenlarged": lr.resize(hr.size, Image.Resampling.NEAREST),
+        f"bicubic\n{bicubic_psnr:.2f} dB": interpolated,
+        f"SRCNN\n{srcnn_psnr:.2f} dB": sr,
+        f"ground truth\n{hr.width} x {hr.height}": hr,
+    }
+    picture = side_by_side({label: with_details(image) for label, image in panels.items()})
+    return picture, srcnn_psnr - bicubic_psnr
 
 
-def filters() -> None:
-    """The 64 filters of the first layer, each from its least value to its greatest."""
-    weights = load_checkpoint(Path("checkpoint.pth")).model["conv1.weight"]
-    grid = make_grid(weights, nrow=16, padding=1, normalize=True, scale_each=True, pad_value=1)
-    image = to_image(grid.mul(255).round().byte())
-    image.resize((5 * image.width, 5 * image.height), Image.Resampling.NEAREST).save(HERE / "filters.png")
+def with_details(image: Image.Image) -> Image.Image:
+    """An image at half its size above its details."""
+    rows = [image.reduce(2)]
+    for box, zoom in DETAILS:
+        detail = image.crop(box)
+        rows.append(detail.resize((zoom * detail.width, zoom * detail.height), Image.Resampling.NEAREST))
+    column = Image.new("RGB", (rows[0].width, sum(row.height + 6 for row in rows) - 6), "white")
+    top = 0
+    for row in rows:
+        column.paste(row, (0, top))
+        top += row.height + 6
+    return column
+
+
+# -------------------------------------------------------------------------------- charts
 
 
 def read_runs(folders: list[Path]) -> None:
@@ -54,49 +76,56 @@ def read_runs(folders: list[Path]) -> None:
             tag = next(tag for tag in log.Tags()["scalars"] if tag.endswith("/psnr_y"))
             events = log.Scalars(tag)
             for event in events:
-                row = (
-                    f"{len(events)} epochs",
-                    f"{event.wall_time - log.FirstEventTimestamp():.1f}",
-                    f"{event.value:.3f}",
-                )
-                writer.writerow(row)
+                seconds = event.wall_time - log.FirstEventTimestamp()
+                writer.writerow((f"{len(events)} epochs", f"{seconds:.1f}", f"{event.value:.3f}"))
 
 
-def curves() -> None:
-    """The chart of training.csv, drawn three times as large for smooth lines."""
+def training_chart() -> Figure:
+    """The curves of training.csv, with the levels of bicubic interpolation and of the paper."""
     with open(HERE / "training.csv", newline="") as file:
         rows = [(row["training"], float(row["seconds"]), float(row["psnr_y"])) for row in csv.DictReader(file)]
-    width, height, left, bottom, fine = 900, 420, 70, 50, 3
-    low, high, longest = 30.0, 33.0, max(seconds for _, seconds, _ in rows) * 1.02
-    image = Image.new("RGB", (fine * width, fine * height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15 * fine)
+    figure, axes = chart("seconds of training on two CPU cores", "Set5 x3, mean PSNR on Y (dB)", height=3.4)
+    for label, level in LEVELS.items():
+        axes.axhline(level, color=GRAY, linestyle="--", linewidth=1)
+        axes.text(1, level - 0.05, label, color="#555555", ha="right", va="top", transform=axes.get_yaxis_transform())
+    for name, colour in zip(dict.fromkeys(row[0] for row in rows), (GREEN, ORANGE), strict=False):
+        seconds, values = zip(*[row[1:] for row in rows if row[0] == name], strict=True)
+        axes.plot(seconds, values, color=colour, linewidth=2, label=f"train.py train --num-epoch={name.split()[0]}")
+    axes.set(ylim=(30, 33), xlim=(0, None))
+    axes.legend(loc="center right", frameon=False)
+    return figure
 
-    def place(seconds: float, psnr: float) -> tuple[float, float]:
-        x = left + (width - left - 20) * seconds / longest
-        return fine * x, fine * (height - bottom - (height - bottom - 44) * (psnr - low) / (high - low))
 
-    for psnr in (30, 30.5, 31, 31.5, 32, 32.5, 33):
-        draw.line([place(0, psnr), place(longest, psnr)], "#dddddd", fine)
-        x, y = place(0, psnr)
-        draw.text((x - 8 * fine, y), f"{psnr:.1f}", "black", font, anchor="rm")
-    for seconds in range(0, int(longest) + 1, 20):
-        x, y = place(seconds, low)
-        draw.text((x, y + 8 * fine), str(seconds), "black", font, anchor="mt")
-    draw.text(
-        (fine * width / 2, fine * (height - 6)), "seconds of training on two CPU cores", "black", font, anchor="mb"
-    )
-    draw.text((fine * 24, fine * 6), "Set5 x3, mean PSNR on Y (dB)", "black", font)
-    for name, psnr in LINES.items():
-        draw.line([place(0, psnr), place(longest, psnr)], "#555555", 2 * fine)
-        x, y = place(longest, psnr)
-        draw.text((x - 4 * fine, y + 3 * fine), name, "#555555", font, anchor="rt")
-    for i, name in enumerate(dict.fromkeys(row[0] for row in rows)):
-        points = [place(seconds, psnr) for training, seconds, psnr in rows if training == name and psnr > low]
-        draw.line(points, COLOURS[i], 3 * fine, joint="curve")
-        x, y = place(longest / 2, 31.7 - 0.2 * i)
-        draw.line([x, y, x + 30 * fine, y], COLOURS[i], 3 * fine)
-        draw.text((x + 38 * fine, y), f"train.py train --num-epoch={name.split()[0]}", "black", font, anchor="lm")
-    image.reduce(fine).save(HERE / "training.png")
+def speed_chart() -> Figure:
+    """Plain PyTorch, fp32 and bf16 in training and in inference, from the table in docs/speed.md."""
+    table = (HERE.parent / "docs" / "speed.md").read_text()
+    figure, axes = chart("HR megapixels per second", "", height=2.6)
+    bars = []
+    for job in ("training", "inference, 512 x 512"):
+        for how, colour in (("plain", GRAY), ("fp32", ORANGE), ("bf16", GREEN)):
+            row = re.search(rf"^\| {job} \| {how} \| ([\d.]+) \| ([\d.]+) \|", table, re.M)
+            assert row, f"docs/speed.md has no row {job}, {how}"
+            label = "plain PyTorch" if how == "plain" else how
+            bars.append((f"{job}, {label}", float(row[1]), colour, float(row[2])))
+    for place, (_, speed, colour, ratio) in enumerate(bars):
+        axes.barh(place, speed, color=colour)
+        axes.text(speed, place, f" {speed:.1f}" + (f"  ({ratio:.1f} times as fast)" if ratio > 1 else ""), va="center")
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.4 * max(bar[1] for bar in bars))
+    axes.grid(False, axis="y")
+    return figure
+
+
+def chart(x: str, y: str, height: float) -> tuple:
+    """An empty chart in the one style of all."""
+    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e4e4e4")
+    axes.set_axisbelow(True)
+    return figure, axes
 
 
 def main() -> None:
@@ -105,9 +134,9 @@ def main() -> None:
     runs = parser.parse_args().runs
     if runs:
         read_runs(runs)
-    comparison()
-    filters()
-    curves()
+    comparison(HERE)[0].save(HERE / "comparison.png")
+    training_chart().savefig(HERE / "training.png")
+    speed_chart().savefig(HERE / "speed.png")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What the README says is so: its commands run, its figures are the commands' figures."""
+"""What the README and the docs say is so: their commands run, their figures are the commands' figures."""
 
 import ast
+import importlib
 import re
 import shlex
-import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, rows_of, trained_model
+from helpers import ROOT, trained_model
 from PIL import Image
 
 import bench
@@ -16,14 +17,21 @@ import download
 import super_resolve
 import train
 from checkpoints import load_checkpoint
-from data import TestSet, degrade, load_images
-from dead_leaves import dead_leaves
+from course import course_psnr
+from data import TestSet, load_images
 from options import Options, given_options
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()
-]
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def commands(page):
+    """The lines of its shell blocks, without redirections."""
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.S)).splitlines()
+    return [re.sub(r" [<>] \S+", "", line) for line in lines]
+
+
+COMMANDS = [command for page in (README, *DOCS.values()) for command in commands(page)]
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +59,53 @@ def test_the_usage_lines_are_understood(line, monkeypatch):
 
 
 def test_the_assignments_five_usages_are_there():
-    starts = ["train.py train ", "train.py resume checkpoint.last", "train.py inspect "]
+    starts = [
+        "train.py train --lr=0.0005 --batch-size=256 --num-epoch=100 --save-freq=10",
+        "train.py resume checkpoint.last",
+        "train.py inspect ",
+    ]
     starts += ["train.py resume checkpoint.10 --batch-size=16 --num-epoch=200"]
     starts += ["super_resolve.py --checkpoint checkpoint.pth examples/lr.bmp"]
     for start in starts:
-        assert any(command.startswith(f"python {start}") for command in COMMANDS), start
+        assert any(command.startswith(f"python {start}") for command in commands(README)), start
 
 
-def test_the_picture_is_what_the_command_writes_and_beats_bicubic(cli):
-    for name in ("lr.bmp", "hr.bmp"):
-        shutil.copy(ROOT / "examples" / name, name)
-    command = ("super_resolve.py", f"--checkpoint={ROOT / 'checkpoint.pth'}", "--precision=fp32")
-    status, out, _ = cli(*command, "lr.bmp", "--ground-truth=hr.bmp")
-    assert status == 0
-    assert rows_of(out)["lr.bmp"][4] > 1  # dB gained on luma
-    name = "lr_srcnn_x3_comparison.png"
-    new, old = (np.asarray(Image.open(path)).astype(int) for path in (name, ROOT / "examples" / name))
-    assert new.shape == old.shape
-    assert (abs(new - old)[60:] <= 1).all()  # another processor may add in another order
+@pytest.fixture
+def make(monkeypatch):
+    """examples/make.py."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("make")
 
 
-def test_the_example_is_the_projects_own():
-    for name, image in zip(("lr", "hr"), degrade(dead_leaves("test", 3, 240)["leaves3"]), strict=True):
-        file = Image.open(ROOT / "examples" / f"{name}.bmp")
-        assert abs(np.asarray(file).astype(int) - np.asarray(image)).mean() < 1  # Pillow may draw an edge otherwise
+def test_the_pictures_are_what_the_program_makes(make):
+    """Another processor may add in another order, another matplotlib may draw an edge otherwise."""
+    picture, gain = make.comparison(Path("."))
+    assert gain > 1.5  # dB on luma
+    for new, name in ((Image.open("lr.bmp"), "lr.bmp"), (Image.open("hr.png"), "hr.png"), (picture, "comparison.png")):
+        old = Image.open(ROOT / "examples" / name)
+        assert new.size == old.size
+        assert np.abs(np.subtract(new, old, dtype=float)).mean() < 1, name
+
+
+def test_the_speed_chart_shows_the_figures_of_its_page(make):
+    (axes,) = make.speed_chart().axes
+    rows = re.findall(r"^\| (?:training|inference, 512 x 512) \| \w+ \| ([\d.]+)", DOCS["speed.md"], re.M)
+    assert [bar.get_width() for bar in axes.patches] == list(map(float, rows))
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere():
+    for folder, page in ((ROOT, README), *((ROOT / "docs", page) for page in DOCS.values())):
+        for target in re.findall(r"\]\(([^)#]+)\)", page):
+            assert target.startswith("https://") or (folder / target).is_file(), target
+    for name in DOCS:
+        assert f"(docs/{name})" in README
 
 
 @pytest.mark.parametrize(
     ("self_ensemble", "row"),
     [
-        (False, r"\*\*`checkpoint.pth`\*\* \| \*\*([\d.]+) dB\*\* \| \*\*([\d.]+) dB"),
+        (False, r"\*\*`checkpoint.pth`\*\* \| \*\*([\d.]+) dB\*\* \| \*\*([\d.]+) dB\*\*"),
         (True, r"the same, self-ensemble \| ([\d.]+) dB \| ([\d.]+) dB"),
     ],
     ids=["one pass", "self-ensemble"],
@@ -96,11 +121,10 @@ def test_the_shipped_checkpoint_has_the_readmes_figures(shipped, real_data, self
         assert shipped.training.report.set == "Set5"
 
 
-def test_the_shipped_checkpoint_was_trained_by_the_readmes_commands(shipped, monkeypatch):
+def test_the_shipped_checkpoint_was_trained_by_the_commands_of_the_docs(shipped, monkeypatch):
     assert shipped.training.train_set == "91-image"
-    row = next(line for line in README.splitlines() if line.startswith("| **`checkpoint.pth`**"))
     options, stages = Options().to_args(), []
-    for command in re.findall(r"`(python train.py [^`]*)`", row):
+    for command in commands(DOCS["recipe.md"].partition("## The shipped checkpoint")[2]):
         monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
         args = train.parse_args()
         assert str(getattr(args, "checkpoint", None)) == (f"checkpoint.{stages[-1][0]}" if stages else "None")
@@ -112,8 +136,17 @@ def test_the_shipped_checkpoint_was_trained_by_the_readmes_commands(shipped, mon
 
     assert comparable([*shipped.training.history, (shipped.epoch, shipped.args)]) == comparable(stages)
     mean = shipped.training.report.mean.srcnn
-    assert f"{mean.y:.3f} dB" in row
-    assert f"{mean.rgb:.3f} dB" in row
+    assert f"| **`checkpoint.pth`** | **{mean.y:.3f} dB** | **{mean.rgb:.3f} dB** |" in README
+
+
+@pytest.mark.parametrize("batch_size", [8, 128])
+def test_the_figures_of_the_protocols(shipped, real_data, batch_size):
+    row = course_psnr(trained_model(), load_images(str(real_data / "Set5"), "test"), batch_size)
+    line = next(line for line in DOCS["protocol.md"].splitlines() if f"batches of {batch_size} |" in line)
+    assert f"| {row.bicubic.rgb:.3f} dB | {row.srcnn.rgb:.3f} dB |" in line
+    mean = shipped.training.report.mean
+    assert f"| the literature's, luma | {mean.bicubic.y:.3f} dB | {mean.srcnn.y:.3f} dB |" in DOCS["protocol.md"]
+    assert f"| the literature's, RGB | {mean.bicubic.rgb:.3f} dB | {mean.srcnn.rgb:.3f} dB |" in DOCS["protocol.md"]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +177,9 @@ def imports(path):
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-def test_imports_run_down_the_readmes_table():
-    """The README lists the files from top to bottom, and none imports one above itself."""
-    rooms = re.findall(r"^\| `(\w+)\.py` \|", README, re.M)
+def test_imports_run_down_the_table_of_files():
+    """docs/files.md lists the files from top to bottom, and none imports one above itself."""
+    rooms = re.findall(r"^\| `(\w+)\.py` \|", DOCS["files.md"], re.M)
     assert {path.stem for path in ROOT.glob("*.py")} == {*rooms, "bench"}
     for i, room in enumerate(rooms):
         assert not imports(ROOT / f"{room}.py") & set(rooms[:i]), room
