@@ -81,7 +81,8 @@ def require_folder(folder: str) -> None:
     """Raise CommandError unless ``folder`` exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
         where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
-        raise CommandError(f"{folder}: no such folder of images{where}")
+        hint = f"; `python data.py` downloads {Path(folder).name}" if Path(folder).name in download.SETS else ""
+        raise CommandError(f"{folder}: no such folder of images{where or hint}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:

@@ -40,7 +40,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
 def changes(before: Args | None, after: Args) -> str:
     """What changed at a resume, such as ", changed: num_epoch 4000 -> 8000"."""
     if before is None:
-        return " of a training by another program"
+        return " of a run by another program"
     old, new = (Options.from_args(args).to_args() for args in (before, before | after))
     changed = [f"{name} {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
     return f", changed: {', '.join(changed)}" if changed else ""

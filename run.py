@@ -124,7 +124,7 @@ def exclusive(output: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(output))
         except BlockingIOError as error:
-            raise CommandError(f"another training is writing to {output}; use another --output") from error
+            raise CommandError(f"another run is writing to {output}; use another --output") from error
         sweep(output)
         yield
 

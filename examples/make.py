@@ -1,7 +1,7 @@
 """Make the pictures and charts of the README and the docs again: `python examples/make.py`, in the project's folder.
 
 The training curves are those of examples/training.csv; `python examples/make.py --runs runs/A runs/B` first takes
-them from TensorBoard's logs of trainings that were just run. The speeds are those of the table in docs/speed.md.
+them from TensorBoard's logs of runs just finished. The speeds are those of the table in docs/speed.md.
 """
 
 import argparse

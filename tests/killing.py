@@ -1,4 +1,4 @@
-"""Kill trainings at random moments, resume each, compare the ends: `python tests/killing.py 100`."""
+"""Kill training runs at random moments, resume each, compare the ends: `python tests/killing.py 100`."""
 
 import os
 import random
@@ -86,7 +86,7 @@ def main(kills: int) -> None:
                 break
         check_end(folder, wanted)
         runs += 1
-    print(f"{killed} kills, {halves} of them in a file; {resumed} times resumed; {runs} trainings with the same end")
+    print(f"{killed} kills, {halves} of them in a file; {resumed} times resumed; {runs} runs with the same end")
 
 
 if __name__ == "__main__":

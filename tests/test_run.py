@@ -137,7 +137,7 @@ def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
     with exclusive(folder):
         status, _, err = train_small(f"--output={folder}")
         assert status == 1
-        assert_one_line(err, f"another training is writing to {folder}; use another --output")
+        assert_one_line(err, f"another run is writing to {folder}; use another --output")
         with exclusive(tmp_path / "c"):
             pass
     with exclusive(folder):

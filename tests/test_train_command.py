@@ -85,7 +85,8 @@ BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must
         ("resume x --output=", 2, f"{EMPTY} resume --help)"),
         ("train --no-such", 2, "unrecognized arguments: --no-such (see train.py train --help)"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
-        ("inspect x --test-data=missing", 1, "missing: no such folder of images"),
+        ("inspect x --test-data=missing", 1, "missing: no such folder of images\n"),
+        ("inspect x --test-data=data/Set5", 1, "data/Set5: no such folder of images; `python data.py` downloads Set5"),
         ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
         (
             "train --recipe=assignment --precision=bf16",
