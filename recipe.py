@@ -49,10 +49,11 @@ class DefaultRecipe:
 
         The few training images show few colours and hardly any text, and what the network makes of others
         would drift: ten times the mean squared error on plain areas of a grid of colours, and the mean
-        squared difference of the channels from their mean for gray images of high contrast.
+        squared difference of the channels from their mean for gray images of high contrast. Every fourth patch
+        of the batch gives one, which costs 1 to 5% of a step; all of them would cost 20%.
         """
         colours = colour_grid(model.conv1.weight.device)
-        output = network(gray_corners(lr)).float().clamp(0, 255) / 255
+        output = network(gray_corners(lr[::4])).float().clamp(0, 255) / 255
         tint = (output - output.mean(1, keepdim=True)).square().mean()
         return 10 * F.mse_loss(model.dc_response(colours), colours) + tint
 

@@ -113,17 +113,17 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
 def train_one_step(run: Run, lr: Tensor, hr: Tensor) -> Tensor:
     """Train on a batch, of which each process takes its share. Returns the loss over the whole batch."""
     recipe, (rank, world_size) = RECIPES[run.options.recipe], rank_and_world_size()
-    batch_size = len(lr)
+    batch = lr
     lr, hr = lr[rank::world_size], hr[rank::world_size]
 
     run.optimizer.zero_grad()
     network = recipe.network(run.model, run.dtype)
     output = network(lr)  # (N, 3, patch, patch)
     loss = recipe.loss_function(output, hr)
-    (loss + recipe.penalty(run.model, network, lr)).backward()
+    (loss + recipe.penalty(run.model, network, batch)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    all_reduce_mean([loss, *gradients], weight=len(lr) / batch_size)
+    all_reduce_mean([loss, *gradients], weight=len(lr) / len(batch))
     run.optimizer.step()
     return loss
 
