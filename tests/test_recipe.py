@@ -48,9 +48,8 @@ def test_the_colour_loss_is_ten_times_that_of_plain_areas():
 def test_the_gray_loss_is_that_of_the_tint_that_an_image_can_show():
     model = passing()
     tint = torch.tensor([0.0, 30, 0]).view(3, 1, 1)  # 10, 20, 10 from its mean
-    loss = RECIPE.penalty(
-        model, lambda lr: lr + tint, plain(100, 9, 9, 9, 255)
-    )  # the first and the fifth count; white is clamped
+    lr = plain(100, 9, 9, 9, 255)  # the first and the fifth count, and white is clamped
+    loss = RECIPE.penalty(model, lambda lr: lr + tint, lr)
     assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2) / 3 / 255**2 / 2)
 
 
