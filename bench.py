@@ -54,9 +54,9 @@ def training(folder: Path, recipe: str, dtype: torch.dtype) -> Iterator[int]:
     patches = RECIPES[recipe].patches(load_images(str(folder), "train"), options.patch_size, CPU)
     run = new_run(options, patches, dtype)
     while True:
-        for lr, hr in patches.batches(100, options.batch_size, run.generator):
-            train_one_step(run, lr, hr)
-            yield hr[:, 0].numel()
+        for batch in patches.batches(100, options.batch_size, run.generator):
+            train_one_step(run, batch)
+            yield batch.hr[:, 0].numel()
 
 
 def steps(folder: Path, recipe: str, dtype: torch.dtype, count: int = 12) -> Job:

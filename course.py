@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import ImageSet
+from data import Batch, ImageSet
 from images import bicubic, to_tensor
 from metrics import Psnr, Row
 from model import SCALE, SRCNN
@@ -39,11 +39,11 @@ class GridPatches:
         """The batches of an epoch; the last one may be smaller."""
         return math.ceil(len(self.hr) / batch_size)
 
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """As of :meth:`data.TrainSet.batches`, but the LR patches have no context: (N, 3, size / 3, size / 3)."""
+    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """As of :meth:`patches.RandomPatches.batches`, but lr has no context: (N, 3, size / 3, size / 3)."""
         order = torch.randperm(len(self.hr), generator=generator).to(self.device)
         for batch in order.split(batch_size)[:steps]:
-            yield self.lr[batch], self.hr[batch]
+            yield Batch(self.lr[batch], self.hr[batch], torch.ones(len(batch), device=self.device))
 
 
 def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:

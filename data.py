@@ -1,17 +1,14 @@
-"""Training and test sets: reading HR images, making LR images of them, drawing batches of patches.
+"""Training and test sets: reading HR images and making LR images of them.
 
 `python data.py` downloads 91-Image and Set5 into data/, for machines that train offline later;
 `python data.py --from ARCHIVE_OR_FOLDER` takes them from a local copy.
 """
 
-import math
-from collections.abc import Iterator
+import zlib
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from dead_leaves import DEAD_LEAVES, dead_leaves
 from distributed import gather, node_rank
 from images import bicubic, list_images, read_hr, to_tensor
 from metrics import Psnr, psnr
-from model import HALO_LR, SCALE
+from model import SCALE
 from options import Args, Options
 from utils import CommandError, printable, run_command, warn
 
@@ -108,6 +105,14 @@ def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
     return bicubic(hr, (width, height)), hr
 
 
+class Batch(NamedTuple):
+    """Patches for training, uint8, and how much each counts in the loss."""
+
+    lr: Tensor  # (N, 3, h, w)
+    hr: Tensor  # (N, 3, patch, patch)
+    weight: Tensor  # (N,), of mean 1 over many batches
+
+
 class TestImage(NamedTuple):
     lr: Image.Image
     hr: Tensor  # uint8, (C, 3h, 3w); one channel if it is gray
@@ -127,118 +132,6 @@ class TestSet:
             self.images[name] = TestImage(lr, hr, upscaled, psnr(upscaled, hr))
 
 
-class TrainSet:
-    """All training images on the device, from which batches of patches are drawn.
-
-    An image has nine LR images, one for each place where the grid of LR pixels can begin.
-
-    Parameters
-    ----------
-    image_set : the HR images
-    patch_size : side of the patches in HR pixels, a multiple of 3
-    device : where the pixels are kept and the batches are made
-    """
-
-    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
-        self.name, self.count = image_set.name, len(image_set.images)
-        self.patch_size, self.device = patch_size, device
-        self.lr, self.hr = Atlas(), Atlas()
-        for image in image_set.images.values():
-            image = image.convert("RGB")
-            hr_start = self.hr.add_pixels(to_tensor(image))
-            for top, left in product(range(SCALE), repeat=2):
-                lr = to_tensor(degrade(image.crop((left, top, *image.size)))[0])
-                self.lr.add_view(self.lr.add_pixels(lr), lr.shape[1], lr.shape[2], lr.shape[2])
-                start = hr_start + top * image.width + left
-                self.hr.add_view(start, image.height - top, image.width - left, image.width)
-        self.lr.freeze(device)
-        self.hr.freeze(device)
-        self.sizes = torch.tensor([view[1:3] for view in self.lr.views])  # (9 * count, 2)
-        self.areas = self.sizes.prod(1)
-        self.pixels = SCALE**2 * int(self.areas[:: SCALE**2].sum())  # of the images, cropped to multiples of 3
-
-    def steps(self, batch_size: int) -> int:
-        """The batches of an epoch, which draws as many pixels as the set has."""
-        return math.ceil(self.pixels / (batch_size * self.patch_size**2))
-
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw patches uniformly over all images, each in one of its eight orientations.
-
-        Parameters
-        ----------
-        steps : number of batches
-        batch_size : patches in each
-        generator : of the CPU, so that a run draws the same patches on any device
-
-        Yields
-        ------
-        lr : (N, 3, patch / 3 + 8, patch / 3 + 8), with the context that :class:`folded.Folded` needs
-        hr : (N, 3, patch, patch); both uint8, channels last in memory
-        """
-        count, size = steps * batch_size, self.patch_size // SCALE
-        view = torch.multinomial(self.areas.double(), count, replacement=True, generator=generator)
-        room = self.sizes[view].clamp(min=size) - size + 1
-        corner = (torch.rand(count, 2, generator=generator) * room).long()  # top, left in LR pixels
-        flips = torch.rand(count, 3, generator=generator) < 0.5  # rows, columns, transpose
-        draws = (x.to(self.device).split(batch_size) for x in (view, corner, flips))
-        for view, corner, flips in zip(*draws, strict=True):
-            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips)
-            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips)
-            yield lr, hr
-
-
-class Atlas:
-    """Images of any sizes in one tensor of pixels, so that a batch of patches is cut out in few operations.
-
-    A view is an image, or the part of one below and to the right of some pixel. Its pixel (y, x)
-    is pixel start + y * stride + x of the atlas.
-    """
-
-    def __init__(self) -> None:
-        self.images: list[Tensor] = []
-        self.views: list[tuple[int, int, int, int]] = []
-        self.size = 0
-
-    def add_pixels(self, image: Tensor) -> int:
-        """Append an image of shape (3, h, w); returns the place of its first pixel."""
-        self.images.append(image.permute(1, 2, 0).reshape(-1, 3))
-        start, self.size = self.size, self.size + len(self.images[-1])
-        return start
-
-    def add_view(self, start: int, height: int, width: int, stride: int) -> None:
-        self.views.append((start, height, width, stride))
-
-    def freeze(self, device: torch.device) -> None:
-        """Move everything to the device, as tensors."""
-        self.pixels = torch.cat(self.images).to(device)  # (P, 3)
-        self.starts, self.heights, self.widths, self.strides = torch.tensor(self.views, device=device).T.unsqueeze(2)
-        self.images.clear()
-
-    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor) -> Tensor:
-        """Cut out square patches. Rows and columns outside of a view are those at its edge.
-
-        Parameters
-        ----------
-        view : (N,)
-        corner : (N, 2), top and left
-        size : side of the patches
-        flips : bool Tensor of shape (N, 3), whether to flip the rows, to flip the columns, and to transpose
-
-        Returns
-        -------
-        (N, 3, size, size)
-        """
-        along = torch.arange(size, device=view.device)
-        flip_rows, flip_columns, transpose = flips.T.unsqueeze(2)  # (N, 1) each
-        rows = corner[:, :1] + torch.where(flip_rows, size - 1 - along, along)  # (N, size)
-        columns = corner[:, 1:] + torch.where(flip_columns, size - 1 - along, along)
-        rows = torch.minimum(rows.clamp(min=0), self.heights[view] - 1)
-        columns = torch.minimum(columns.clamp(min=0), self.widths[view] - 1)
-        down, right = self.starts[view] + rows * self.strides[view], columns
-        down, right = torch.where(transpose, right, down), torch.where(transpose, down, right)
-        return self.pixels[down[:, :, None] + right[:, None, :]].permute(0, 3, 1, 2)
-
-
 # ------------------------------------------------------------------------ sets by options
 
 
@@ -254,8 +147,8 @@ def load_sets(options: Options) -> tuple[ImageSet, TestSet]:
         training, test = training.split(options.hold_out)
     else:
         test = load_images(options.test_data, "test")
-    sizes = [image.size for image in training.images.values()]
-    if any(other != sizes for other in gather(sizes)):  # the processes would draw different patches
+    checksums = [(image.size, zlib.crc32(image.tobytes())) for image in training.images.values()]
+    if any(other != checksums for other in gather(checksums)):  # the processes would draw different patches
         raise CommandError(f"{options.train_data}: the nodes have different images; copy those of one to the others")
     return training, TestSet(test)
 

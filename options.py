@@ -30,11 +30,11 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPES)
     learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
-    batch_size:    int   = option(16,              integer(),         "patches in a batch")
+    batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, of as many pixels as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs from one numbered checkpoint to the next")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
-    patch_size:    int   = option(63,              integer(1, SCALE), "side of a patch in HR pixels, a multiple of 3")
+    patch_size:    int   = option(33,              integer(1, SCALE), "side of a patch in HR pixels, a multiple of 3")
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
     train_data:    str   = option("data/91-image", str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option("data/Set5",     str,               "test images, or dead-leaves", metavar="DIR")

@@ -11,26 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from course import GridPatches, upscale_patches
-from data import ImageSet, TrainSet
+from data import Batch, ImageSet
 from folded import Folded
 from model import HALO_LR, SRCNN
 from optim import Adam, WhitenedAdam, cosine_schedule, whiten_filters, whitening_matrix
+from patches import RandomPatches
 
-Patches = TrainSet | GridPatches
+Patches = RandomPatches | GridPatches
 Network = Callable[[Tensor], Tensor]  # from LR patches to HR patches
 
 
 class DefaultRecipe:
     """Patches from anywhere, with their context; Adam in whitened coordinates; a cosine schedule."""
 
-    def patches(self, images: ImageSet, size: int, device: torch.device) -> TrainSet:
-        return TrainSet(images, size, device)
+    def patches(self, images: ImageSet, size: int, device: torch.device) -> RandomPatches:
+        return RandomPatches(images, size, device)
 
     def optimizer(self, model: SRCNN, patches: Patches, generator: torch.Generator) -> Adam:
         """Draws from the patches as many pixels as 64 patches of 63x63 have, whatever their size."""
         count = math.ceil(64 * 63**2 / patches.patch_size**2)
-        lr, _ = next(patches.batches(1, count, generator))
-        return WhitenedAdam(model, whitening_matrix(lr[..., :160, :160].cpu()))
+        batch = next(patches.batches(1, count, generator))
+        return WhitenedAdam(model, whitening_matrix(batch.lr[..., :160, :160].cpu()))
 
     def initialize(self, model: SRCNN, optimizer: Adam) -> None:
         """Set initial weights. Those of model.py stay, but for the filters of conv1."""
@@ -40,9 +41,10 @@ class DefaultRecipe:
     def network(self, model: SRCNN, dtype: torch.dtype) -> Network:
         return Folded(model, dtype)
 
-    def loss_function(self, output: Tensor, hr: Tensor) -> Tensor:
-        """Mean squared error of the output as an image can show it, of values in [0, 1]."""
-        return F.mse_loss(output.float().clamp(0, 255), hr.float()) / 255**2
+    def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
+        """Weighted mean squared error of the output as an image can show it, of values in [0, 1]."""
+        error = (output.float().clamp(0, 255) - batch.hr.float()).square().mean((1, 2, 3))  # (N,)
+        return (batch.weight * error).mean() / 255**2
 
     def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> Tensor:
         """What photos do not teach: plain colours stay what they are, and gray stays gray.
@@ -50,7 +52,7 @@ class DefaultRecipe:
         The few training images show few colours and hardly any text, and what the network makes of others
         would drift: ten times the mean squared error on plain areas of a grid of colours, and a quarter of the
         mean squared difference of the channels from their mean for gray images of high contrast. Every fourth
-        patch of the batch gives one, which costs 1 to 5% of a step; all of them would cost 20%.
+        patch of the batch gives one; fewer would be too noisy.
         """
         colours = colour_grid(model.conv1.weight.device)
         output = network(gray_corners(lr[::4])).float().clamp(0, 255) / 255
@@ -100,9 +102,9 @@ class AssignmentRecipe:
     def network(self, model: SRCNN, dtype: torch.dtype) -> Network:
         return lambda lr: model.convolve(upscale_patches(lr.to(dtype) / 255))
 
-    def loss_function(self, output: Tensor, hr: Tensor) -> Tensor:
+    def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean squared error of the whole output; zero of no patches, as a process may get of the last batch."""
-        return F.mse_loss(output, hr / 255, reduction="sum") / max(hr.numel(), 1)
+        return F.mse_loss(output, batch.hr / 255, reduction="sum") / max(batch.hr.numel(), 1)
 
     def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> float:
         return 0

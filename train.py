@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
 from course import course_psnr
-from data import TestSet, default_folder, find_data, load_images, load_sets
+from data import Batch, TestSet, default_folder, find_data, load_images, load_sets
 from dead_leaves import caution
 from device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
 from distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
@@ -100,30 +100,29 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     batches = patches.batches(steps, options.batch_size, run.generator)
     label = f"epoch {epoch}/{options.num_epoch}"
     bar = tqdm(batches, label, steps, leave=False, disable=rank_and_world_size()[0] > 0 or None, unit="step")
-    for step, (lr, hr) in enumerate(bar):
+    for step, batch in enumerate(bar):
         raise_interrupt()
         done = (epoch - 1) * steps + step + 0.5
         run.optimizer.set_learning_rate(recipe.learning_rate(options.learning_rate, done, options.num_epoch * steps))
-        losses[step] = train_one_step(run, lr, hr)
+        losses[step] = train_one_step(run, batch)
         if step % 20 == 0 and not bar.disable:  # not at each step, since reading the loss waits for a GPU
             bar.set_postfix(loss=f"{losses[step].item():.5f}")
     return losses
 
 
-def train_one_step(run: Run, lr: Tensor, hr: Tensor) -> Tensor:
+def train_one_step(run: Run, batch: Batch) -> Tensor:
     """Train on a batch, of which each process takes its share. Returns the loss over the whole batch."""
     recipe, (rank, world_size) = RECIPES[run.options.recipe], rank_and_world_size()
-    batch = lr
-    lr, hr = lr[rank::world_size], hr[rank::world_size]
+    share = Batch(*(tensor[rank::world_size] for tensor in batch))
 
     run.optimizer.zero_grad()
     network = recipe.network(run.model, run.dtype)
-    output = network(lr)  # (N, 3, patch, patch)
-    loss = recipe.loss_function(output, hr)
-    (loss + recipe.penalty(run.model, network, batch)).backward()
+    output = network(share.lr)  # (N, 3, patch, patch)
+    loss = recipe.loss_function(output, share)
+    (loss + recipe.penalty(run.model, network, batch.lr)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    all_reduce_mean([loss, *gradients], weight=len(lr) / len(batch))
+    all_reduce_mean([loss, *gradients], weight=len(share.lr) / len(batch.lr))
     run.optimizer.step()
     return loss
 

@@ -49,10 +49,10 @@ def test_an_epoch_has_each_patch_once_in_another_order():
     orders = []
     for _ in range(2):
         batches = list(patches.batches(4, 4, generator))
-        assert [len(hr) for _, hr in batches] == [4, 4, 4, 3]
-        for lr, hr in batches:
+        assert [len(batch.hr) for batch in batches] == [4, 4, 4, 3]
+        for lr, hr, _ in batches:
             assert (lr[:, :2, 5, 5].int() - hr[:, :2, 16, 16].int()).abs().max() <= 1  # each LR with its HR
-        orders.append([tuple(patch[:2, 0, 0].tolist()) for _, hr in batches for patch in hr])
+        orders.append([tuple(patch[:2, 0, 0].tolist()) for batch in batches for patch in batch.hr])
     assert sorted(orders[0]) == sorted(orders[1]) == [(x, y) for x in (0, 14, 28, 42, 56) for y in (0, 14, 28)]
     assert orders[0] != orders[1] != sorted(orders[1])
 

@@ -10,9 +10,10 @@ from helpers import random_image, same, weights
 from PIL import Image
 
 import distributed
-from data import ImageSet, TrainSet
+from data import ImageSet
 from dead_leaves import dead_leaves
 from options import Options
+from patches import RandomPatches
 from run import new_run
 from train import train_one_epoch
 from upscaler import Upscaler
@@ -52,13 +53,13 @@ def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
 
 def test_no_step_waits_for_the_gpu():
     with emulated():
-        train_set = TrainSet(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
+        train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
         run = new_run(Options(patch_size=18, batch_size=1), train_set, torch.float32)
         train_one_epoch(run, train_set, 1, lambda: None)  # copies the constants, too
         waits.clear()
         losses = train_one_epoch(run, train_set, 2, lambda: None)
         assert len(losses) == 4
-        assert waits == ["to the GPU"] * 3  # all patches that the epoch draws: view, corner, flips
+        assert waits == ["to the GPU"] * 3  # all patches that the epoch draws: places, flips, weights
 
 
 def test_gradients_travel_by_the_cpu_in_one_piece(monkeypatch):

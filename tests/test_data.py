@@ -1,16 +1,16 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import dihedral, random_image
+from helpers import random_image
 from PIL import Image
 
 import data
 from dead_leaves import dead_leaves
-from images import bicubic, to_image, to_tensor
+from images import bicubic, to_image
 from metrics import psnr
 from options import Options
+from patches import RandomPatches
 from utils import CommandError
 
 CPU = torch.device("cpu")
@@ -140,71 +140,6 @@ def test_gray_images_are_measured_as_gray_and_trained_on_as_rgb():
     assert (gray.lr.mode, gray.hr.shape, colour.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
     assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
     assert gray.bicubic_psnr.y == pytest.approx(colour.bicubic_psnr.y - 1.322, abs=1e-3)
-    a, b = (data.TrainSet(data.load_images(name, "train"), 9, CPU) for name in ("gray", "colour"))
+    a, b = (RandomPatches(data.load_images(name, "train"), 9, CPU) for name in ("gray", "colour"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)
-
-
-def mapped(width, height, blue):
-    """An image whose pixels tell their own place: red = column, green = row."""
-    pixels = np.full((height, width, 3), blue, np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
-    return Image.fromarray(pixels)
-
-
-MAPPED = {0: mapped(60, 45, 0), 100: mapped(33, 90, 100)}
-
-
-def draw(images, patch, count, seed, steps=1):
-    train_set = data.TrainSet(data.ImageSet("x", images), patch, CPU)
-    batches = list(train_set.batches(steps, count, torch.Generator().manual_seed(seed)))
-    assert [len(hr) for _, hr in batches] == [count] * steps
-    return (torch.cat(side) for side in zip(*batches, strict=True))
-
-
-def test_patches_are_oriented_crops_and_lr_fits_hr():
-    lr, hr = draw(MAPPED, 12, 200, seed=1, steps=2)
-    assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
-    assert hr.shape == (400, 3, 12, 12)
-    assert lr.is_contiguous(memory_format=torch.channels_last)
-    orientations, corners = set(), {0: set(), 100: set()}
-    for lr_patch, hr_patch in zip(lr, hr, strict=True):
-        left, top, blue = (channel.min().item() for channel in hr_patch)
-        image = MAPPED[blue]
-        wanted = to_tensor(image.crop((left, top, left + 12, top + 12)))
-        (orientation,) = (i for i, patch in enumerate(dihedral(wanted)) if torch.equal(patch, hr_patch))
-        orientations.add(orientation)
-        corners[blue].add((top, left))
-        # The LR patch: the same place in the LR image with 4 pixels around, edges replicated.
-        part = to_tensor(data.degrade(image.crop((left % 3, top % 3, *image.size)))[0])
-        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, part.shape[1] - 1)
-        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, part.shape[2] - 1)
-        assert torch.equal(lr_patch, dihedral(part[:, y][..., x])[orientation])
-    assert orientations == set(range(8))
-    for blue, image in MAPPED.items():  # all over the image, to all its edges, at all nine phases
-        assert len(corners[blue]) > 120
-        tops, lefts = zip(*corners[blue], strict=True)
-        assert (min(tops), max(tops)) == (0, image.height - 12)
-        assert (min(lefts), max(lefts)) == (0, image.width - 12)
-        assert len({(top % 3, left % 3) for top, left in corners[blue]}) == 9
-
-
-def test_large_images_are_drawn_from_more_often():
-    _, hr = draw(MAPPED, 3, 4000, seed=2)
-    share = (hr[:, 2, 0, 0] > 0).double().mean().item()
-    assert share == pytest.approx(33 * 90 / (33 * 90 + 60 * 45), abs=0.03)
-
-
-def test_an_image_smaller_than_a_patch_is_used_whole():
-    pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    lr, hr = draw({"small": Image.fromarray(pixels)}, 15, 8, seed=0)
-    padded = torch.from_numpy(np.pad(pixels, ((0, 8), (0, 5), (0, 0)), mode="edge")).permute(2, 0, 1)
-    pairs = []
-    for top in range(3):
-        for left in range(3):
-            small = to_tensor(data.degrade(Image.fromarray(pixels[top:, left:]))[0]).numpy()
-            pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
-            lrs = dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
-            pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
-    for lr_patch, patch in zip(lr, hr, strict=True):
-        assert any(torch.equal(lr_patch, a) and torch.equal(patch, b) for a, b in pairs)

@@ -6,11 +6,12 @@ from helpers import same, weights
 from torch import nn
 
 from course import GridPatches
-from data import ImageSet, TrainSet
+from data import Batch, ImageSet
 from dead_leaves import dead_leaves
 from folded import Folded
 from model import SRCNN
 from options import Options
+from patches import RandomPatches
 from recipe import RECIPES, gray_corners
 from run import new_run
 from train import train_one_step
@@ -19,11 +20,13 @@ RECIPE, ASSIGNMENT = RECIPES["default"], RECIPES["assignment"]
 CPU = torch.device("cpu")
 
 
-def test_the_loss_is_of_what_an_image_can_show():
+def test_the_loss_is_of_what_an_image_can_show_and_weighted():
     """Interpolation overshoots at edges; when an image is saved, that is cut off."""
-    output, hr = torch.tensor([-9.0, 300.0, 100.0, 7.0]), torch.tensor([0, 255, 110, 7], dtype=torch.uint8)
-    assert RECIPE.loss_function(output, hr).item() == pytest.approx(100 / 4 / 255**2)
-    assert RECIPE.loss_function(output.bfloat16(), hr).dtype == torch.float32
+    output = torch.tensor([[-9.0, 300.0, 100.0, 7.0], [1, 2, 3, 10]]).view(2, 1, 2, 2)
+    hr = torch.tensor([[0, 255, 110, 7], [1, 2, 3, 4]], dtype=torch.uint8).view(2, 1, 2, 2)
+    batch = Batch(hr, hr, torch.tensor([0.5, 1.5]))
+    assert RECIPE.loss_function(output, batch).item() == pytest.approx((0.5 * 100 / 4 + 1.5 * 36 / 4) / 2 / 255**2)
+    assert RECIPE.loss_function(output.bfloat16(), batch).dtype == torch.float32
 
 
 def passing():
@@ -70,7 +73,7 @@ def test_gray_corners_are_gray_and_contrast_rises_by_what_the_patch_itself_draws
 
 @pytest.mark.parametrize("patch", [9, 63, 360])
 def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
-    train_set, drawn = TrainSet(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
+    train_set, drawn = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
     monkeypatch.setattr("recipe.whitening_matrix", lambda lr: drawn.append(len(lr)) or torch.eye(243))
     RECIPE.optimizer(SRCNN(), train_set, torch.Generator())
     (count,) = drawn
@@ -79,11 +82,11 @@ def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
 
 def test_new_filters_are_blind_to_plain_colour_and_alike_in_size():
     """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
-    train_set = TrainSet(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, CPU)
+    train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, CPU)
     conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
     assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
     assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
-    lr, _ = next(train_set.batches(1, 64, torch.Generator().manual_seed(0)))
+    lr = next(train_set.batches(1, 64, torch.Generator().manual_seed(0))).lr
     upscaled = torch.nn.functional.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True)
     features = torch.nn.functional.conv2d(upscaled, conv1.weight).transpose(0, 1).flatten(1)
     deviations = features[3:].std(1)
@@ -126,12 +129,12 @@ def test_the_assignment_trains_as_plain_pytorch_does(patches):
     plain[0].forward = lambda x: nn.functional.interpolate(x, scale_factor=3, mode="bicubic", antialias=True)
     optimizer, criterion = torch.optim.Adam(plain.parameters(), lr=0.0001), nn.MSELoss()
     run.optimizer.set_learning_rate(ASSIGNMENT.learning_rate(0.0001, 0.5, 2))
-    for lr, hr in patches.batches(2, 5, torch.Generator()):
+    for batch in patches.batches(2, 5, torch.Generator()):
         optimizer.zero_grad()
-        loss = criterion(plain(lr / 255), hr / 255)
+        loss = criterion(plain(batch.lr / 255), batch.hr / 255)
         loss.backward()
         optimizer.step()
-        assert train_one_step(run, lr, hr).item() == pytest.approx(loss.item(), rel=1e-5)
+        assert train_one_step(run, batch).item() == pytest.approx(loss.item(), rel=1e-5)
     for a, b in zip(run.model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=2e-6)  # a step is of 1e-4
 
@@ -143,7 +146,8 @@ def test_the_rate_of_the_assignment_is_constant():
 def test_a_process_without_patches_adds_nothing():
     """The last batch of an epoch may have fewer patches than there are processes."""
     empty = torch.empty(0, 3, 33, 33)
-    assert ASSIGNMENT.loss_function(empty, empty.byte()).item() == 0
+    batch = Batch(empty.byte(), empty.byte(), torch.empty(0))
+    assert ASSIGNMENT.loss_function(empty, batch).item() == 0
 
 
 def test_the_assignment_on_the_command_line(train_small):

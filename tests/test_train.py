@@ -7,12 +7,13 @@ import torch
 from helpers import MORE, load, run_python, small_run, trained_model
 
 from checkpoints import load_checkpoint
-from data import ImageSet, TestSet, TrainSet, load_images
+from data import ImageSet, TestSet, load_images
 from dead_leaves import dead_leaves
 from images import to_tensor
 from metrics import Row, psnr, summary, table
 from model import SRCNN, crop
 from optim import cosine_schedule
+from patches import RandomPatches
 from train import check_finite, evaluate, train_one_epoch
 from upscaler import Upscaler
 from utils import CommandError
@@ -20,7 +21,7 @@ from utils import CommandError
 
 @pytest.fixture(scope="module")
 def train_set():
-    return TrainSet(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
+    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
 
 
 def test_an_epoch_takes_the_steps_of_its_patches(train_set):
@@ -28,7 +29,10 @@ def test_an_epoch_takes_the_steps_of_its_patches(train_set):
     run = small_run(batch_size=2, patch_size=48, learning_rate=1e-12)
     with torch.no_grad():
         batches = train_set.batches(3, 2, torch.Generator().manual_seed(5))  # of 2 * 78^2 pixels
-        wanted = [(crop(run.model(lr / 255), 12).clamp(0, 1) - hr / 255).square().mean().item() for lr, hr in batches]
+        wanted = [
+            ((crop(run.model(lr / 255), 12).clamp(0, 1) - hr / 255).square().mean((1, 2, 3)) @ weight / len(hr)).item()
+            for lr, hr, weight in batches
+        ]
     losses = train_one_epoch(run, train_set, 1, lambda: None)
     assert losses.tolist() == pytest.approx(wanted, rel=1e-4)
     assert {state["step"].item() for state in run.optimizer.state_dict()["state"].values()} == {3}
