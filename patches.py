@@ -1,4 +1,4 @@
-"""Batches of patches of the training images, cut out of them anywhere on the device."""
+"""Batches of patches from anywhere in the training images, cut out on the device."""
 
 import math
 from collections.abc import Iterator
@@ -77,19 +77,19 @@ class RandomPatches:
             yield Batch(lr, hr, weight)
 
 
-# ----------------------------------------------------------------------------- where patches are drawn
+# ------------------------------------------------------------------ where patches are drawn
 
 
 class ImportanceSampler:
-    """Draws patches in proportion to their error after bicubic interpolation.
+    """Draws patches in proportion to the root mean squared error that interpolation leaves in them.
 
-    A patch of sky costs as much time as one of grass and teaches less. The weights make up for the
-    proportions: a weighted mean over the patches drawn estimates the mean over all patches of all images, with
-    less variance than if they were drawn uniformly.
+    A patch of sky takes as much time as one of grass and teaches less. Weights make up for the proportions: the
+    weighted mean over the patches drawn estimates the mean over all patches of all images, with less variance
+    than if they were drawn uniformly.
 
     Parameters
     ----------
-    errors : the mean squared error at each LR pixel of each image, (h, w)
+    errors : the mean squared error at each LR pixel of each image, (h, w), float64
     size : side of the patches in LR pixels
     """
 
@@ -127,8 +127,8 @@ class ImportanceSampler:
 def bicubic_error(image: Image.Image) -> Tensor:
     """Mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
     lr, hr = degrade(image)
-    error = to_tensor(bicubic(lr, hr.size)).double() - to_tensor(hr).double()
-    return F.avg_pool2d(error.square().mean(0, keepdim=True), SCALE)[0]
+    error = to_tensor(bicubic(lr, hr.size)).float() - to_tensor(hr).float()
+    return F.avg_pool2d(error.square().sum(0, keepdim=True), SCALE)[0].double() / 3
 
 
 def mean_of_patches(error: Tensor, size: int) -> Tensor:
@@ -138,7 +138,7 @@ def mean_of_patches(error: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(error, (1, width), stride=1)[0]
 
 
-# ----------------------------------------------------------------------------- images in one tensor
+# --------------------------------------------------------------------- images in one tensor
 
 
 class Atlas:
