@@ -86,13 +86,19 @@ def test_another_node_is_told_that_it_needs_the_data(monkeypatch):
 
 def test_every_node_needs_the_same_training_images(monkeypatch):
     options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
-    leaves = data.ImageSet("leaves", dead_leaves("train", 2, 30))
-    monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
-    assert data.load_sets(options)[0] == leaves
-    for other in ([(30, 30)], [(30, 30), (30, 29)]):
-        monkeypatch.setattr(data, "gather", lambda sizes, other=other: [sizes, sizes, other])
+
+    def load(images, *other_nodes):
+        leaves = data.ImageSet("leaves", images)
+        monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
+        monkeypatch.setattr(data, "gather", lambda checksums: seen.append(checksums) or [*other_nodes, checksums])
+        assert data.load_sets(options)[0] == leaves
+
+    seen, leaves = [], dead_leaves("train", 2, 30)
+    load(leaves)
+    for other in (dead_leaves("train", 1, 30), dead_leaves("test", 2, 30)):  # fewer, and others of the same sizes
         with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
-            data.load_sets(options)
+            load(other, seen[0])
+    load(leaves, seen[0])
 
 
 FIVE = data.ImageSet("x", {name: Image.new("L", (1, 1), value) for value, name in enumerate("abcde")})
