@@ -21,6 +21,14 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
 
     Images are gray or RGB. All are converted to the mode of the ground truth.
     """
+    panels, row = labelled_panels(lr, sr, hr)
+    _, upscaled, sr, hr = panels.values()
+    detail = most_different(upscaled, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
+    return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), row
+
+
+def labelled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Row]:
+    """The four images in the size and mode of the ground truth, by their labels; and the PSNR of two of them."""
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3
         warn(f"the ground truth has {hr.width}x{hr.height} pixels; everything is resized to that")
@@ -33,8 +41,7 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
         f"SRCNN\n{row.srcnn.y:.2f} dB Y": sr,
         f"ground truth\n{hr.width} x {hr.height}": hr,
     }
-    detail = most_different(upscaled, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
-    return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), row
+    return panels, row
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:

@@ -16,10 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scene import draw_scene
 
-from comparison import side_by_side
+from comparison import labelled_panels, side_by_side
 from data import degrade
-from images import bicubic, to_tensor
-from metrics import psnr
 from super_resolve import load_upscaler, upscale
 
 HERE = Path(__file__).parent
@@ -35,16 +33,9 @@ def comparison(folder: Path) -> tuple[Image.Image, float]:
     lr, hr = degrade(draw_scene())
     lr.save(folder / "lr.bmp")
     hr.save(folder / "hr.png")
-    interpolated, sr = bicubic(lr, hr.size), upscale(lr, load_upscaler(precision="fp32"))
-    bicubic_psnr, srcnn_psnr = (psnr(to_tensor(image), to_tensor(hr)).y for image in (interpolated, sr))
-    panels = {
-        f"LR, {lr.width} x {lr.height}\nenlarged": lr.resize(hr.size, Image.Resampling.NEAREST),
-        f"bicubic\n{bicubic_psnr:.2f} dB": interpolated,
-        f"SRCNN\n{srcnn_psnr:.2f} dB": sr,
-        f"ground truth\n{hr.width} x {hr.height}": hr,
-    }
+    panels, row = labelled_panels(lr, upscale(lr, load_upscaler(precision="fp32")), hr)
     picture = side_by_side({label: with_details(image) for label, image in panels.items()})
-    return picture, srcnn_psnr - bicubic_psnr
+    return picture, row.srcnn.y - row.bicubic.y
 
 
 def with_details(image: Image.Image) -> Image.Image:
