@@ -274,6 +274,8 @@ def main() -> None:
     parser.add_argument("--tricks", action="store_true", help="measure the gain of each trick in folded.py instead")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    if args.tricks and args.json:
+        parser.error("--json does not go with --tricks")
     if args.tricks:
         print(tricks_table())
         return

@@ -106,6 +106,13 @@ def test_on_windows_only_the_tricks_are_measured(monkeypatch):
         bench.main()
 
 
+def test_tricks_are_not_printed_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--tricks", "--json"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert capsys.readouterr().err == "bench.py: error: --json does not go with --tricks (see bench.py --help)\n"
+
+
 def test_a_killed_measurement_is_an_error():
     with pytest.raises(CommandError, match="killed"):
         bench.in_child(lambda: os._exit(9))
