@@ -44,11 +44,11 @@ def test_a_file_holds_what_the_assignment_says():
     assert saved["args"] == {
         "recipe": "default",
         "lr": 0.003,
-        "batch_size": 16,
+        "batch_size": 32,
         "num_epoch": 4,
         "save_freq": 10,
         "precision": "auto",
-        "patch_size": 63,
+        "patch_size": 33,
         "seed": 0,
         "train_data": "data/91-image",
         "test_data": "data/Set5",
