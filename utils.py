@@ -81,6 +81,8 @@ def path(text: str) -> Path:
     """An argparse type for paths. An empty text, as of an unset variable, would stand for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("must not contain a null character")
     return Path(text)
 
 

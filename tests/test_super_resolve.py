@@ -233,6 +233,7 @@ def test_bad_input_is_one_clear_line(cli, arguments, problem):
         (["x", "--output="], "--output: must not be empty"),
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
+        (["\0"], "INPUT: must not contain a null character"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
         (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
