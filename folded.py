@@ -166,7 +166,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1)
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU, in place unless in training, where writing to a view (from conv) costs a quarter of the step in copies.
+    """ReLU, in place except in training, where autograd would copy what it overwrites, a view that conv returns.
 
     The sign of a bf16 number is that of its bits as an integer, and integers are faster.
     """
