@@ -65,10 +65,11 @@ class WhitenedAdam(Adam):
 
 
 def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:
-    """P = ``size`` (C + ``floor``)^(-1/2), blind to what all pixels of a patch have in common.
+    """The principal components of what conv1 sees, each scaled to about the same variance.
 
-    C is the covariance of what conv1 sees of the upscaled patches, each channel less its mean over
-    the 9x9 pixels. P has no such means either, so what conv1 makes of plain colours never changes.
+    P = ``size`` (D + ``floor``)^(-1/2) E^T, where the covariance of the patches is E D E^T. The mean of each
+    channel over the 9x9 pixels is subtracted first. P has no such means either, so what conv1 makes of
+    plain colours never changes.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
     x = F.unfold(bicubic_x3(lr.double() / 255), kernel_size=9, stride=5)  # (N, 243, patches)
     x = subtract_mean(x.transpose(1, 2).flatten(0, 1))  # (N * patches, 243)
     variances, directions = torch.linalg.eigh(x.T.cov())
-    return size * subtract_mean((directions * (variances.clamp(min=0) + floor) ** -0.5) @ directions.T)
+    return size * subtract_mean((directions * (variances.clamp(min=0) + floor) ** -0.5).T)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from course import GridPatches, upscale_patches
 from data import Batch, ImageSet
+from distributed import broadcast
 from folded import Folded
 from model import HALO_LR, SRCNN
 from optim import Adam, WhitenedAdam, cosine_schedule, whiten_filters, whitening_matrix
@@ -28,10 +29,13 @@ class DefaultRecipe:
         return RandomPatches(images, size, device)
 
     def optimizer(self, model: SRCNN, patches: Patches, generator: torch.Generator) -> Adam:
-        """Draws from the patches as many pixels as 64 patches of 63x63 have, whatever their size."""
+        """Draws from the patches as many pixels as 64 patches of 63x63 have, whatever their size.
+
+        All processes take the whitening matrix of rank 0, since the signs of its rows depend on the machine.
+        """
         count = math.ceil(64 * 63**2 / patches.patch_size**2)
         batch = next(patches.batches(1, count, generator))
-        return WhitenedAdam(model, whitening_matrix(batch.lr[..., :160, :160].cpu()))
+        return WhitenedAdam(model, broadcast(whitening_matrix(batch.lr[..., :160, :160].cpu())))
 
     def initialize(self, model: SRCNN, optimizer: Adam) -> None:
         """Set initial weights. Those of model.py stay, but for the filters of conv1."""

@@ -24,17 +24,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
 
 
 def test_whitening_whitens():
-    """Inputs multiplied by P have unit variance and no correlation where they vary at all."""
+    """Inputs multiplied by P have no correlation, and unit variance where they vary at all."""
     lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
     whitening = whitening_matrix(lr, floor=1e-9, size=1)
-    assert torch.allclose(whitening, whitening.T, atol=1e-6 * whitening.abs().max().item())
     x = F.interpolate(lr.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
     patches = F.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
-    variances = torch.linalg.eigvalsh((patches @ whitening).T.cov())[3:]
+    covariance = (patches @ whitening.T).T.cov()
+    variances = covariance.diag()[3:]
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-6
     assert variances.max().item() == pytest.approx(1, abs=1e-3)
     assert variances.median().item() > 0.9
     # The floor bounds what is amplified: 1e-3 allows a factor of about 30, times the size of 0.3.
-    assert torch.linalg.eigvalsh(whitening_matrix(lr)).max().item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
+    assert torch.linalg.matrix_norm(whitening_matrix(lr), 2).item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
     # It is blind to what all 81 pixels of a channel have in common.
     plain = torch.block_diag(*[torch.ones(1, 81, dtype=torch.float64)] * 3)
     assert (whitening @ plain.T).abs().max() < 1e-6
