@@ -110,12 +110,7 @@ def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
         ("lr.bmp hr_srcnn_x3.png hr.png", None, None, "hr_srcnn_x3.png is an input"),
         ("lr/b.png in", "in", None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
         ("lr.bmp", "x.png", "x_comparison.png", "x_comparison.png is an input"),
-        (
-            "lr.bmp",
-            "new",
-            None,
-            "new: use one of the endings .bmp, .gif, .jpeg, .png",
-        ),
+        ("lr.bmp", "new", None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "a.xyz", None, "for a folder, type --output=a.xyz/"),
         ("lr.bmp hr.png", "lr.bmp", None, "cannot make the folder lr.bmp: File exists"),
     ],

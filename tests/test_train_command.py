@@ -88,11 +88,7 @@ BATCH, EMPTY = "a batch has at most 67,108,864 pixels", "argument --output: must
         ("inspect x --test-data=missing", 1, "missing: no such folder of images\n"),
         ("inspect x --test-data=data/Set5", 1, "data/Set5: no such folder of images; `python data.py` downloads Set5"),
         ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
-        (
-            "train --recipe=assignment --precision=bf16",
-            1,
-            "--recipe=assignment computes in fp32; leave out --precision",
-        ),
+        ("train --recipe=assignment --precision=bf16", 1, "recipe=assignment computes in fp32; leave out --precision"),
         ("train --train-data=missing", 1, "missing: no such folder of images"),
         ("train --test-data=missing", 1, "missing: no such folder of images"),
         ("train --train-data=empty", 1, "empty: this folder holds no images"),
