@@ -48,19 +48,6 @@ def test_the_schedule_goes_on_from_the_share_that_is_done(train_set, monkeypatch
     assert rates == [cosine_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
 
 
-def test_an_interrupt_is_raised_before_a_step(train_set):
-    run, calls = small_run(batch_size=2, patch_size=48), []
-
-    def interrupt():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_one_epoch(run, train_set, 1, interrupt)
-    assert run.optimizer.state_dict()["state"][0]["step"] == 2
-
-
 def test_the_first_step_that_is_not_finite_is_named():
     losses = torch.tensor([0.1, 0.2, math.inf, math.nan])
     with pytest.raises(CommandError, match="not finite at step 3 of epoch 7; lower the learning rate"):
