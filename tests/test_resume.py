@@ -81,6 +81,7 @@ def test_a_checkpoint_of_the_course_is_trained_on(train_small, photos):
     moved = after["model"]["conv1.weight"] - content["model_state_dict"]["layers.0"]
     assert 0 < moved.abs().max() < 0.1  # on from its weights, not from new ones
     assert train_small("--num-epoch=5", command=("resume", "new/checkpoint.last"))[0] == 0
+    assert load("new/checkpoint.5")["history"] == [(2, None), (4, after["args"])]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CommandError, ZeroDivisionError])
