@@ -6,21 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import content, course_content, load, same, trained_checkpoint, trained_content, trained_file
+from helpers import PATH, content, course_content, load, loaded, same, trained_checkpoint, trained_content, trained_file
 
 from checkpoints import load_checkpoint, save_checkpoint
 from info import Info
 from model import SRCNN
 from options import Options
 from utils import CommandError
-
-PATH = Path("checkpoint.3")
-
-
-def loaded(content):
-    """What load_checkpoint makes of a file with this content."""
-    torch.save(content, PATH)
-    return load_checkpoint(PATH)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):

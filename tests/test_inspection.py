@@ -3,20 +3,10 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import course_content, report, trained_checkpoint, trained_content
+from helpers import PATH, course_content, loaded, report, trained_checkpoint, trained_content
 
-from checkpoints import load_checkpoint
 from inspection import course_to_json, describe, describe_course, to_json
 from metrics import Psnr, Row, table
-
-PATH = Path("checkpoint.3")
-
-
-def loaded(content):
-    torch.save(content, PATH)
-    return load_checkpoint(PATH)
-
 
 # What is missing has its default.
 HISTORY = [(1, None), (2, {"lr": 0.001}), (4, {"num_epoch": 4}), (5, {"lr": 0.002, "num_epoch": 4})]
