@@ -14,7 +14,7 @@ from helpers import SRGB, file_of, random_image
 from PIL import Image, JpegImagePlugin
 
 from formats import ENDINGS, FORMATS, metadata
-from images import check_output, flatten, list_images, read_image, to_image, to_tensor, write_image
+from images import check_output, flatten, list_images, read_image, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach the user
@@ -154,13 +154,6 @@ def test_the_images_of_a_folder_are_listed_by_name_with_a_warning_of_other_files
 def test_flatten_rounds_to_8_bits_and_puts_on_white(mode, value, flat):
     wanted = "L" if isinstance(flat, int) else "RGB"
     assert_equal(flatten(Image.new(mode, (2, 3), value)), Image.new(wanted, (2, 3), flat))
-
-
-def test_tensors_are_channels_rows_columns():
-    assert to_tensor(random_image("L")).tolist() == [np.asarray(random_image("L")).tolist()]
-    tensor = to_tensor(random_image())
-    assert tensor[:, 4, 7].tolist() == list(random_image().getpixel((7, 4)))
-    assert_equal(to_image(tensor), random_image())
 
 
 # ------------------------------------------------------------------------------- formats
