@@ -79,7 +79,7 @@ def test_gradients_travel_by_the_cpu_in_one_piece(monkeypatch):
         assert torch.allclose(b.cpu(), torch.full((2, 2), 4 / 3))
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
 def test_upscaling_gives_the_pixels_of_the_cpu(cli, pictures, capability, dtype):
     """To the last bit in fp32, and within a level in bf16, which auto takes on GPUs from 8.0 on."""
     Path("in").mkdir()

@@ -37,12 +37,6 @@ def test_bf16_is_not_fast_where_pytorch_cannot_tell(monkeypatch):
     assert bf16_is_fast(CPU) is False
 
 
-@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_bf16_is_fast_on_gpus_from_8_0_on(monkeypatch, capability, fast):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert bf16_is_fast(torch.device("cuda")) is fast
-
-
 @pytest.mark.parametrize(
     ("option", "recorded", "fast", "taken"),
     [
