@@ -255,19 +255,13 @@ def test_a_hostile_checkpoint_is_refused_and_the_reason_is_told(tmp_path, recwar
     assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing ran
 
 
-COMMANDS = [
-    ("train.py", "inspect", "x"),
-    ("train.py", "resume", "x", "--num-epoch=9"),
-    ("super_resolve.py", "--checkpoint=x", "lr.bmp"),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[:2]))
-@pytest.mark.parametrize("name", ["os.system", "a list"])
-def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command, name):
-    write("x", name)
+@pytest.mark.parametrize(
+    "command", ["train.py inspect x", "train.py resume x --num-epoch=9", "super_resolve.py --checkpoint=x lr.bmp"]
+)
+def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command):
+    write("x", "os.system")
     before = sorted(tmp_path.iterdir())
-    status, out, err = cli(*command)
+    status, out, err = cli(*command.split())
     assert (status, out) == (1, "")
     assert_one_line(err, "error: x: not a valid SRCNN checkpoint")
     assert sorted(tmp_path.iterdir()) == before
