@@ -26,11 +26,8 @@ def test_text_from_elsewhere_cannot_steer_the_terminal(capsys):
         (CommandError("no such\nthing"), 1, "error: no such\\nthing"),
         (FileNotFoundError(2, "No such file", "a\x1b"), 1, "error: [Errno 2] No such file: "),
         (MemoryError(), 1, "error: out of memory; use a smaller --batch-size"),
-        (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; use a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory; use a smaller"),
-        (RuntimeError("FIND was unable to find an engine to execute this computation"), 1, "error: out of memory; use"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -46,12 +43,11 @@ def test_a_failure_is_one_line(capsys, problem, status, message):
     assert_one_line(err)
 
 
-@pytest.mark.parametrize("text", ["a bug", "CUDA error: an illegal memory access was encountered"])
-def test_our_own_mistakes_keep_their_traceback(text):
+def test_our_own_mistakes_keep_their_traceback():
     def main():
-        raise RuntimeError(text)
+        raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match="a bug"):
         run_command(main)
 
 
@@ -65,7 +61,6 @@ def test_our_own_mistakes_keep_their_traceback(text):
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), False),
         (ValueError("out of memory"), False),
     ],
     ids=str,
