@@ -47,7 +47,6 @@ def pairs(text):
         ("in", None, "in/a.jpg in/a_srcnn_x3.jpg, in/b.png in/b_srcnn_x3.png"),
         ("lr.bmp in", "o/p", "lr.bmp o/p/lr_srcnn_x3.bmp, in/a.jpg o/p/a_srcnn_x3.jpg, in/b.png o/p/b_srcnn_x3.png"),
         ("mixed/d_srcnn_x3_.png", "o/", "mixed/d_srcnn_x3_.png o/d_srcnn_x3__srcnn_x3.png"),
-        ("course", "o", "course/a_lr.bmp o/a_lr_srcnn_x3.bmp, course/b_lr.bmp o/b_lr_srcnn_x3.bmp"),
         ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
     ],
 )
