@@ -55,12 +55,6 @@ def test_patches_are_oriented_crops_and_lr_fits_hr():
         assert len({(top % 3, left % 3) for top, left in corners[blue]}) == 9
 
 
-def test_large_images_count_more():
-    _, hr, weight = draw(MAPPED, 3, 40_000, seed=2)
-    share = ((hr[:, 2, 0, 0] > 0) * weight).mean().item()
-    assert share == pytest.approx(33 * 90 / (33 * 90 + 60 * 45), abs=0.03)
-
-
 def test_an_image_smaller_than_a_patch_is_used_whole():
     pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     lr, hr, _ = draw({"small": Image.fromarray(pixels)}, 15, 8, seed=0)
