@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from formats import FORMATS, format_of, lies_on_its_side, metadata, swap_dpi, turn_upright
+from metrics import SHAVE
 from model import SCALE
 from utils import CommandError, atomic_write, warn
 
@@ -100,7 +101,7 @@ def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises CommandError if it is smaller than 9x9.
     """
     image = flatten(read_image(path, max_pixels))
-    if min(image.size) < 3 * SCALE:  # the PSNR leaves out 3 pixels on each side
+    if min(image.size) < 2 * SHAVE + SCALE:  # so that an LR pixel is left for the PSNR
         raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is 9x9")
     return image
 

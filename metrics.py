@@ -10,6 +10,8 @@ from torch import Tensor
 from model import SCALE
 from utils import printable
 
+SHAVE = SCALE  # pixels that the protocol leaves out on each side of an image
+
 
 class Psnr(NamedTuple):
     """PSNR on luma and over RGB, in dB; infinite for equal images."""
@@ -67,12 +69,12 @@ def row_to_dict(row: Row) -> dict[str, float]:
 # ------------------------------------------------------------------------------ measuring
 
 
-def psnr(sr: Tensor, hr: Tensor, shave: int = SCALE) -> Psnr:
+def psnr(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> Psnr:
     """Both measures, which are the same for gray. Parameters as of :func:`psnr_y`."""
     return Psnr(psnr_y(sr, hr, shave), psnr_rgb(sr, hr, shave))
 
 
-def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
+def psnr_y(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
     """PSNR on luma, the measure of the super-resolution literature.
 
     Luma is that of ITU-R BT.601 as in MATLAB's rgb2ycbcr, not rounded, with a peak of 255:
@@ -91,7 +93,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
     return psnr_of_channels(sr, hr, shave, [[65.481 / 255, 128.553 / 255, 24.966 / 255]] if len(hr) == 3 else [[1]])
 
 
-def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SCALE) -> float:
+def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
     """PSNR of the mean squared error over all channels. Parameters as of :func:`psnr_y`."""
     return psnr_of_channels(sr, hr, shave, torch.eye(len(hr)).tolist())
 
