@@ -13,10 +13,11 @@ from helpers import ROOT, content
 import download
 import super_resolve
 import train
-from data import degrade
+from data import ImageSet, degrade
 from dead_leaves import dead_leaves
 from info import Info
 from model import SRCNN
+from patches import RandomPatches
 from utils import run_command
 
 
@@ -46,6 +47,12 @@ def photos(tmp_path_factory):
     for (name, image), size, ending in zip(dead_leaves("train", 5, 128).items(), sizes, endings, strict=True):
         image.crop((0, 0, *size)).save(folder / f"{name}.{ending}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_set():
+    """Patches of two images, for tests that need no files."""
+    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
 
 
 @pytest.fixture

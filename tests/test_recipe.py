@@ -80,9 +80,8 @@ def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
     assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
 
 
-def test_new_filters_are_blind_to_plain_colour_and_alike_in_size():
+def test_new_filters_are_blind_to_plain_colour_and_alike_in_size(train_set):
     """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
-    train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, CPU)
     conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
     assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
     assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4

@@ -9,17 +9,9 @@ import torch
 from helpers import ROOT, assert_one_line, load, report, same, small_run, trained_checkpoint
 
 from checkpoints import load_checkpoint, save_checkpoint
-from data import ImageSet
-from dead_leaves import dead_leaves
 from options import Options
-from patches import RandomPatches
 from run import exclusive, keep_other_checkpoints, new_run, restored_run
 from utils import PART
-
-
-@pytest.fixture(scope="module")
-def train_set():
-    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 63, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -13,15 +13,9 @@ from images import to_tensor
 from metrics import Row, psnr, summary, table
 from model import SRCNN, crop
 from optim import cosine_schedule
-from patches import RandomPatches
 from train import check_finite, evaluate, train_one_epoch
 from upscaler import Upscaler
 from utils import CommandError
-
-
-@pytest.fixture(scope="module")
-def train_set():
-    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
 
 
 def test_an_epoch_takes_the_steps_of_its_patches(train_set):
