@@ -67,10 +67,6 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def weights(path):
-    return load(path)["model"]
-
-
 def same(a, b):
     """Whether two checkpoints, or parts of them, are equal, their tensors to the last bit."""
     return bits(a) == bits(b)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulated_cuda import CUDA, emulated, waits
-from helpers import random_image, same, weights
+from helpers import load, random_image, same
 from PIL import Image
 
 import distributed
@@ -48,7 +48,7 @@ def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
         assert "on cuda" in train("resume", "cpu/checkpoint.1", "--cuda", "--output=there")
     assert "on cpu" in train("resume", "gpu/checkpoint.1", "--output=back")
     for folder in ("gpu", "there", "back"):
-        assert same(weights(f"{folder}/checkpoint.2"), weights("cpu/checkpoint.2")), folder
+        assert same(load(f"{folder}/checkpoint.2")["model"], load("cpu/checkpoint.2")["model"]), folder
 
 
 def test_no_step_waits_for_the_gpu():
