@@ -46,7 +46,6 @@ def pairs(text):
         ("lr.bmp", "new/", "lr.bmp new/lr_srcnn_x3.bmp"),
         ("in", None, "in/a.jpg in/a_srcnn_x3.jpg, in/b.png in/b_srcnn_x3.png"),
         ("lr.bmp in", "o/p", "lr.bmp o/p/lr_srcnn_x3.bmp, in/a.jpg o/p/a_srcnn_x3.jpg, in/b.png o/p/b_srcnn_x3.png"),
-        ("mixed/d_srcnn_x3_.png", "o/", "mixed/d_srcnn_x3_.png o/d_srcnn_x3__srcnn_x3.png"),
         ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
     ],
 )
