@@ -73,13 +73,9 @@ def cli(monkeypatch, capfd):
 @pytest.fixture
 def train_small(cli, photos):
     """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 by default."""
-
-    def call(*args, command=("train",)):
-        quick = ("--num-epoch=2", "--batch-size=4", "--patch-size=48") if command == ("train",) else ()
-        sets = (f"--train-data={photos}", f"--test-data={photos}") if command == ("train",) else ()
-        return cli("train.py", *command, *quick, *sets, *args)
-
-    return call
+    start = ("train", f"--train-data={photos}", f"--test-data={photos}")
+    start += ("--num-epoch=2", "--batch-size=4", "--patch-size=48")
+    return lambda *args, command=start: cli("train.py", *command, *args)
 
 
 @pytest.fixture

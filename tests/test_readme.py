@@ -59,14 +59,13 @@ def test_the_usage_lines_are_understood(line, monkeypatch):
 
 
 def test_the_assignments_five_usages_are_there():
-    starts = [
+    for start in (
         "train.py train --lr=0.0005 --batch-size=256 --num-epoch=100 --save-freq=10",
         "train.py resume checkpoint.last",
+        "train.py resume checkpoint.10 --batch-size=16 --num-epoch=200",
         "train.py inspect ",
-    ]
-    starts += ["train.py resume checkpoint.10 --batch-size=16 --num-epoch=200"]
-    starts += ["super_resolve.py --checkpoint checkpoint.pth examples/lr.bmp"]
-    for start in starts:
+        "super_resolve.py --checkpoint checkpoint.pth examples/lr.bmp",
+    ):
         assert any(command.startswith(f"python {start}") for command in commands(README)), start
 
 

@@ -147,9 +147,8 @@ def test_a_process_without_patches_adds_nothing():
 
 def test_the_assignment_on_the_command_line(train_small):
     """Its own defaults, but for those that are given; resuming is exact."""
-    status, out, _ = train_small(
-        "--recipe=assignment", "--patch-size=33", "--num-epoch=3", "--save-freq=1", "--output=a"
-    )
+    options = ("--recipe=assignment", "--patch-size=33", "--num-epoch=3", "--save-freq=1")
+    status, out, _ = train_small(*options, "--output=a")
     assert status == 0
     assert ", fp32, " in out
     assert train_small("--output=b", command=("resume", "a/checkpoint.1"))[0] == 0

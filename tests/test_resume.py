@@ -29,12 +29,8 @@ def test_options_on_the_line_override_saved_ones(train_small):
     assert after["run"] == before["run"]
     assert not list(Path().glob("checkpoint.*"))
     files = {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")}
-    assert train_small(command=("resume", "there/checkpoint.last")) == (
-        0,
-        "resuming there/checkpoint.last after epoch 3\n"
-        "its --num-epoch=3 is reached; give a larger one to train further\n",
-        "",
-    )
+    last, hint = "there/checkpoint.last", "its --num-epoch=3 is reached; give a larger one to train further"
+    assert train_small(command=("resume", last)) == (0, f"resuming {last} after epoch 3\n{hint}\n", "")
     assert {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")} == files
 
 

@@ -152,9 +152,8 @@ def test_memory_does_not_grow_from_epoch_to_epoch(photos, monkeypatch):
 
 
 def test_two_epochs_on_91_image_beat_bicubic_on_set5_by_more_than_one_db(real_data, cli):
-    status, out, err = cli(
-        "train.py", "train", f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=2"
-    )
+    options = (f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=2")
+    status, out, err = cli("train.py", "train", *options)
     assert (status, err) == (0, "")
     assert "training set 91-image: 91 images, 5,312,853 pixels" in out
     saved = load("checkpoint.2")["report"]
