@@ -5,14 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, expected, random_image, run_python, trained_model
+from helpers import assert_same, expected, random_image, random_model, run_python, trained_model
 from PIL import Image
 
 import data
 from folded import FoldedBf16
 from images import bicubic, to_image, to_tensor
 from metrics import psnr_y
-from model import SRCNN
 from upscaler import Upscaler
 
 LUMA = [0.299, 0.587, 0.114]
@@ -31,24 +30,16 @@ def patchy_image(mode, size):
     return image
 
 
-def scattered_model(seed):
-    torch.manual_seed(seed)
-    model = SRCNN().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter += 0.02 * torch.randn_like(parameter)
-    return model
-
-
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (5, 5), (2, 17), (33, 29)], ids=str)
 @pytest.mark.parametrize("tile", [2, 7, 16, 64])
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
 def test_tiles_leave_no_seam(mode, size, tile):
     """In any tiles the output is that of the whole image in float64, rounded once."""
-    model, lr = scattered_model(sum(size)), random_image(mode, size)
+    model, lr = random_model(sum(size)), random_image(mode, size)
     unit = 257 if mode == "I;16" else 1
     values = np.array(lr, dtype=float) / unit
     colour = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
-    whole = (model.double()(colour[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    whole = (model(colour[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     assert (whole > 0).mean() > 0.3  # so it is not equal for being black
     whole = unit * (whole if mode == "RGB" else whole @ LUMA)
     sr = Upscaler(model.float(), tile=tile)(lr)
@@ -59,7 +50,7 @@ def test_tiles_leave_no_seam(mode, size, tile):
 @pytest.mark.parametrize("tile", [4, 11, 30])
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_tiles_leave_no_seam_where_parts_are_transparent(mode, tile):
-    model, lr = scattered_model(0), patchy_image(mode, (40, 33))
+    model, lr = random_model(0).float(), patchy_image(mode, (40, 33))
     sr, whole = (levels(Upscaler(model, tile=side)(lr)) for side in (tile, 40))
     visible = whole[..., -1:] > 0
     assert 0.1 < visible.mean() < 0.9
@@ -148,7 +139,7 @@ def test_there_is_no_fringe_around_what_is_visible(pictures, mode, colour):
 
 @pytest.mark.parametrize("tile", [None, 7])
 def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(pictures, tile):
-    lr, model, outputs = pictures[0], scattered_model(0), []
+    lr, model, outputs = pictures[0], random_model(0).float(), []
     for turns, flipped in product(range(4), ((), (3,))):
         sr = model(to_tensor(lr)[None].rot90(turns, (2, 3)).flip(flipped) / 255)
         outputs.append(255 * sr.flip(flipped).rot90(-turns, (2, 3))[0].permute(1, 2, 0))
