@@ -11,8 +11,6 @@ from dead_leaves import dead_leaves
 from model import SRCNN
 from utils import CommandError
 
-CPU = torch.device("cpu")
-
 
 def image_set(width, height):
     """An image whose red and green are the column and the row."""
@@ -43,7 +41,7 @@ def test_images_without_a_patch_are_refused():
 
 
 def test_an_epoch_has_each_patch_once_in_another_order():
-    patches, generator = GridPatches(image_set(100, 80), 33, CPU), torch.Generator().manual_seed(1)
+    patches, generator = GridPatches(image_set(100, 80), 33, torch.device("cpu")), torch.Generator().manual_seed(1)
     assert (patches.steps(4), patches.pixels, patches.count) == (4, 15 * 33 * 33, 1)
     orders = []
     for _ in range(2):

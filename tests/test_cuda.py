@@ -18,8 +18,6 @@ from run import new_run
 from train import train_one_epoch
 from upscaler import Upscaler
 
-FP32 = "--precision=fp32"
-
 
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory):
@@ -38,7 +36,7 @@ def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
         assert (status, err) == (0, "")
         return out
 
-    options = [FP32, "--num-epoch=2", "--save-freq=1", "--batch-size=4", "--patch-size=24"]
+    options = ["--precision=fp32", "--num-epoch=2", "--save-freq=1", "--batch-size=4", "--patch-size=24"]
     options += [f"--train-data={leaves}", f"--test-data={leaves}"]
     assert "on cpu" in train("train", *options, "--output=cpu")
     torch.backends.cudnn.benchmark = False
@@ -86,7 +84,7 @@ def test_upscaling_gives_the_pixels_of_the_cpu(cli, pictures, capability, dtype)
     for mode in ("RGB", "L", "RGBA", "I;16"):
         random_image(mode, (14, 11)).save(f"in/{mode.replace(';', '')}.png")
     args = ["--checkpoint=net", "in", "--tile=8"]
-    assert cli("super_resolve.py", *args, FP32, "--output=cpu")[0] == 0
+    assert cli("super_resolve.py", *args, "--precision=fp32", "--output=cpu")[0] == 0
     with emulated(capability):
         status, out, _ = cli("super_resolve.py", *args, "--cuda", "--output=gpu")
     assert (status, out.count(f"on cuda, {dtype}")) == (0, 4)

@@ -13,8 +13,6 @@ from options import Options
 from patches import RandomPatches
 from utils import CommandError
 
-CPU = torch.device("cpu")
-
 
 def test_the_published_sets_are_known_by_their_content(real_data, tmp_path):
     renamed = tmp_path / "elsewhere"
@@ -145,6 +143,6 @@ def test_gray_images_are_measured_as_gray_and_trained_on_as_rgb():
     gray, colour = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "colour"))
     assert (gray.lr.mode, gray.hr.shape, colour.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
     assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
-    a, b = (RandomPatches(data.load_images(name, "train"), 9, CPU) for name in ("gray", "colour"))
+    a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "colour"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)

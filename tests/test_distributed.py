@@ -10,14 +10,11 @@ from helpers import ROOT, assert_one_line, load
 
 from distributed import local_rank, node_rank, rank_and_world_size
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
 
 def torchrun(script, *arguments):
-    command = [*TORCHRUN, ROOT / script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), text=True, stdout=pipe, stderr=pipe, env=environment)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / script]
+    environment, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    return subprocess.Popen([*command, *arguments], text=True, stdout=pipe, stderr=pipe, env=environment)
 
 
 @pytest.fixture

@@ -4,14 +4,8 @@ from helpers import assert_one_line
 from options import Options, add_options, check_args, given_options
 from utils import ArgumentParser, CommandError
 
-NUMBERS = {"lr": 1e-9, "batch_size": 3, "num_epoch": 2**31 - 1, "save_freq": 1, "patch_size": 9, "seed": 7}
-OTHERS = NUMBERS | {
-    "recipe": "assignment",
-    "hold_out": 2,
-    "precision": "bf16",
-    "train_data": "a b",
-    "test_data": "dead-leaves",
-}
+OTHERS = {"lr": 1e-9, "batch_size": 3, "num_epoch": 2**31 - 1, "save_freq": 1, "patch_size": 9, "seed": 7}
+OTHERS |= {"recipe": "assignment", "hold_out": 2, "precision": "bf16", "train_data": "a b", "test_data": "dead-leaves"}
 
 
 def parser(resume=False):

@@ -8,8 +8,6 @@ from data import ImageSet, degrade
 from images import to_tensor
 from patches import ImportanceSampler, RandomPatches, bicubic_error, mean_of_patches
 
-CPU = torch.device("cpu")
-
 
 def mapped(width, height, blue):
     """An image whose pixels tell their own place: red = column, green = row."""
@@ -22,7 +20,7 @@ MAPPED = {0: mapped(60, 45, 0), 100: mapped(33, 90, 100)}
 
 
 def draw(images, patch, count, seed, steps=1):
-    patches = RandomPatches(ImageSet("x", images), patch, CPU)
+    patches = RandomPatches(ImageSet("x", images), patch, torch.device("cpu"))
     batches = list(patches.batches(steps, count, torch.Generator().manual_seed(seed)))
     assert [len(batch.hr) for batch in batches] == [count] * steps
     return (torch.cat(side) for side in zip(*batches, strict=True))
