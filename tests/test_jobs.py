@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import contents
 
+from formats import ENDINGS
 from jobs import find_jobs
 from utils import CommandError
 
@@ -94,29 +95,35 @@ def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "output", "truth", "problem"),
+    ("inputs", "output", "truth", "ending", "problem"),
     [
-        ("lr.bmp", None, "missing.png", "missing.png: no such file or folder"),
-        ("lr.bmp hr.png", None, "hr.png", "hr.png: several images need a folder of ground truths"),
-        ("lr.bmp", None, "lr.bmp", "lr.bmp: it holds no ground truth for lr.bmp"),
-        ("lr.bmp", None, "hr", "hr: it holds no ground truth for lr.bmp"),
-        ("in", None, "in", "in: this folder holds no images with a ground truth in in"),
-        ("done", None, None, "done: this folder holds no images, apart from earlier outputs"),
-        ("lr.bmp", "lr.bmp", None, "lr.bmp is an input"),
-        ("lr.bmp", "net.png", None, "net.png is an input"),
-        ("lr.bmp", "hr.png", "hr.png", "hr.png is an input"),
-        ("lr.bmp hr_srcnn_x3.png hr.png", None, None, "hr_srcnn_x3.png is an input"),
-        ("lr/b.png in", "in", None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
-        ("lr.bmp", "x.png", "x_comparison.png", "x_comparison.png is an input"),
-        ("lr.bmp", "new", None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
-        ("lr.bmp", "a.xyz", None, "for a folder, type --output=a.xyz/"),
-        ("lr.bmp hr.png", "lr.bmp", None, "cannot make the folder lr.bmp: File exists"),
+        ("lr.bmp", None, "missing.png", None, "missing.png: no such file or folder"),
+        ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images need a folder of ground truths"),
+        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: it holds no ground truth for lr.bmp"),
+        ("lr.bmp", None, "hr", None, "hr: it holds no ground truth for lr.bmp"),
+        ("in", None, "in", None, "in: this folder holds no images with a ground truth in in"),
+        ("done", None, None, None, "done: this folder holds no images, apart from earlier outputs"),
+        ("lr.bmp", "lr.bmp", None, None, "lr.bmp is an input"),
+        ("lr.bmp", "net.png", None, None, "net.png is an input"),
+        ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
+        ("lr.bmp hr_srcnn_x3.png hr.png", None, None, None, "hr_srcnn_x3.png is an input"),
+        ("lr/b.png in", "in", None, None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
+        ("lr.bmp", "x.png", "x_comparison.png", None, "x_comparison.png is an input"),
+        ("lr.bmp", "new", None, None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
+        ("lr.bmp", "x.y", None, None, f"x.y: use one of the endings {ENDINGS}; for a folder, type --output=x.y/"),
+        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot make the folder lr.bmp: File exists"),
+        ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg; leave out one of them"),
+        ("-", None, None, None, "standard output needs a format; add --format=png"),
+        ("lr.bmp -", None, None, "png", "- stands for a single image"),
+        ("in", "-", None, "png", "- stands for a single image"),
+        ("-", "-", "hr.png", "png", "--ground-truth also saves a picture, and needs --output=FILE"),
+        ("-", "net.png", None, None, "net.png is an input"),
     ],
 )
-def test_what_does_not_fit_is_refused(find, inputs, output, truth, problem):
+def test_what_does_not_fit_is_refused(find, inputs, output, truth, ending, problem):
     before = contents()
-    with pytest.raises(CommandError, match=re.escape(problem)):
-        find(inputs, output, truth)
+    with pytest.raises(CommandError, match=f"^{re.escape(problem)}"):
+        find(inputs, output, truth, ending)
     assert contents() == before
 
 
@@ -131,28 +138,8 @@ def test_the_tree_is_kept_below_the_output(find):
     assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
 
 
-def test_a_dash_stands_for_standard_input_and_output(find):
+def test_a_dash_stands_for_standard_input_and_output_and_a_format_may_be_given(find):
     assert find("-", None, ending="tif") == [(Path("-"), Path("-"), None, "TIFF")]
     assert find("lr.bmp", "-", ending="jpg") == [(Path("lr.bmp"), Path("-"), None, "JPEG")]
     assert find("-", "a.png", "hr.png") == [(Path("-"), Path("a.png"), Path("hr.png"), "PNG")]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "truth", "ending", "problem"),
-    [
-        ("-", None, None, None, "standard output needs a format; add --format=png"),
-        ("lr.bmp -", None, None, "png", "- stands for a single image"),
-        ("in", "-", None, "png", "- stands for a single image"),
-        ("-", "-", "hr.png", "png", "--ground-truth also saves a picture, and needs --output=FILE"),
-        ("-", "net.png", None, None, "net.png is an input"),
-    ],
-)
-def test_what_a_dash_does_not_go_with(find, inputs, output, truth, ending, problem):
-    with pytest.raises(CommandError, match=f"^{re.escape(problem)}"):
-        find(inputs, output, truth, ending)
-
-
-def test_a_format_and_a_name_that_differ_are_refused(find):
-    assert find("lr.bmp", "a.jpeg", ending="jpg")[0].sr == Path("a.jpeg")
-    with pytest.raises(CommandError, match=r"^--format=png contradicts --output=a\.jpg; leave out one of them$"):
-        find("lr.bmp", "a.jpg", ending="png")
+    assert find("lr.bmp", "a.jpeg", ending="jpg") == [(Path("lr.bmp"), Path("a.jpeg"), None, "JPEG")]
