@@ -101,16 +101,12 @@ def patches():
     return GridPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 33, CPU)
 
 
-def assignment_run(patches):
-    return new_run(Options.from_args({"recipe": "assignment"}), patches, torch.float32)
-
-
 def plain_layers():
     return nn.Conv2d(3, 64, 9, padding=4), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 3, 5, padding=2)
 
 
 def test_the_assignment_starts_from_the_weights_of_pytorch(patches):
-    run = assignment_run(patches)
+    run = new_run(Options("assignment"), patches, torch.float32)
     torch.manual_seed(0)
     SRCNN()
     wanted = [parameter for layer in plain_layers() for parameter in layer.parameters()]
@@ -119,7 +115,7 @@ def test_the_assignment_starts_from_the_weights_of_pytorch(patches):
 
 def test_the_assignment_trains_as_plain_pytorch_does(patches):
     """Two steps of the loop that everybody writes give the same losses and weights."""
-    run, layers = assignment_run(patches), plain_layers()
+    run, layers = new_run(Options("assignment"), patches, torch.float32), plain_layers()
     for layer, trained in zip(layers, (run.model.conv1, run.model.conv2, run.model.conv3), strict=True):
         layer.load_state_dict(trained.state_dict())
     plain = nn.Sequential(nn.Identity(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
