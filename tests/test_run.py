@@ -40,13 +40,6 @@ def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
         assert (saved["psnr"], saved["best"], saved["best_epoch"]) == (psnr, 30.6, 3)
 
 
-def test_nothing_is_the_best_that_is_worse_than_the_start(run, tmp_path):
-    run.finish_epoch(report(29.0))
-    run.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.last"]
-    assert (run.best, run.best_epoch) == (30.0, 0)
-
-
 @pytest.mark.parametrize(
     ("first", "best"),
     [(report(31.0), (99.0, 1)), (report(31.0, name="renamed"), (99.0, 1)), (report(29.0, bicubic=28.0), (29.0, 1))],
