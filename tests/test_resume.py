@@ -35,17 +35,14 @@ def test_options_on_the_line_override_saved_ones(train_small):
 
 
 def test_a_resume_computes_in_the_precision_that_auto_had_chosen(train_small, monkeypatch):
-    def fast(value):
-        monkeypatch.setattr("device.bf16_is_fast", lambda device: value)
-
     for value, name in ((True, "bf16"), (False, "fp32")):
-        fast(value)
+        monkeypatch.setattr("device.bf16_is_fast", lambda device, fast=value: fast)
         status, out, _ = train_small("--num-epoch=1", f"--output={name}")
         assert status == 0
         assert f", {name}, torch" in out
         saved = load(f"{name}/checkpoint.1")
         assert (saved["precision"], saved["args"]["precision"]) == (name, "auto")
-    fast(True)  # where auto would choose otherwise
+    monkeypatch.setattr("device.bf16_is_fast", lambda device: True)  # where auto would choose otherwise
     assert train_small("--num-epoch=2", command=("resume", "fp32/checkpoint.1"))[0] == 0
     saved = load("fp32/checkpoint.2")
     assert (saved["precision"], saved["args"]["precision"]) == ("fp32", "auto")
