@@ -1,6 +1,5 @@
 """Adam, plain and in whitened coordinates, and the learning-rate schedule."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,10 +101,10 @@ def whiten_filters(model: SRCNN, whitening: Tensor) -> None:
     filters.copy_((filters.flatten(1) @ whitening.to(filters)).view_as(filters))
 
 
-def cosine_schedule(peak: float, step: float, total: int) -> float:
-    """The learning rate at a step: linear warm-up, then a cosine that ends at zero.
+def linear_schedule(peak: float, step: float, total: int) -> float:
+    """The learning rate at a step: linear warm-up, then a linear decay that ends at zero.
 
     The warm-up takes 5% of all steps, but at least 100: Adam's first steps are of full size
     whatever the gradient, and would leave a very short training worse than it began.
     """
-    return peak * min(1.0, step / max(0.05 * total, 100)) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return peak * min(1.0, step / max(0.05 * total, 100)) * (1 - step / total)

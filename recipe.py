@@ -15,7 +15,7 @@ from data import Batch, ImageSet
 from distributed import broadcast
 from folded import Folded
 from model import HALO_LR, SRCNN
-from optim import Adam, WhitenedAdam, cosine_schedule, whiten_filters, whitening_matrix
+from optim import Adam, WhitenedAdam, linear_schedule, whiten_filters, whitening_matrix
 from patches import RandomPatches
 
 Patches = RandomPatches | GridPatches
@@ -23,7 +23,7 @@ Network = Callable[[Tensor], Tensor]  # from LR patches to HR patches
 
 
 class DefaultRecipe:
-    """Patches from anywhere, with their context; Adam in whitened coordinates; a cosine schedule."""
+    """Patches from anywhere, with their context; Adam in whitened coordinates; a linear schedule."""
 
     def patches(self, images: ImageSet, size: int, device: torch.device) -> RandomPatches:
         return RandomPatches(images, size, device)
@@ -64,7 +64,7 @@ class DefaultRecipe:
         return 10 * F.mse_loss(model.dc_response(colours), colours) + tint / 4
 
     def learning_rate(self, peak: float, step: float, total: int) -> float:
-        return cosine_schedule(peak, step, total)
+        return linear_schedule(peak, step, total)
 
 
 @lru_cache  # since a copy at each step would wait for the GPU

@@ -1,26 +1,25 @@
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import SRCNN
-from optim import WhitenedAdam, cosine_schedule, whitening_matrix
+from optim import WhitenedAdam, linear_schedule, whitening_matrix
 
 
 @pytest.mark.parametrize(
     ("step", "total", "wanted"),
     [
-        (250, 10_000, (1 + math.cos(math.pi * 0.025)) / 2),  # half-way through the warm-up of 5%
-        (500, 10_000, 1 + math.cos(math.pi * 0.05)),
-        (7500, 10_000, 1 + math.cos(math.pi * 0.75)),
+        (250, 10_000, 0.975),  # half-way through the warm-up of 5%
+        (500, 10_000, 1.9),
+        (7500, 10_000, 0.5),
         (10_000, 10_000, 0),
-        (1, 8, 0.01 * (1 + math.cos(math.pi / 8))),  # a warm-up of 100 steps, at least
+        (1, 8, 0.0175),  # a warm-up of 100 steps, at least
     ],
 )
 def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
-    assert cosine_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
+    assert linear_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_whitening_whitens():
