@@ -101,8 +101,9 @@ def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises CommandError if it is smaller than 9x9.
     """
     image = flatten(read_image(path, max_pixels))
-    if min(image.size) < 2 * SHAVE + SCALE:  # so that an LR pixel is left for the PSNR
-        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is 9x9")
+    side = 2 * SHAVE + SCALE  # so that an LR pixel is left for the PSNR
+    if min(image.size) < side:
+        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is {side}x{side}")
     return image
 
 
