@@ -75,7 +75,9 @@ def test_gray_corners_are_gray_and_contrast_rises_by_what_the_patch_itself_draws
 def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
     train_set, drawn = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
     monkeypatch.setattr("recipe.whitening_matrix", lambda lr: drawn.append(len(lr)) or torch.eye(243))
-    RECIPE.optimizer(SRCNN(), train_set, torch.Generator())
+    monkeypatch.setattr("recipe.broadcast", lambda matrix: 2 * matrix)  # as if rank 0 had another
+    optimizer = RECIPE.optimizer(SRCNN(), train_set, torch.Generator())
+    assert torch.equal(optimizer.whitening, 2 * torch.eye(243))
     (count,) = drawn
     assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
 
