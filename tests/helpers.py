@@ -95,12 +95,12 @@ RUN = Call(os.system, "touch was-run")
 # -------------------------------------------------------------------------------- networks
 
 
-def random_model(seed=0):
+def random_model(seed=0, noise=0.05):
     """A network in float64 far from the identity, with biases."""
     torch.manual_seed(seed)
     model = SRCNN().double()
     for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)  # so that most of the output is in [0, 1]
+        parameter.data += noise * torch.randn_like(parameter)
     return model.requires_grad_(False)
 
 

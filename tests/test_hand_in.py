@@ -13,7 +13,7 @@ from helpers import ROOT, assert_one_line, load, trained_model
 from PIL import Image
 
 from dead_leaves import dead_leaves
-from hand_in import archive_name
+from hand_in import archive_name, with_imports
 from info import Info
 
 # The course's own modules have these names, and nothing of ours in them.
@@ -91,6 +91,10 @@ def test_the_archive_runs_wherever_it_is_unpacked(clone, photos, tmp_path):
 )
 def test_the_name_of_the_archive(name, archive):
     assert archive_name(Info(name, 1155123456, "x@example.com")) == archive
+
+
+def test_imports_are_followed():
+    assert with_imports(("metrics.py",)) == ["metrics.py", "model.py", "utils.py"]
 
 
 def test_an_info_that_is_not_filled_in_is_not_handed_in(clone):

@@ -112,7 +112,6 @@ def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
         ("lr.bmp", "new", None, None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "x.y", None, None, f"x.y: use one of the endings {ENDINGS}; for a folder, type --output=x.y/"),
         ("lr.bmp hr.png", "lr.bmp", None, None, "cannot make the folder lr.bmp: File exists"),
-        ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg; leave out one of them"),
         ("-", None, None, None, "standard output needs a format; add --format=png"),
         ("lr.bmp -", None, None, "png", "- stands for a single image"),
         ("in", "-", None, "png", "- stands for a single image"),
@@ -143,3 +142,5 @@ def test_a_dash_stands_for_standard_input_and_output_and_a_format_may_be_given(f
     assert find("lr.bmp", "-", ending="jpg") == [(Path("lr.bmp"), Path("-"), None, "JPEG")]
     assert find("-", "a.png", "hr.png") == [(Path("-"), Path("a.png"), Path("hr.png"), "PNG")]
     assert find("lr.bmp", "a.jpeg", ending="jpg") == [(Path("lr.bmp"), Path("a.jpeg"), None, "JPEG")]
+    with pytest.raises(CommandError, match=r"^--format=png contradicts --output=a\.jpg; leave out one of them$"):
+        find("lr.bmp", "a.jpg", ending="png")

@@ -82,7 +82,11 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --test-data=data/Set5", 1, "data/Set5: no such folder of images; `python data.py` downloads Set5"),
         ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
-        ("train --recipe=assignment --precision=bf16", 1, "recipe=assignment computes in fp32; leave out --precision"),
+        (
+            "train --recipe=assignment --precision=bf16",
+            1,
+            "--recipe=assignment computes in fp32; leave out --precision",
+        ),
         ("train --train-data=missing", 1, "missing: no such folder of images\n"),
         ("train --test-data=empty", 1, "empty: this folder holds no images"),
         ("train --batch-size=2000000000", 1, "a batch has at most 67,108,864 pixels"),
