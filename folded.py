@@ -105,10 +105,9 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     conv3 : (5 * 3, 32, 5, 9), five neighbouring pixels with values from 0 to 255
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
-    kernel = bicubic_kernel(conv1.weight.device).to(conv1.weight.dtype)
-    weight1 = (kernel @ conv1.weight @ kernel.T / 255).view(
-        64, 3, 3, 7, 3, 7
-    )  # output, colour, row: 3, 7, column: 3, 7
+    kernel = bicubic_kernel(conv1.weight.device)
+    weight1 = kernel @ conv1.weight.double() @ kernel.T / 255  # in float64, since large weights cancel
+    weight1 = weight1.view(64, 3, 3, 7, 3, 7)  # output, colour, row: 3, 7, column: 3, 7
     weight1 = weight1.permute(2, 4, 0, 3, 5, 1).reshape(9 * 64, 147, 1, 1)
     weight3 = torch.stack([F.pad(conv3.weight, (i, STRIDE - 1 - i)) for i in range(STRIDE)])  # (5, 3, 32, 5, 9)
     return (
