@@ -10,6 +10,7 @@ from torch import Tensor
 from model import SCALE
 from utils import printable
 
+LUMA = 65.481 / 255, 128.553 / 255, 24.966 / 255  # of R, G and B in Y
 SHAVE = SCALE  # pixels that the protocol leaves out on each side of an image
 
 
@@ -90,7 +91,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
     -------
     dB; infinite for equal images
     """
-    return psnr_of_channels(sr, hr, shave, [[65.481 / 255, 128.553 / 255, 24.966 / 255]] if len(hr) == 3 else [[1]])
+    return psnr_of_channels(sr, hr, shave, [LUMA] if len(hr) == 3 else [[1]])
 
 
 def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:

@@ -14,6 +14,7 @@ from course import GridPatches, upscale_patches
 from data import Batch, ImageSet
 from distributed import broadcast
 from folded import Folded
+from metrics import LUMA
 from model import HALO_LR, SRCNN
 from optim import Adam, WhitenedAdam, linear_schedule, whiten_filters, whitening_matrix
 from patches import RandomPatches
@@ -46,9 +47,12 @@ class DefaultRecipe:
         return Folded(model, dtype)
 
     def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
-        """Weighted mean squared error of the output as an image can show it, of values in [0, 1]."""
-        error = (output.float().clamp(0, 255) - batch.hr.float()).square().mean((1, 2, 3))  # (N,)
-        return (batch.weight * error).mean() / 255**2
+        """Weighted mean squared error of values in [0, 1]: that over RGB, and twice that of luma."""
+        error = (output.float().clamp(0, 255) - batch.hr.float()) / 255  # (N, 3, H, W)
+        red, green, blue = error.unbind(1)  # (N, H, W) each
+        luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        squares = error.square().mean((1, 2, 3)) + 2 * luma.square().mean((1, 2))  # (N,)
+        return (batch.weight * squares).mean()
 
     def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> Tensor:
         """What photos do not teach: plain colours stay what they are, and gray stays gray.

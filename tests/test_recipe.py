@@ -22,10 +22,14 @@ CPU = torch.device("cpu")
 
 def test_the_loss_is_of_what_an_image_can_show_and_weighted():
     """Interpolation overshoots at edges; when an image is saved, that is cut off."""
-    output = torch.tensor([[-9.0, 300.0, 100.0, 7.0], [1, 2, 3, 10]]).view(2, 1, 2, 2)
-    hr = torch.tensor([[0, 255, 110, 7], [1, 2, 3, 4]], dtype=torch.uint8).view(2, 1, 2, 2)
+    output = torch.tensor([[-9.0, 300.0, 100.0], [1, 2, 10]]).view(2, 3, 1, 1)
+    hr = torch.tensor([[0, 255, 110], [1, 2, 4]], dtype=torch.uint8).view(2, 3, 1, 1)
     batch = Batch(hr, hr, torch.tensor([0.5, 1.5]))
-    assert RECIPE.loss_function(output, batch).item() == pytest.approx((0.5 * 100 / 4 + 1.5 * 36 / 4) / 2 / 255**2)
+    first, second = (0, 0, -10), (0, 0, 6)
+    luma = [(65.481 * red + 128.553 * green + 24.966 * blue) / 255 for red, green, blue in (first, second)]
+    losses = [sum(x**2 for x in e) / 3 + 2 * y**2 for e, y in zip((first, second), luma, strict=True)]
+    wanted = (0.5 * losses[0] + 1.5 * losses[1]) / 2 / 255**2
+    assert RECIPE.loss_function(output, batch).item() == pytest.approx(wanted)
     assert RECIPE.loss_function(output.bfloat16(), batch).dtype == torch.float32
 
 

@@ -7,12 +7,13 @@ import torch
 from helpers import MORE, load, run_python, small_run, trained_model
 
 from checkpoints import load_checkpoint
-from data import ImageSet, TestSet, load_images
+from data import Batch, ImageSet, TestSet, load_images
 from dead_leaves import dead_leaves
 from images import to_tensor
 from metrics import Row, psnr, summary, table
 from model import SRCNN, crop
 from optim import linear_schedule
+from recipe import RECIPES
 from train import check_finite, evaluate, train_one_epoch
 from upscaler import Upscaler
 from utils import CommandError
@@ -24,7 +25,7 @@ def test_an_epoch_takes_the_steps_of_its_patches(train_set):
     with torch.no_grad():
         batches = train_set.batches(3, 2, torch.Generator().manual_seed(5))  # of 2 * 78^2 pixels
         wanted = [
-            ((crop(run.model(lr / 255), 12).clamp(0, 1) - hr / 255).square().mean((1, 2, 3)) @ weight / len(hr)).item()
+            RECIPES["default"].loss_function(255 * crop(run.model(lr / 255), 12), Batch(lr, hr, weight)).item()
             for lr, hr, weight in batches
         ]
     losses = train_one_epoch(run, train_set, 1, lambda: None)
