@@ -48,7 +48,7 @@ class DefaultRecipe:
 
     def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
         """Weighted mean squared error of values in [0, 1]: that over RGB, and twice that of luma."""
-        error = (output.float().clamp(0, 255) - batch.hr.float()) / 255  # (N, 3, H, W)
+        error = (leaky_clamp(output) - batch.hr.float()) / 255  # (N, 3, H, W)
         red, green, blue = error.unbind(1)  # (N, H, W) each
         luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
         squares = error.square().mean((1, 2, 3)) + 2 * luma.square().mean((1, 2))  # (N,)
@@ -59,16 +59,27 @@ class DefaultRecipe:
 
         The few training images show few colours and hardly any text, and what the network makes of others
         would drift: ten times the mean squared error on plain areas of a grid of colours, and a quarter of the
-        mean squared difference of the channels from their mean for gray images of high contrast. Every fourth
-        patch of the batch gives one; fewer would be too noisy.
+        mean squared difference from gray for gray images of high contrast. Every fourth patch of the batch
+        gives one; fewer would be too noisy.
         """
         colours = colour_grid(model.conv1.weight.device)
-        output = network(gray_corners(lr[::4])).float().clamp(0, 255) / 255
-        tint = (output - output.mean(1, keepdim=True)).square().mean()
+        output = network(gray_corners(lr[::4]))
+        gray = output.float().clamp(0, 255).mean(1, keepdim=True)
+        tint = (leaky_clamp(output) - gray).square().mean() / 255**2
         return 10 * F.mse_loss(model.dc_response(colours), colours) + tint / 4
 
     def learning_rate(self, peak: float, step: float, total: int) -> float:
         return linear_schedule(peak, step, total)
+
+
+def leaky_clamp(output: Tensor, slope: float = 0.03) -> Tensor:
+    """Clamp to [0, 255], as saving an image does, but with a small slope outside of it.
+
+    Without the slope there is no gradient there, and units that make white areas whiter grow without limit.
+    """
+    output = output.float()
+    clamped = output.clamp(0, 255)
+    return clamped + slope * (output - clamped)
 
 
 @lru_cache  # since a copy at each step would wait for the GPU
