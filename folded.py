@@ -86,7 +86,7 @@ class FoldedBf16:
         x = conv(by_hr_pixel(x, 64), *self.detail2)  # (N, h + 2, 9 * (w' + 2), 32)
         y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, 9 * 3)
         y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, 9 * (w' + 2), 4)
-        y = relu(y.add_(first_four(x)))  # (N, h + 2, 9 * (w' + 2), 4)
+        y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, 9 * (w' + 2), 4)
         y = conv(to_hr_grid(y), *self.image3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
         y += conv(to_hr_grid(relu(x)), self.detail3, stride=STRIDE)
         return to_images(y, lr.shape)  # (N, 3, 3h, 3w)
@@ -174,11 +174,6 @@ def relu(x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).clamp_(min=0).view(x.dtype)
     return x.relu_()
-
-
-def first_four(x: Tensor) -> Tensor:
-    """The first four channels of bf16 images, (N, h, w, C) to (N, h, w, 4), moved as one number of 64 bits."""
-    return x.view(torch.int64)[..., :1].contiguous().view(x.dtype)
 
 
 def by_hr_pixel(x: Tensor, channels: int) -> Tensor:
