@@ -106,9 +106,10 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
     kernel = bicubic_kernel(conv1.weight.device)
-    weight1 = kernel @ conv1.weight.double() @ kernel.T / 255  # in float64, since large weights cancel
-    weight1 = weight1.view(64, 3, 3, 7, 3, 7)  # output, colour, row: 3, 7, column: 3, 7
-    weight1 = weight1.permute(2, 4, 0, 3, 5, 1).reshape(9 * 64, 147, 1, 1)
+    # In float64, since large weights cancel: (64, 3, 3 * 7, 3 * 7), columns before rows.
+    weight1 = F.linear(F.linear(conv1.weight.double(), kernel).transpose(2, 3), kernel)
+    weight1 = weight1.to(conv1.weight.dtype).view(64, 3, 3, 7, 3, 7) / 255
+    weight1 = weight1.permute(4, 2, 0, 5, 3, 1).reshape(9 * 64, 147, 1, 1)
     weight3 = torch.stack([F.pad(conv3.weight, (i, STRIDE - 1 - i)) for i in range(STRIDE)])  # (5, 3, 32, 5, 9)
     return (
         Layer(weight1, conv1.bias.repeat(9)),
