@@ -48,11 +48,10 @@ class DefaultRecipe:
 
     def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
         """Weighted mean squared error of values in [0, 1]: that over RGB, and twice that of luma."""
-        error = (leaky_clamp(output) - batch.hr.float()) / 255  # (N, 3, H, W)
-        red, green, blue = error.unbind(1)  # (N, H, W) each
-        luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-        squares = error.square().mean((1, 2, 3)) + 2 * luma.square().mean((1, 2))  # (N,)
-        return (batch.weight * squares).mean()
+        error = (leaky_clamp(output) - batch.hr).permute(0, 2, 3, 1)  # (N, H, W, 3)
+        error = error @ rgb_and_luma(error.device)  # (N, H, W, 4)
+        squares = error.square().sum(3).mean((1, 2))  # (N,)
+        return (batch.weight * squares).mean() / 255**2
 
     def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> Tensor:
         """What photos do not teach: plain colours stay what they are, and gray stays gray.
@@ -78,11 +77,17 @@ def leaky_clamp(output: Tensor, slope: float = 0.03) -> Tensor:
     Without the slope there is no gradient there, and units that make white areas whiter grow without limit.
     """
     output = output.float()
-    clamped = output.clamp(0, 255)
-    return clamped + slope * (output - clamped)
+    return torch.lerp(output.clamp(0, 255), output, slope)
 
 
 @lru_cache  # since a copy at each step would wait for the GPU
+def rgb_and_luma(device: torch.device) -> Tensor:
+    """Turns R, G, B into four values; their squares add up to the mean of R², G², B² and twice luma², (3, 4)."""
+    luma = torch.tensor(LUMA)[:, None]
+    return torch.cat([(1 / 3) ** 0.5 * torch.eye(3), 2**0.5 * luma], 1).to(device)
+
+
+@lru_cache
 def colour_grid(device: torch.device) -> Tensor:
     """A grid over the RGB cube, (729, 3)."""
     return torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).to(device)
