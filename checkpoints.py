@@ -28,7 +28,7 @@ Stage = tuple[int, Args | None]  # the epoch after which options were changed, a
 class TrainingState:
     """What it takes to resume exactly, and what inspect shows."""
 
-    optimizer: dict[str, Any]  # state_dict of optim.Adam or optim.OrthogonalAdam
+    optimizer: dict[str, Any]  # state_dict of optim.Adam or optim.WhitenedAdam
     random_state: Tensor  # of the generator that draws patches
     precision: str  # fp32 or bf16, also where the option is auto
     report: Report
@@ -178,7 +178,7 @@ def parse_training(content: Mapping[str, Any], whitened: bool) -> TrainingState:
 
 
 def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, Any]:
-    """The state of an optim.Adam, or of an optim.OrthogonalAdam."""
+    """The state of an optim.Adam, or of an optim.WhitenedAdam."""
     parameters, whitening = list(shapes().values()), {}
     if whitened:
         parameters[0] = torch.Size((64, 243))

@@ -1,4 +1,4 @@
-"""Adam, plain and with orthogonal updates in whitened coordinates, and the learning-rate schedule."""
+"""Adam, plain and in whitened coordinates, and the learning-rate schedule."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +13,8 @@ from model import SRCNN, bicubic_x3
 class Adam(torch.optim.Adam):
     """PyTorch's fused Adam, whose hyperparameters are not those of the state that it loads."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], beta1: float = 0.9) -> None:
-        super().__init__(parameters, betas=(beta1, 0.999), fused=True)
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, fused=True)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.param_groups[0]["lr"] = learning_rate
@@ -28,17 +28,12 @@ class Adam(torch.optim.Adam):
             self.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
 
 
-class OrthogonalAdam(Adam):
-    """Adam with orthogonal updates of the three weights, and in whitened coordinates of conv1.
+class WhitenedAdam(Adam):
+    """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
     their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
-    slow there. So conv1 moves by V P, where P takes a patch to uncorrelated values of similar
-    variance, and Adam sees V.
-
-    The updates that Adam finds for a weight are dominated by few directions. Each is replaced by
-    the nearest matrix with orthogonal rows, as in Muon (Jordan et al., 2024), so all directions
-    are learned at one speed.
+    slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
 
     Parameters
     ----------
@@ -46,30 +41,19 @@ class OrthogonalAdam(Adam):
     whitening : P, Tensor of shape (243, 243), from :func:`whitening_matrix`
     """
 
-    sizes = (1.3, 1.75, 0.16)  # root mean square of an update of conv1 (of V), conv2 and conv3, in learning rates
-
     def __init__(self, model: SRCNN, whitening: Tensor) -> None:
-        self.layers = model.conv1, model.conv2, model.conv3
-        self.whitening = whitening.to(model.conv1.weight)
-        updates = self.whitening.new_zeros(64, 243), *(torch.zeros_like(layer.weight) for layer in self.layers[1:])
-        self.updates = [nn.Parameter(update) for update in updates]
-        parameters = [p for update, layer in zip(self.updates, self.layers, strict=True) for p in (update, layer.bias)]
-        super().__init__(parameters, beta1=0.8)
+        self.weight, self.whitening = model.conv1.weight, whitening.to(model.conv1.weight)
+        self.v = nn.Parameter(self.whitening.new_zeros(len(self.weight), len(self.whitening)))  # (64, 243)
+        super().__init__([self.v, *list(model.parameters())[1:]])
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for update, layer in zip(self.updates, self.layers, strict=True):
-            gradient, layer.weight.grad = layer.weight.grad, None
-            assert gradient is not None
-            update.grad = gradient if layer is not self.layers[0] else gradient.flatten(1) @ self.whitening.T
-            update.zero_()
+        assert self.weight.grad is not None
+        self.v.grad = self.weight.grad.flatten(1) @ self.whitening.T
+        self.weight.grad = None
+        self.v.zero_()
         super().step()
-        (conv1, conv2, conv3), (update1, update2, update3) = self.layers, self.updates
-        size1, size2, size3 = (size * self.param_groups[0]["lr"] for size in self.sizes)
-        conv1.weight += (size1 * orthogonal(update1) @ self.whitening).view_as(conv1.weight)
-        conv2.weight += size2 * orthogonal(update2.flatten(1)).view_as(conv2.weight)
-        by_feature = update3.transpose(0, 1)  # (32, 3, 5, 5)
-        conv3.weight += size3 * orthogonal(by_feature.flatten(1)).view(by_feature.shape).transpose(0, 1)
+        self.weight += (self.v @ self.whitening).view_as(self.weight)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"whiten": self.whitening}
@@ -77,23 +61,6 @@ class OrthogonalAdam(Adam):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.whitening = state_dict["whiten"].to(self.whitening)
         super().load_state_dict(state_dict)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """Nearly the nearest matrix with orthogonal rows, all of one length; the mean of its squares is 1.
-
-    Five steps of a Newton-Schulz iteration, with Muon's coefficients, bring all singular values near to each other.
-
-    Parameters
-    ----------
-    x : Tensor of shape (rows, columns), rows <= columns
-    """
-    scale = x.shape[1] ** 0.5
-    x = x / x.norm().clamp(min=1e-30)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return scale * x
 
 
 def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:

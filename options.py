@@ -29,7 +29,7 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 @dataclass(frozen=True)
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPES)
-    learning_rate: float = option(0.001,           positive_float,    "peak learning rate of Adam", name="lr")
+    learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, of as many pixels as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs from one numbered checkpoint to the next")

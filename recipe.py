@@ -16,7 +16,7 @@ from distributed import broadcast
 from folded import Folded
 from metrics import LUMA
 from model import HALO_LR, SRCNN
-from optim import Adam, OrthogonalAdam, linear_schedule, whiten_filters, whitening_matrix
+from optim import Adam, WhitenedAdam, linear_schedule, whiten_filters, whitening_matrix
 from patches import RandomPatches
 
 Patches = RandomPatches | GridPatches
@@ -36,11 +36,11 @@ class DefaultRecipe:
         """
         count = math.ceil(64 * 63**2 / patches.patch_size**2)
         batch = next(patches.batches(1, count, generator))
-        return OrthogonalAdam(model, broadcast(whitening_matrix(batch.lr[..., :160, :160].cpu())))
+        return WhitenedAdam(model, broadcast(whitening_matrix(batch.lr[..., :160, :160].cpu())))
 
     def initialize(self, model: SRCNN, optimizer: Adam) -> None:
         """Set initial weights. Those of model.py stay, but for the filters of conv1."""
-        assert isinstance(optimizer, OrthogonalAdam)
+        assert isinstance(optimizer, WhitenedAdam)
         whiten_filters(model, optimizer.whitening)
 
     def network(self, model: SRCNN, dtype: torch.dtype) -> Network:

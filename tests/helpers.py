@@ -17,7 +17,7 @@ from checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpo
 from info import Info
 from metrics import Psnr, Report, Row
 from model import SRCNN
-from optim import OrthogonalAdam
+from optim import WhitenedAdam
 from options import Options
 from run import Run
 
@@ -166,7 +166,7 @@ def small_run(**options):
     """A run before its first epoch, without the search for a whitening matrix."""
     torch.manual_seed(0)
     model, whitening = SRCNN(), torch.eye(243) + 0.01
-    optimizer, generator = OrthogonalAdam(model, whitening), torch.Generator().manual_seed(5)
+    optimizer, generator = WhitenedAdam(model, whitening), torch.Generator().manual_seed(5)
     return Run(Options(**options), torch.float32, "photos", model, optimizer, generator, id="20250102-030405-6")
 
 

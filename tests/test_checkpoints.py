@@ -35,7 +35,7 @@ def test_a_file_holds_what_the_assignment_says():
     }
     assert saved["args"] == {
         "recipe": "default",
-        "lr": 0.001,
+        "lr": 0.003,
         "batch_size": 32,
         "num_epoch": 4,
         "save_freq": 10,

@@ -40,7 +40,7 @@ def test_the_schedule_goes_on_from_the_share_that_is_done(train_set, monkeypatch
     monkeypatch.setattr(run.optimizer, "set_learning_rate", rates.append)
     train_one_epoch(run, train_set, 3, lambda: None)
     steps = {2: 3, 1: 6}[batch_size]
-    assert rates == [linear_schedule(0.001, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
+    assert rates == [linear_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
 
 
 def test_the_first_step_that_is_not_finite_is_named():
