@@ -52,12 +52,12 @@ def test_the_colour_loss_is_ten_times_that_of_plain_areas():
     assert RECIPE.penalty(model, lambda lr: lr, plain(100)).item() == pytest.approx(10 * 0.1**2 / 3)
 
 
-def test_the_gray_loss_is_the_tint_that_an_image_can_show():
+def test_the_gray_loss_is_a_quarter_of_the_tint_that_an_image_can_show():
     model = passing()
     tint = torch.tensor([0.0, 30, 0]).view(3, 1, 1)  # 10, 20, 10 from its mean
-    lr = plain(100, 255)  # white is clamped but for 3% of 30
+    lr = plain(100, 9, 9, 9, 255)  # the first and the fifth count, and white is clamped but for 3% of 30
     loss = RECIPE.penalty(model, lambda lr: lr + tint, lr)
-    assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2 + 0.9**2) / 3 / 255**2 / 2)
+    assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2 + 0.9**2) / 3 / 255**2 / 2 / 4)
 
 
 def test_gray_corners_are_gray_and_contrast_rises_by_what_the_patch_itself_draws():
