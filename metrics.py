@@ -91,7 +91,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
     -------
     dB; infinite for equal images
     """
-    return psnr_of_channels(sr, hr, shave, [LUMA] if len(hr) == 3 else [[1]])
+    return psnr_of_channels(sr, hr, shave, [list(LUMA)] if len(hr) == 3 else [[1]])
 
 
 def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
