@@ -74,7 +74,7 @@ class FoldedBf16:
         weight2, weight3 = weight2.clone(), weight3.clone()
         weight2[:4, :3] = weight3[:, :4] = 0
         bias1 = bias1 + self.shift * weight1.sum((1, 2, 3))
-        self.detail1 = cast(Layer(weight1, bias1), torch.bfloat16)
+        self.detail1 = cast(Layer(round_to_bf16(weight1), bias1), torch.bfloat16)
         self.detail2 = cast(Layer(weight2, bias2), torch.bfloat16)
         self.detail3 = cast_weight(weight3, torch.bfloat16)
 
@@ -124,6 +124,18 @@ def cast(layer: Layer, dtype: torch.dtype) -> Layer:
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def round_to_bf16(weight1: Tensor) -> Tensor:
+    """Round conv1 of :func:`fold` so that the sum of each colour's 49 weights stays, and with it plain colours.
+
+    What rounding adds to a weight is taken from the next one.
+    """
+    rounded, rest = [], weight1.new_zeros(())
+    for weight in weight1.view(-1, 49, 3).unbind(1):  # (9 * 64, 3)
+        rounded.append((weight + rest).bfloat16().to(weight.dtype))
+        rest = weight + rest - rounded[-1]
+    return torch.stack(rounded, 1).view_as(weight1)
 
 
 @lru_cache  # for each device, since a copy at each step would wait for the GPU

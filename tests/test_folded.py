@@ -7,7 +7,7 @@ from helpers import random_model, trained_model
 from PIL import Image, ImageDraw, ImageFont
 
 from dead_leaves import dead_leaves
-from folded import Folded, FoldedBf16, bicubic_kernel
+from folded import Folded, FoldedBf16, bicubic_kernel, fold, round_to_bf16
 from images import to_tensor
 from model import HALO_LR, SRCNN, crop
 
@@ -71,15 +71,25 @@ def differences(network, lr):
     return (exact - other).abs().amax(1)
 
 
-@pytest.mark.parametrize("name", ["leaves1", "leaves2"])
-def test_bf16_is_within_a_level_of_float32(name):
+def test_bf16_is_within_a_level_of_float32():
     """Except for 1 pixel in 10,000."""
-    lr = to_tensor(dead_leaves("test", 2)[name])[None]
-    difference = differences(FoldedBf16(trained_model()), lr)
-    assert 0 < (difference > 0).double().mean() < 0.5  # it is another arithmetic
-    assert (difference > 1).double().mean() <= 1e-4
+    images = [to_tensor(image)[None] for image in dead_leaves("test", 2).values()]
+    for lr in images:
+        difference = differences(FoldedBf16(trained_model()), lr)
+        assert 0 < (difference > 0).double().mean() < 0.1  # it is another arithmetic
+        assert (difference > 1).double().mean() <= 1e-4
     # It would not be if the channels that carry the image were computed in bf16, too.
-    assert (differences(Folded(trained_model(), torch.bfloat16), lr) > 1).double().mean() > 1e-3
+    plain = torch.cat([differences(Folded(trained_model(), torch.bfloat16), lr).flatten() for lr in images])
+    assert (plain > 1).double().mean() > 1e-3
+
+
+def test_rounding_keeps_the_sum_of_each_colour():
+    weight1 = fold(trained_model())[0].weight.detach()
+    rounded = round_to_bf16(weight1)
+    assert torch.equal(rounded.bfloat16().float(), rounded)
+    assert (rounded - weight1).abs().max() < 0.01 * weight1.abs().max()
+    plain, kept = ((x - weight1).view(-1, 49, 3).sum(1).abs().max() for x in (weight1.bfloat16().float(), rounded))
+    assert kept < plain / 10
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -130,7 +140,7 @@ def test_the_shipped_checkpoint_keeps_text_and_lines_gray(network):
     for kind, image in text_and_lines():
         sr = upscale(with_context(to_tensor(image.convert("RGB"))[None])).clamp(0, 255).round()
         spreads[kind].append((sr.amax(1) - sr.amin(1)).flatten())
-    for kind, (most, percentile) in {"text": (9, 4), "lines": (15, 7)}.items():
+    for kind, (most, percentile) in {"text": (8, 3), "lines": (9, 3)}.items():
         spread = torch.cat(spreads[kind])
         assert spread.max() <= most, kind
         assert spread.quantile(0.999) <= percentile, kind
