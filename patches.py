@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from itertools import product
+from itertools import permutations, product
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class RandomPatches:
     def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations.
 
+        The first quarter of a batch has its channels in another order, the last quarter is negative.
+
         Parameters
         ----------
         steps : number of batches
@@ -67,13 +69,19 @@ class RandomPatches:
         image, corner, weight = self.sampler.draw(count, generator)
         view = SCALE**2 * image + torch.randint(SCALE**2, (count,), generator=generator)
         corner = torch.minimum(corner, self.rooms[view].clamp(min=0))  # the LR images are not all of one size
-        places = torch.cat([view[:, None], corner], 1)
         flips = torch.rand(count, 3, generator=generator) < 0.5  # rows, columns, transpose
+        quarter = batch_size // 4
+        other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
+        channels = torch.arange(3).repeat(steps, batch_size, 1)
+        channels[:, :quarter] = other_orders[torch.randint(5, (steps, quarter), generator=generator)]
+        places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)
         draws = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
         for places, flips, weight in zip(*draws, strict=True):
-            view, corner = places[:, 0], places[:, 1:]
-            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips)
-            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips)
+            view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
+            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips, channels)
+            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips, channels)
+            for patches in (lr, hr):
+                patches[batch_size - quarter :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
 
@@ -168,7 +176,7 @@ class Atlas:
         self.starts, self.heights, self.widths, self.strides = torch.tensor(self.views, device=device).T.unsqueeze(2)
         self.images.clear()
 
-    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor) -> Tensor:
+    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor, channels: Tensor) -> Tensor:
         """Cut out square patches. Rows and columns outside of a view are those at its edge.
 
         Parameters
@@ -177,6 +185,7 @@ class Atlas:
         corner : (N, 2), top and left
         size : side of the patches
         flips : bool Tensor of shape (N, 3), whether to flip the rows, to flip the columns, and to transpose
+        channels : (N, 3), the order of the channels
 
         Returns
         -------
@@ -190,4 +199,5 @@ class Atlas:
         columns = torch.minimum(columns.clamp(min=0), self.widths[view] - 1)
         down, right = self.starts[view] + rows * self.strides[view], columns
         down, right = torch.where(transpose, right, down), torch.where(transpose, down, right)
-        return self.pixels[down[:, :, None] + right[:, None, :]].permute(0, 3, 1, 2)
+        pixels = self.pixels[down[:, :, None] + right[:, None, :]]  # (N, size, size, 3)
+        return pixels.gather(3, channels[:, None, None].expand_as(pixels)).permute(0, 3, 1, 2)

@@ -10,13 +10,13 @@ from patches import ImportanceSampler, RandomPatches, bicubic_error, mean_of_pat
 
 
 def mapped(width, height, blue):
-    """An image whose pixels tell their own place: red = column, green = row."""
+    """An image whose pixels tell their own place: red = column, green = row + 100. Red < green < blue."""
     pixels = np.full((height, width, 3), blue, np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
+    pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None] + 100
     return Image.fromarray(pixels)
 
 
-MAPPED = {0: mapped(60, 45, 0), 100: mapped(33, 90, 100)}
+MAPPED = {200: mapped(60, 45, 200), 250: mapped(33, 90, 250)}
 
 
 def draw(images, patch, count, seed, steps=1):
@@ -31,9 +31,16 @@ def test_patches_are_oriented_crops_and_lr_fits_hr():
     assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
     assert hr.shape == (400, 3, 12, 12)
     assert lr.is_contiguous(memory_format=torch.channels_last)
-    orientations, corners = set(), {0: set(), 100: set()}
+    for batch in (0, 200):  # the last quarter of each is negative
+        for side in (lr, hr):
+            side[batch + 150 : batch + 200] = 255 - side[batch + 150 : batch + 200]
+    orientations, corners, orders = set(), {200: set(), 250: set()}, []
     for lr_patch, hr_patch in zip(lr, hr, strict=True):
-        left, top, blue = (channel.min().item() for channel in hr_patch)
+        order = hr_patch.amin((1, 2)).argsort()
+        orders.append(tuple(order.tolist()))
+        lr_patch, hr_patch = lr_patch[order], hr_patch[order]
+        left, top, blue = hr_patch.amin((1, 2)).tolist()
+        top -= 100
         image = MAPPED[blue]
         wanted = to_tensor(image.crop((left, top, left + 12, top + 12)))
         (orientation,) = (i for i, patch in enumerate(dihedral(wanted)) if torch.equal(patch, hr_patch))
@@ -45,6 +52,9 @@ def test_patches_are_oriented_crops_and_lr_fits_hr():
         x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, part.shape[2] - 1)
         assert torch.equal(lr_patch, dihedral(part[:, y][..., x])[orientation])
     assert orientations == set(range(8))
+    permuted, kept = orders[:50] + orders[200:250], orders[50:200] + orders[250:]  # the first quarter of each
+    assert set(permuted) == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+    assert set(kept) == {(0, 1, 2)}
     for blue, image in MAPPED.items():  # all over the image, to all its edges, at all nine phases
         assert len(corners[blue]) > 120
         tops, lefts = zip(*corners[blue], strict=True)
@@ -64,7 +74,7 @@ def test_an_image_smaller_than_a_patch_is_used_whole():
             pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
             lrs = dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
             pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
-    for lr_patch, patch in zip(lr, hr, strict=True):
+    for lr_patch, patch in zip(lr[2:6], hr[2:6], strict=True):  # those whose colours are not changed
         assert any(torch.equal(lr_patch, a) and torch.equal(patch, b) for a, b in pairs)
 
 
