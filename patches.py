@@ -53,7 +53,7 @@ class RandomPatches:
     def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations.
 
-        The first quarter of a batch has its channels in another order, the last quarter is negative.
+        The first eighth of a batch has its channels in another order, the last eighth is negative.
 
         Parameters
         ----------
@@ -70,10 +70,10 @@ class RandomPatches:
         view = SCALE**2 * image + torch.randint(SCALE**2, (count,), generator=generator)
         corner = torch.minimum(corner, self.rooms[view].clamp(min=0))  # the LR images are not all of one size
         flips = torch.rand(count, 3, generator=generator) < 0.5  # rows, columns, transpose
-        quarter = batch_size // 4
+        changed = batch_size // 8
         other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
         channels = torch.arange(3).repeat(steps, batch_size, 1)
-        channels[:, :quarter] = other_orders[torch.randint(5, (steps, quarter), generator=generator)]
+        channels[:, :changed] = other_orders[torch.randint(5, (steps, changed), generator=generator)]
         places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)
         draws = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
         for places, flips, weight in zip(*draws, strict=True):
@@ -81,7 +81,7 @@ class RandomPatches:
             lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips, channels)
             hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips, channels)
             for patches in (lr, hr):
-                patches[batch_size - quarter :].bitwise_not_()  # 255 - x
+                patches[batch_size - changed :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
 
