@@ -75,12 +75,14 @@ class RandomPatches:
         channels = torch.arange(3).repeat(steps, batch_size, 1)
         channels[:, :changed] = other_orders[torch.randint(5, (steps, changed), generator=generator)]
         places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)
+        first = torch.arange(changed, device=self.device)[:, None]
         draws = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
         for places, flips, weight in zip(*draws, strict=True):
             view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
-            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips, channels)
-            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips, channels)
+            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips)
+            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips)
             for patches in (lr, hr):
+                patches[:changed] = patches[first, channels[:changed]]
                 patches[batch_size - changed :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
@@ -176,7 +178,7 @@ class Atlas:
         self.starts, self.heights, self.widths, self.strides = torch.tensor(self.views, device=device).T.unsqueeze(2)
         self.images.clear()
 
-    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor, channels: Tensor) -> Tensor:
+    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor) -> Tensor:
         """Cut out square patches. Rows and columns outside of a view are those at its edge.
 
         Parameters
@@ -185,7 +187,6 @@ class Atlas:
         corner : (N, 2), top and left
         size : side of the patches
         flips : bool Tensor of shape (N, 3), whether to flip the rows, to flip the columns, and to transpose
-        channels : (N, 3), the order of the channels
 
         Returns
         -------
@@ -199,5 +200,4 @@ class Atlas:
         columns = torch.minimum(columns.clamp(min=0), self.widths[view] - 1)
         down, right = self.starts[view] + rows * self.strides[view], columns
         down, right = torch.where(transpose, right, down), torch.where(transpose, down, right)
-        pixels = self.pixels[down[:, :, None] + right[:, None, :]]  # (N, size, size, 3)
-        return pixels.gather(3, channels[:, None, None].expand_as(pixels)).permute(0, 3, 1, 2)
+        return self.pixels[down[:, :, None] + right[:, None, :]].permute(0, 3, 1, 2)
