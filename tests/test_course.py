@@ -75,7 +75,7 @@ def test_the_mean_is_over_batches_of_what_is_not_rounded():
         assert found.bicubic.rgb == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize(("batch_size", "bicubic", "srcnn"), [(8, 31.192, 32.526), (128, 29.695, 31.104)])
+@pytest.mark.parametrize(("batch_size", "bicubic", "srcnn"), [(8, 31.192, 32.501), (128, 29.695, 31.078)])
 def test_the_figures_of_the_courses_own_code(real_data, batch_size, bicubic, srcnn):
     """Bicubic by the course's program, files sorted; the shipped network by ours, equal to it for the one before."""
     row = course_psnr(trained_model(ROOT / "checkpoint.pth"), load_images(str(real_data / "Set5"), "test"), batch_size)
