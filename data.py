@@ -12,13 +12,13 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-import download
-from dead_leaves import DEAD_LEAVES, dead_leaves
-from distributed import gather, node_rank
-from images import bicubic, list_images, read_hr, to_tensor
-from metrics import Psnr, psnr
+from imaging import published_sets as download
+from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
+from imaging.images import bicubic, list_images, read_hr, to_tensor
+from imaging.metrics import Psnr, psnr
 from model import SCALE
-from options import Args, Options
+from training.options import Args, Options
+from upscaling.distributed import gather, node_rank
 from utils import CommandError, printable, run_command, warn
 
 COURSE_FOLDERS = {"train_data": "data/train", "test_data": "data/test"}  # the sets as the course hands them out

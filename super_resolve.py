@@ -14,12 +14,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint
-from comparison import compare
-from device import dtype_name, select_device, select_dtype
-from distributed import gather, process_group, rank_and_world_size
-from formats import FORMAT_CHOICES
-from images import (
+from imaging.comparison import compare
+from imaging.formats import FORMAT_CHOICES
+from imaging.images import (
     MAX_PIXELS,
     STANDARD,
     check_output,
@@ -30,11 +27,14 @@ from images import (
     simplify,
     write_image,
 )
-from jobs import SUFFIX, Job, find_jobs
-from metrics import Report, Row, table
+from imaging.metrics import Report, Row, table
 from model import SCALE, SRCNN
-from options import PRECISION_HELP, PRECISIONS
-from upscaler import TILE, Upscaler
+from training.checkpoints import load_checkpoint
+from training.options import PRECISION_HELP, PRECISIONS
+from upscaling.device import dtype_name, select_device, select_dtype
+from upscaling.distributed import gather, process_group, rank_and_world_size
+from upscaling.jobs import SUFFIX, Job, find_jobs
+from upscaling.upscaler import TILE, Upscaler
 from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
 
 T = TypeVar("T", Image.Image, np.ndarray)

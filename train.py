@@ -31,22 +31,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
-from course import course_psnr
 from data import Batch, TestSet, default_folder, find_data, load_images, load_sets
-from dead_leaves import caution
-from device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
-from distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
-from images import to_tensor
+from imaging.dead_leaves import caution
+from imaging.images import to_tensor
+from imaging.metrics import Report, Row, psnr, summary, table
 from info import info
-from inspection import changes, course_to_json, describe, describe_course, to_json
-from log import Log
-from metrics import Report, Row, psnr, summary, table
 from model import SRCNN
-from options import Args, Options, add_options, given_options
-from recipe import RECIPES, Patches
-from run import Run, exclusive, keep_other_checkpoints, new_run, restored_run
-from upscaler import Upscaler
+from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
+from training.grid_patches import course_psnr
+from training.inspection import changes, course_to_json, describe, describe_course, to_json
+from training.log import Log
+from training.options import Args, Options, add_options, given_options
+from training.recipe import RECIPES, Patches
+from training.run import Run, exclusive, keep_other_checkpoints, new_run, restored_run
+from upscaling.device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
+from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
+from upscaling.upscaler import Upscaler
 from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, printable, run_command, warn
 
 MAX_STEP = 2**26  # HR pixels in a batch; the features of that many take more than 16 GB

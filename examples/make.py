@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scene import draw_scene
 
-from comparison import labelled_panels, side_by_side
 from data import degrade
+from imaging.comparison import labelled_panels, side_by_side
 from super_resolve import load_upscaler, upscale
 
 HERE = Path(__file__).parent

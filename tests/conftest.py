@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers import ROOT, content
 
-import download
 import super_resolve
 import train
 from data import ImageSet, degrade
-from dead_leaves import dead_leaves
+from imaging import published_sets as download
+from imaging.dead_leaves import dead_leaves
 from info import Info
 from model import SRCNN
-from patches import RandomPatches
+from training.random_patches import RandomPatches
 from utils import run_command
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
+from imaging.metrics import Psnr, Report, Row
 from info import Info
-from metrics import Psnr, Report, Row
 from model import SRCNN
-from optim import WhitenedAdam
-from options import Options
-from run import Run
+from training.checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
+from training.optimizer import WhitenedAdam
+from training.options import Options
+from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples of the fuzz tests, instead of the suite's few

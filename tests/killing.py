@@ -16,8 +16,8 @@ import torchvision.utils  # noqa: F401
 from helpers import same
 
 import train
-from checkpoints import Checkpoint, load_checkpoint
-from dead_leaves import dead_leaves
+from imaging.dead_leaves import dead_leaves
+from training.checkpoints import Checkpoint, load_checkpoint
 from utils import run_command
 
 EPOCHS = 6

@@ -6,11 +6,11 @@ from helpers import random_image
 from PIL import Image
 
 import data
-from dead_leaves import dead_leaves
-from images import bicubic, to_image
-from metrics import psnr
-from options import Options
-from patches import RandomPatches
+from imaging.dead_leaves import dead_leaves
+from imaging.images import bicubic, to_image
+from imaging.metrics import psnr
+from training.options import Options
+from training.random_patches import RandomPatches
 from utils import CommandError
 
 

@@ -8,8 +8,8 @@ from helpers import MORE, trained_content, trained_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints import load_checkpoint
-from inspection import describe, to_json
+from training.checkpoints import load_checkpoint
+from training.inspection import describe, to_json
 from utils import CommandError
 
 
@@ -50,7 +50,7 @@ def test_arguments_end_in_a_result_or_in_one_clear_line(cli, pictures, monkeypat
     Path("tiny").mkdir(exist_ok=True)
     if not Path("tiny/a.png").exists():
         pictures[0].crop((0, 0, 12, 12)).save("tiny/a.png")
-    monkeypatch.setattr("download.MIRRORS", ())
+    monkeypatch.setattr("imaging.published_sets.MIRRORS", ())
     monkeypatch.setattr("data.dead_leaves", lambda role: {"leaf": pictures[0]})
     status, _, err = cli(script, *command, *words)
     assert status in (0, 1, 2)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from helpers import random_model
 
 from data import degrade
-from dead_leaves import dead_leaves
-from images import bicubic, to_tensor
-from metrics import psnr_y
+from imaging.dead_leaves import dead_leaves
+from imaging.images import bicubic, to_tensor
+from imaging.metrics import psnr_y
 from model import HALO_LR, SRCNN
 
 

@@ -12,8 +12,8 @@ from helpers import ROOT, assert_one_line, assert_same, contents, expected, rand
 from PIL import Image
 
 import super_resolve
-from images import bicubic, flatten, to_tensor
-from metrics import Psnr, Row, psnr
+from imaging.images import bicubic, flatten, to_tensor
+from imaging.metrics import Psnr, Row, psnr
 from super_resolve import Share, load_upscaler, summarize, upscale
 from utils import CommandError
 

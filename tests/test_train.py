@@ -6,16 +6,16 @@ import pytest
 import torch
 from helpers import MORE, load, run_python, small_run, trained_model
 
-from checkpoints import load_checkpoint
 from data import Batch, ImageSet, TestSet, load_images
-from dead_leaves import dead_leaves
-from images import to_tensor
-from metrics import Row, psnr, summary, table
+from imaging.dead_leaves import dead_leaves
+from imaging.images import to_tensor
+from imaging.metrics import Row, psnr, summary, table
 from model import SRCNN, crop
-from optim import linear_schedule
-from recipe import RECIPES
 from train import check_finite, evaluate, train_one_epoch
-from upscaler import Upscaler
+from training.checkpoints import load_checkpoint
+from training.optimizer import linear_schedule
+from training.recipe import RECIPES
+from upscaling.upscaler import Upscaler
 from utils import CommandError
 
 

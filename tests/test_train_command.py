@@ -14,14 +14,14 @@ import pytest
 import torch
 from helpers import ROOT, assert_one_line, course_content, load, report, trained_content, trained_model
 
-from checkpoints import load_checkpoint
-from course import course_psnr
 from data import TestSet, find_data, load_images
-from dead_leaves import dead_leaves
+from imaging.dead_leaves import dead_leaves
 from info import Info
-from inspection import course_to_json, describe, describe_course, to_json
-from options import Options
 from train import evaluate
+from training.checkpoints import load_checkpoint
+from training.grid_patches import course_psnr
+from training.inspection import course_to_json, describe, describe_course, to_json
+from training.options import Options
 from utils import CommandError
 
 
@@ -110,7 +110,7 @@ def test_bad_input_is_one_clear_line(cli, photos, arguments, status, says):
 @pytest.fixture
 def offline(monkeypatch):
     """No folder, no network (a port that nobody listens on), and images that are made quickly."""
-    monkeypatch.setattr("download.MIRRORS", ("http://127.0.0.1:9/archive.zip",))
+    monkeypatch.setattr("imaging.published_sets.MIRRORS", ("http://127.0.0.1:9/archive.zip",))
     monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 2, 60))
 
 

@@ -1,0 +1,1 @@
+"""Images: files, formats, metrics, comparisons, the published and the generated sets."""

@@ -1,0 +1,173 @@
+"""Downloads from a server on the loopback, and local copies, of two small sets in place of the published ones."""
+
+import http.server
+import io
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_one_line
+
+from imaging import published_sets as download
+from utils import CommandError
+
+NAMES = ["91-image", "Set5"]
+rng = np.random.default_rng(0)
+FILES = {name: {f"t{i}.bmp": b"BM" + rng.bytes(600) for i in range(2)} for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def _small_sets(monkeypatch):
+    """The digests of the real sets are tested in test_data.py and test_train.py."""
+    monkeypatch.setattr(download, "SETS", {name: download.digest(files.items()) for name, files in FILES.items()})
+    monkeypatch.setattr(download, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(download, "TIMEOUT", 1)
+
+
+def archive(files=FILES, further="repo-1/Test/other.bmp"):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for folder, name in (("repo-1/Train/", "91-image"), ("repo-1/Test/Set5/", "Set5")):
+            for file, content in files[name].items():
+                zipped.writestr(folder + file, content)
+        zipped.writestr(further, b"BM another image", zipfile.ZIP_STORED)
+        zipped.writestr("repo-1/README.md", "hello")
+    return buffer.getvalue()
+
+
+GOOD = archive()
+SPOILT = archive(FILES | {"Set5": FILES["Set5"] | {"t1.bmp": b"BM something else"}})
+BAD_ARCHIVES = {
+    "garbage": (b"<html>Please log in</html>", "not a complete zip archive"),
+    "bit-flip": (GOOD[:200] + bytes([GOOD[200] ^ 1]) + GOOD[201:], "not a complete zip archive"),
+    "above": (archive(further="repo-1/../../../evil.bmp"), "leads outside"),
+    "absolute": (archive(further="/tmp/evil.bmp"), "leads outside"),
+    "backslashes": (archive(further="..\\evil.bmp"), "leads outside"),
+    "bomb": (archive({"91-image": {"bomb.bmp": bytes(2**22)}, "Set5": {}}), "unpacks to more than 1 MiB"),
+}
+
+
+@pytest.fixture
+def web():
+    """web(path) is the address of a good or a misbehaving download."""
+    bodies = {"good": GOOD, "cut": GOOD[: len(GOOD) // 2], "large": bytes(2**21), "spoilt": SPOILT}
+    redirects = {"elsewhere": "/spoilt", "to-a-file": f"file://{__file__}"}
+    stalled = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            if name in redirects:
+                self.send_response(302)
+                self.send_header("Location", redirects[name])
+                self.end_headers()
+            elif name in bodies or name == "stall":
+                self.send_response(200)
+                if name != "large":  # it does not say how large
+                    self.send_header("Content-Length", str(len(GOOD if name in ("cut", "stall") else bodies[name])))
+                self.end_headers()
+                self.wfile.write(bodies[name]) if name in bodies else stalled.wait(60)
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a client that refuses what it is sent
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield lambda name: f"http://127.0.0.1:{server.server_address[1]}/{name}"
+    stalled.set()
+    server.shutdown()
+    server.server_close()
+
+
+def installed():
+    """What is in data/: {folder: {file: content}}."""
+    return {folder.name: {f.name: f.read_bytes() for f in folder.iterdir()} for folder in Path("data").glob("*")}
+
+
+def test_a_good_download_puts_both_sets_in_place_once(web, cli, monkeypatch):
+    monkeypatch.setattr(download, "MIRRORS", (web("good"),))
+    assert cli("data.py") == (0, "data/91-image: 2 images, as published\ndata/Set5: 2 images, as published\n", "")
+    assert installed() == FILES
+    monkeypatch.setattr(download, "MIRRORS", ())
+    status, out, err = cli("data.py")
+    assert (status, err) == (0, "")
+    assert sorted(out.splitlines()) == ["data/91-image is there already", "data/Set5 is there already"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("cut", f"incomplete, {len(GOOD) // 2} of {len(GOOD)} bytes"),
+        ("large", "larger than 1 MiB"),
+        ("missing", "Not Found"),
+        ("stall", "timed out"),
+        ("elsewhere", "no folder in it holds Set5 as published"),
+        ("to-a-file", "not allowed"),
+    ],
+)
+def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, monkeypatch, path, reason):
+    monkeypatch.setattr(download, "MIRRORS", (web(path),))
+    with pytest.raises(CommandError, match=r"^cannot fetch 91-image and Set5: 127\.0\.0\.1:") as refusal:
+        download.fetch(NAMES)
+    assert reason in str(refusal.value)
+    assert not os.listdir()
+    monkeypatch.setattr(download, "MIRRORS", (web(path), web("good")))
+    download.fetch(NAMES)
+    assert installed() == FILES
+
+
+def test_a_slow_download_is_given_up(web, monkeypatch):
+    monkeypatch.setattr(download, "DEADLINE", 0)
+    with pytest.raises(CommandError, match="not done after 0 seconds"):
+        download.download(web("good"))
+
+
+def test_a_fault_of_this_machine_is_not_the_mirrors(web, monkeypatch):
+    Path("data").write_text("in the way")
+    monkeypatch.setattr(download, "MIRRORS", (web("good"), web("missing")))
+    with pytest.raises(CommandError, match=r"^cannot write data/91-image: File exists$"):
+        download.fetch(NAMES)
+
+
+def test_a_set_that_is_there_is_kept():
+    Path("data/.Set5-abc/Set5").mkdir(parents=True)  # which a killed download left, and which is removed
+    Path("data/Set5").mkdir()
+    Path("data/Set5/mine.png").write_text("mine")
+    Path("copy.zip").write_bytes(GOOD)
+    download.fetch(NAMES, Path("copy.zip"))
+    assert installed() == {"91-image": FILES["91-image"], "Set5": {"mine.png": b"mine"}}
+
+
+def test_a_folder_serves_as_a_local_copy():
+    for name, files in FILES.items():
+        folder = Path("copy/deep", name)
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            folder.joinpath(file).write_bytes(content)
+    download.fetch(NAMES, Path("copy"))
+    assert installed() == FILES
+    Path("copy/deep/Set5/t0.bmp").write_bytes(b"BM something else")
+    with pytest.raises(CommandError, match=r"^cannot fetch Set5: copy: no folder in it holds Set5 as published"):
+        download.fetch(["Set5"], Path("copy"))
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD_ARCHIVES.values(), ids=BAD_ARCHIVES)
+def test_a_bad_archive_leaves_nothing(content, reason):
+    Path("copy.zip").write_bytes(content)
+    with pytest.raises(CommandError, match=f"^cannot fetch 91-image and Set5: copy.zip: .*{reason}"):
+        download.fetch(NAMES, Path("copy.zip"))
+    assert os.listdir() == ["copy.zip"]
+
+
+@pytest.mark.parametrize("source", ["nowhere.zip", "pipe.zip"])
+def test_a_copy_that_is_no_file(cli, source):
+    os.mkfifo("pipe.zip")  # which would be waited for
+    status, out, err = cli("data.py", "--from", source)
+    assert (status, out) == (1, "")
+    assert_one_line(err, f"{source}: no such archive or folder")

@@ -1,0 +1,175 @@
+import argparse
+import math
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PATH, content, course_content, load, loaded, same, trained_checkpoint, trained_content, trained_file
+
+from info import Info
+from model import SRCNN
+from training.checkpoints import load_checkpoint, save_checkpoint
+from utils import CommandError
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    saved = trained_checkpoint()
+    saved.training.history = [(1, None), (2, {"lr": 0.001})]
+    save_checkpoint(saved, tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # no temporary files
+    del saved.training.optimizer["param_groups"]  # hyperparameters are those of the options
+    assert all(same(load_checkpoint(tmp_path / name), saved) for name in ("a", "b"))
+
+
+def test_a_file_holds_what_the_assignment_says():
+    saved = trained_content()
+    assert {name: tuple(tensor.shape) for name, tensor in saved["model"].items()} == {
+        "conv1.weight": (64, 3, 9, 9),
+        "conv1.bias": (64,),
+        "conv2.weight": (32, 64, 1, 1),
+        "conv2.bias": (32,),
+        "conv3.weight": (3, 32, 5, 5),
+        "conv3.bias": (3,),
+    }
+    assert saved["args"] == {
+        "recipe": "default",
+        "lr": 0.003,
+        "batch_size": 32,
+        "num_epoch": 4,
+        "save_freq": 10,
+        "precision": "auto",
+        "patch_size": 33,
+        "seed": 0,
+        "train_data": "data/91-image",
+        "test_data": "data/Set5",
+        "hold_out": 0,
+    }
+    assert saved["info"] == {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"}
+    assert (saved["epoch"], saved["psnr"]) == (1, 31.0)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """A limit for the size of files is met as a full disk is."""
+    PATH.write_bytes(trained_file())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(trained_file()) - 1000, limits[1]))
+    try:
+        with pytest.raises(CommandError, match=r"^cannot write checkpoint\.3: File too large$"):
+            save_checkpoint(trained_checkpoint(), PATH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert PATH.read_bytes() == trained_file()
+    assert list(tmp_path.iterdir()) == [tmp_path / PATH]
+
+
+def test_what_a_gpu_saved_is_read_without_one(monkeypatch):
+    with monkeypatch.context() as patch:  # every tensor in the file says that it lay on a GPU
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(content(), PATH)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            load(PATH)
+    assert all(tensor.device.type == "cpu" for tensor in load_checkpoint(PATH).model.values())
+
+
+def test_unknown_keys_are_dropped():
+    extra = {"further": torch.zeros(9)}
+    saved = trained_content(**extra)
+    saved["args"] |= extra
+    saved["info"] |= extra
+    saved["optimizer"] |= extra
+    saved["optimizer"]["state"][0] |= extra
+    found = loaded(saved)
+    save_checkpoint(found, Path("again"))
+    assert "further" not in repr(load("again"))
+
+
+def test_the_layers_may_be_in_any_order():
+    saved = content()
+    saved["model"] = dict(reversed(saved["model"].items()))
+    found = loaded(saved).model
+    assert list(found) == list(SRCNN().state_dict())
+    assert same(found, saved["model"])
+
+
+@pytest.mark.parametrize("type", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_float32(type):
+    saved = content(model={name: tensor.to(type) for name, tensor in SRCNN().state_dict().items()})
+    assert same(loaded(saved).model, {name: tensor.float() for name, tensor in saved["model"].items()})
+
+
+def test_without_an_optimizer_state_only_the_weights_are_taken():
+    saved = trained_content(optimizer={}, best="damaged", history=3)
+    found = loaded(saved)
+    assert found.training is None
+    assert same(found.model, saved["model"])
+
+
+NUMBERS = 1 + torch.rand(60_000, generator=torch.Generator().manual_seed(0))  # greater than 1, as steps must be
+LAYOUTS = {
+    "expanded": lambda t: NUMBERS[0].clone().expand(t.shape),
+    "expanded along rows": lambda t: NUMBERS[: t.shape[-1]].clone().expand(t.shape) if t.ndim else t,
+    "transposed": lambda t: t.permute(tuple(range(t.ndim))[::-1]).contiguous().permute(tuple(range(t.ndim))[::-1]),
+    "overlapping": lambda t: NUMBERS.clone().as_strided(t.shape, (1,) * t.ndim),
+    "with gaps": lambda t: torch.stack([t, t], -1)[..., 1],
+    "of shared memory": lambda t: NUMBERS[: t.numel()].view(t.shape),
+    "of shared memory at other places": lambda t: NUMBERS[t.ndim : t.ndim + t.numel()].view(t.shape),
+    "that require gradients": lambda t: t.clone().requires_grad_(),
+    "that are parameters": lambda t: torch.nn.Parameter(t.clone(), requires_grad=False),
+    "that are to be negated": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_tensors_of_any_layout_become_contiguous_copies(change):
+    """Fused Adam works on raw memory: with other strides it would write the wrong places, or one many times."""
+    saved = trained_content()
+    saved["model"] = {name: change(tensor) for name, tensor in saved["model"].items()}
+    optimizer, random_state = saved["optimizer"], saved["random_state"]
+    states = {i: {name: change(tensor) for name, tensor in state.items()} for i, state in optimizer["state"].items()}
+    saved["optimizer"] = {"state": states, "whiten": change(optimizer["whiten"])}
+    saved["random_state"] = torch.stack([random_state, random_state], -1)[:, 1]
+    found = loaded(saved)
+    tensors = [*found.model.values(), found.training.optimizer["whiten"], found.training.random_state]
+    tensors += [tensor for state in found.training.optimizer["state"].values() for tensor in state.values()]
+    for tensor in tensors:
+        assert type(tensor) is torch.Tensor
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.element_size() * tensor.numel()
+        assert not tensor.is_neg()
+        assert not tensor.requires_grad
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors) == 6 + 1 + 1 + 6 * 3
+    assert same(found.model, saved["model"])
+    assert same(found.training.optimizer, saved["optimizer"])
+    assert same(found.training.random_state, random_state)
+
+
+@pytest.mark.parametrize("names", ["our names", "the student's"])
+def test_a_checkpoint_of_the_course_is_read(names):
+    saved, model = course_content(), SRCNN().state_dict()
+    saved["model_state_dict"] = model if names == "our names" else {f"net.{i}": w for i, w in enumerate(model.values())}
+    found = loaded(saved)
+    assert same(found.model, model)
+    assert (found.epoch, found.psnr, found.training) == (2, 27.5, None)
+    assert found.args == {"lr": 0.0001, "batch_size": 8, "num_epoch": 4, "save_freq": 20}
+    assert found.info == Info("Chan Tai Man", "1155000000", "ctm@example.com")
+
+
+def test_the_weights_alone_of_a_course_checkpoint_are_enough():
+    found = loaded({"model_state_dict": course_content()["model_state_dict"]})
+    assert (found.epoch, found.args, found.info) == (1, {}, Info("", "", ""))
+    assert math.isnan(found.psnr)
+
+
+def test_options_of_the_course_that_are_unset_or_impossible_here_are_dropped():
+    opt = argparse.Namespace(seed=None, batch_size=4, save_freq=0, patch_size=32, lr="fast")
+    assert loaded(course_content(opt=opt)).args == {"batch_size": 4}
+
+
+def test_an_id_may_be_a_number():
+    who = Info("x" * 5000, 1155123456, "me@example.com")
+    save_checkpoint(replace(trained_checkpoint(), info=who), Path("ours"))
+    for found in (load_checkpoint(Path("ours")), loaded(course_content(info=who))):
+        assert found.info == Info("x" * 1000, "1155123456", "me@example.com")

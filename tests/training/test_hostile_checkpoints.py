@@ -1,0 +1,297 @@
+"""Damaged and hostile checkpoints: each is refused in one line, soon, and nothing in it runs."""
+
+import codecs
+import collections
+import io
+import math
+import os
+import pickle
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import RUN, Call, assert_one_line, content, course_content, run_python, trained_content, trained_file
+
+from model import SRCNN
+from training.checkpoints import MAX_BYTES, load_checkpoint
+from utils import CommandError
+
+
+class Extra:
+    """A class that a student's checkpoint might hold."""
+
+
+def stored(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def changed(part, value):
+    """The content of a trained checkpoint with this value in place of a part; None leaves it out."""
+    saved = trained_content()
+    optimizer = saved["optimizer"]
+    places = [saved["model"]] if part.startswith("conv") else [optimizer["state"][0], optimizer, saved]
+    place = next((place for place in places if part in place), places[-1])
+    place[part] = value
+    if value is None:
+        del place[part]
+    return saved
+
+
+def nested(depth=60):
+    thing = ["x"]
+    for _ in range(depth):
+        thing = [thing, thing]
+    return thing
+
+
+def endless():
+    thing = []
+    thing.append(thing)
+    return thing
+
+
+def with_member(name, data):
+    """A checkpoint with something more in its archive, packed."""
+    buffer = io.BytesIO(trained_file())
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(archive.namelist()[0].split("/")[0] + "/" + name, data)
+    return buffer.getvalue()
+
+
+def commented(archive):
+    """An archive whose comment ends like an archive, so that Python's zipfile does not take it for one."""
+    assert archive[-2:] == b"\0\0"  # the length of the comment
+    return archive[:-2] + b"\4\0PK\5\6"
+
+
+def encoded():
+    thing = "x" * 2**10
+    for _ in range(14):  # each doubles its length
+        thing = Call(codecs.encode, Call(codecs.decode, thing, "latin-1"), "hex")
+    return content(extra=thing)
+
+
+def hiding(mapping):
+    mapping.get = mapping.values = nested()
+    return mapping
+
+
+def shortened():
+    """A checkpoint whose tensors have less memory than values."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(stored(content()))) as archive, zipfile.ZipFile(result, "w") as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name)[:64] if "/data/" in name else archive.read(name))
+    return result.getvalue()
+
+
+def declared(size):
+    """A checkpoint in PyTorch's old format that says of a tensor that it has this many values."""
+    old = stored({"model": torch.zeros(77777)}, _use_new_zipfile_serialization=False)
+    return old.replace(b"J\xd1/\x01\x00", b"\x8a\x06" + size.to_bytes(6, "little"))
+
+
+def placed(offset, stride):
+    """A bias whose 32 values lie at these places of a memory of 32 values."""
+    storage = torch.zeros(32).storage()
+    arguments = (storage, offset, (32,), (stride,), False, collections.OrderedDict())
+    return changed("conv2.bias", Call(torch._utils._rebuild_tensor_v2, *arguments))
+
+
+UNSAFE = "it is damaged or holds unsafe objects"
+FILES = {  # by the reason of the refusal: functions that make the content of a file, as bytes or for torch.save
+    UNSAFE: {
+        "os.system": lambda: content(model=RUN),
+        "os.system elsewhere": lambda: content(extra=RUN),
+        "os.system in a course's": lambda: course_content(opt=RUN),
+        "getattr": lambda: content(info=Call(getattr, Call(__import__, "os"), "system")),
+        "torch.load": lambda: content(optimizer=Call(torch.load, "other", None, None)),
+        "a bare pickle": lambda: pickle.dumps(RUN),
+        "a bare pickle of protocol 0": lambda: pickle.dumps(RUN, 0),
+        "the old format": lambda: stored(content(model=RUN), _use_new_zipfile_serialization=False),
+        "a model": SRCNN,
+        "another class": lambda: content(extra=Extra()),
+        "another class in a course's": lambda: course_content(info=Extra()),
+        "a set": lambda: content(extra={1, 2}),
+        "a counter": lambda: content(extra=collections.Counter("a")),
+        "a size": lambda: content(extra=torch.Size([1])),
+        "text encoded again and again": encoded,
+        "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
+        "TorchScript": lambda: with_member("constants.pkl", b""),
+        "a zip bomb": lambda: with_member("data/99", bytes(2**28)),
+        "a zip bomb that only PyTorch unpacks": lambda: commented(with_member("data/99", bytes(2**28))),
+        "a tensor said to have 10^12 values": lambda: declared(10**12),
+        "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
+        "a huge number": lambda: changed("args", {"lr": 10**5000}),
+        "a bias beyond its memory": lambda: placed(1, 1),
+        "a bias far from its memory": lambda: placed(2**40, 1),
+        "a bias before its memory": lambda: placed(-1, 1),
+        "a bias with strides beyond its memory": lambda: placed(0, 2**40),
+        "a bias with negative strides": lambda: placed(31, -1),
+        "a quantized bias": lambda: changed(
+            "conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)
+        ),
+        "less memory than values": shortened,
+        "text": lambda: b"not a checkpoint",
+        "an empty file": lambda: b"",
+        "half of one": lambda: trained_file()[:50_000],
+        "an empty archive": lambda: b"PK\5\6" + bytes(18),
+        "a broken pickle": lambda: b"\x80\x04garbage",
+    },
+    "": {
+        "a list": lambda: [1, 2, 3],
+        "a number": lambda: 5,
+        "no model": lambda: content(model=None),
+        "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
+        "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
+        "methods hidden by attributes in a course's": lambda: course_content(
+            model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
+        ),
+        "itself": lambda: changed("history", endless()),
+    },
+    "it is too large": {"a large file": lambda: bytes(MAX_BYTES + 1)},
+    "its lr is damaged": {"2^60 references": lambda: changed("args", {"lr": nested()})},
+    "its epoch is missing or damaged": {"2^60 references as history": lambda: changed("history", nested())},
+    "its model has other layers than SRCNN": {
+        "a layer missing": lambda: changed("conv3.bias", None),
+        "further layers": lambda: changed("conv4.bias", torch.zeros(3)),
+    },
+}
+EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
+PARTS = {  # wrong values of a part of a checkpoint
+    ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [64, 1, 9, 9]"): [
+        torch.zeros(64, 1, 9, 9)
+    ],
+    ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [0, 3, 9, 9]"): [
+        torch.zeros(0, 3, 9, 9)
+    ],
+    ("conv1.bias", f"conv1.bias should have the shape [64], but it has [{2**50}]"): [torch.zeros(1).expand(2**50)],
+    ("conv2.bias", "conv2.bias should have the shape [32], but it has [0]"): [torch.zeros(0)],
+    ("conv2.bias", "conv2.bias is not an ordinary tensor"): [torch.zeros(32, dtype=torch.int64)],
+    ("conv2.bias", UNSAFE): [
+        *(torch.zeros(32).to(dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
+        torch.zeros(32, device="meta"),
+        torch.zeros(32).to_sparse(),
+    ],
+    ("conv2.bias", "conv2.bias has values that are not finite"): [
+        *(torch.full((32,), value) for value in (math.nan, math.inf)),
+        torch.full((32,), 1e300, dtype=torch.float64),  # beyond float32
+    ],
+    ("args", "its args is missing or damaged"): [None, [1]],
+    ("args", "its lr is damaged"): [{"lr": torch.zeros(5)}, {"lr": [1]}],
+    ("args", r"its lr must be a positive number (below 2^31), not '\x1b[31m'"): [{"lr": "\x1b[31m"}],
+    ("args", "its batch_size must be a positive integer (below 2^31), not '-4'"): [{"batch_size": -4}],
+    ("info", "its name is too long"): [{"name": "\x1b[2J" * 10**6}],
+    ("epoch", "its epoch is missing or damaged"): [None, "3"],
+    ("epoch", "its epoch is negative or too large"): [-1, 2**40, 10**400],
+    ("psnr", "its psnr is missing or damaged"): ["high"],
+    ("optimizer", "its optimizer is missing or damaged"): [
+        "whiten",
+        {"whiten": EYE, "state": {i: torch.zeros(9) for i in range(6)}},
+    ],
+    ("optimizer", "its optimizer is of another network"): [{"whiten": EYE, "state": {0: 7}}],
+    ("whiten", "whitening matrix should have the shape [243, 243], but it has nothing"): ["x"],
+    ("whiten", "whitening matrix should have the shape [243, 243], but it has [0, 243]"): [torch.zeros(0, 243)],
+    ("whiten", "whitening matrix has values that are not finite"): [EYE * math.inf],
+    ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 3, 9, 9]"): [torch.zeros(64, 3, 9, 9)],
+    ("exp_avg", "optimizer should have the shape [64, 243], but it has [64, 0]"): [torch.zeros(64, 0)],
+    ("exp_avg", "optimizer is not an ordinary tensor"): [torch.zeros(64, 243, dtype=torch.int64)],
+    ("exp_avg", UNSAFE): [torch.zeros(64, 243, dtype=torch.complex64)],
+    ("exp_avg", "optimizer has values that are not finite"): [torch.full((64, 243), math.nan)],
+    ("exp_avg_sq", "its optimizer is damaged"): [torch.full((64, 243), -1.0)],
+    ("step", "optimizer should have the shape [], but it has [5]"): [torch.zeros(5)],
+    ("step", "optimizer should have the shape [], but it has [0]"): [torch.zeros(0)],
+    ("step", "its optimizer is damaged"): [torch.tensor(-5.0)],
+    ("random_state", "its random state is damaged"): [
+        torch.zeros(3),
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros(1, dtype=torch.uint8).expand(2**32),
+    ],
+    ("random_state", ""): [torch.full((5056,), value, dtype=torch.uint8) for value in (0, 255)],
+    ("history", ""): [3, [1], [[1]], [[1, 2]], [[1, 0]]],
+    ("history", "its history is too long"): [[[1, None]] * 10_001],
+    ("history", "its epoch is missing or damaged"): [[["x", {}]]],
+    ("history", "its lr is damaged"): [[[1, {"lr": [[[]]]}]]],
+    ("run", "its run is missing or damaged"): [5],
+    ("run", "its run is too long"): ["x" * 5000],
+    ("run", "its best PSNR or its run is damaged"): ["..", "../../../elsewhere", "/tmp/elsewhere", "x\n"],
+    ("best", "its best is missing or damaged"): ["high"],
+    ("best", "its best PSNR or its run is damaged"): [math.nan],
+    ("report", ""): [None, {"images": 1}, ["x" * 999] * 9_000],
+    ("report", "its report is damaged"): [{"set": "x", "images": {}}],
+    ("report", "its report is too long"): [
+        {"set": "x" * 5000, "images": {"a": ROW}},
+        {"set": "x", "images": {"a" * 5000: ROW}},
+    ],
+}
+HOSTILE = {name: (make, reason) for reason, files in FILES.items() for name, make in files.items()} | {
+    f"{part}, {i}: {reason}": (partial(changed, part, value), reason)
+    for (part, reason), values in PARTS.items()
+    for i, value in enumerate(values)
+}
+
+
+def write(path, name):
+    made = HOSTILE[name][0]()
+    Path(path).write_bytes(made if isinstance(made, bytes) else stored(made))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_and_the_reason_is_told(tmp_path, recwarn, name):
+    write("x", name)
+    recwarn.clear()
+    start = time.process_time()
+    with pytest.raises(CommandError) as refusal:
+        load_checkpoint(Path("x"))
+    assert time.process_time() - start < 10
+    reason = HOSTILE[name][1]
+    assert str(refusal.value) == "x: not a valid SRCNN checkpoint" + (reason and f": {reason}")
+    assert not recwarn.list  # which would be further lines
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing ran
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py inspect x", "train.py resume x --num-epoch=9", "super_resolve.py --checkpoint=x lr.bmp"]
+)
+def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command):
+    write("x", "os.system")
+    before = sorted(tmp_path.iterdir())
+    status, out, err = cli(*command.split())
+    assert (status, out) == (1, "")
+    assert_one_line(err, "error: x: not a valid SRCNN checkpoint")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["pipe", "loop", "zeros", "folder", "missing"])
+def test_a_path_that_is_no_file_is_refused(name):
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    os.symlink("/dev/zero", "zeros")
+    Path("folder").mkdir()
+    reason = "not a file" if name in ("pipe", "zeros", "folder") else "no such checkpoint"
+    with pytest.raises(CommandError) as refusal:
+        load_checkpoint(Path(name))
+    assert str(refusal.value) == f"{name}: {reason}"
+
+
+def test_hostile_checkpoints_take_no_memory():
+    """At most 256 MB, all of them one after another."""
+    Path("good").write_bytes(trained_file())
+    for i, name in enumerate(HOSTILE):
+        write(f"hostile{i}", name)
+    code = """if True:
+        import contextlib, resource, sys
+        from pathlib import Path
+        from training.checkpoints import load_checkpoint
+        load_checkpoint(Path("good"))
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
+        for i in range(int(sys.argv[1])):
+            with contextlib.suppress(Exception): load_checkpoint(Path(f"hostile{i}"))
+        print((peak() - before) / 1024)"""
+    assert float(run_python(code, len(HOSTILE))) < 256

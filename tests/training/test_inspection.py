@@ -1,0 +1,111 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers import PATH, course_content, loaded, report, trained_checkpoint, trained_content
+
+from imaging.metrics import Psnr, Row, table
+from training.inspection import course_to_json, describe, describe_course, to_json
+
+# What is missing has its default.
+HISTORY = [(1, None), (2, {"lr": 0.001}), (4, {"num_epoch": 4}), (5, {"lr": 0.002, "num_epoch": 4})]
+
+
+@pytest.fixture
+def inspected():
+    """A checkpoint with known facts, resumed four times."""
+    found = trained_checkpoint()
+    found.saved_at, found.torch_version = "2025-01-02 03:04:05", "2.6.0"
+    found.args = {"lr": 0.003, "num_epoch": 8}
+    found.training.history, found.training.train_set = HISTORY, "dead-leaves-train"
+    return found
+
+
+def test_a_checkpoint_as_text(inspected):
+    assert describe(PATH, inspected, report()) == (
+        """\
+checkpoint.3: SRCNN 9-1-5, 20,099 parameters
+epoch       1 of 8
+best        31.000 dB Y, after epoch 1
+trained on  dead-leaves-train, in fp32  (GENERATED IMAGES)
+optimizer   Adam, 1 steps
+info        name: your name, id: 1155xxxxxx, email: example@example.com  (not filled in)
+saved       2025-01-02 03:04:05, torch 2.6.0
+options
+  lr         0.003
+  num_epoch  8
+resumed     after epoch 1 of a run by another program
+resumed     after epoch 2, changed: num_epoch 100 -> 4
+resumed     after epoch 4, changed: lr 0.003 -> 0.002
+resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
+
+"""
+        + table(report())
+    )
+
+
+def test_the_figures_of_the_course():
+    row = Row(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
+    assert describe_course(row, "Set5", 8) == (
+        "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:\n"
+        "bicubic 30.000 dB, SRCNN 31.500 dB"
+    )
+    facts = {"protocol": "course", "set": "Set5", "batch_size": 8, "bicubic_rgb": 30.0, "psnr_rgb": 31.5}
+    assert json.loads(course_to_json(row, "Set5", 8)) == facts
+
+
+def test_a_checkpoint_of_another_program_as_text():
+    assert describe(PATH, loaded(course_content()), None) == (
+        """\
+checkpoint.3: SRCNN 9-1-5, 20,099 parameters
+epoch       2 of 4
+PSNR        27.500 dB, on an unnamed set
+info        name: Chan Tai Man, id: 1155000000, email: ctm@example.com
+options
+  lr         0.0001
+  batch_size 8
+  num_epoch  4
+  save_freq  20"""
+    )
+
+
+def test_a_checkpoint_as_json(inspected):
+    assert json.loads(to_json(inspected, report())) == {
+        "epoch": 1,
+        "psnr": 31.0,
+        "args": {"lr": 0.003, "num_epoch": 8},
+        "info": {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"},
+        "torch": "2.6.0",
+        "time": "2025-01-02 03:04:05",
+        "parameters": 20099,
+        "precision": "fp32",
+        "best": 31.0,
+        "best_epoch": 1,
+        "train_set": "dead-leaves-train",
+        "run": "20250102-030405-6",
+        "history": [list(stage) for stage in HISTORY],
+        "optimizer_steps": 1,
+        "report": report().to_dict(),
+    }
+
+
+def test_json_has_no_number_that_json_lacks(inspected):
+    inspected.psnr, inspected.training.best = math.nan, math.inf
+    text = to_json(inspected, report(math.inf))
+    facts = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert (facts["psnr"], facts["best"], facts["report"]["mean"]["psnr_y"]) == (None, None, None)
+    assert facts["report"]["mean"]["bicubic_y"] == 30.0
+
+
+def test_text_in_a_checkpoint_is_escaped():
+    evil = "\x1b]0;owned\x07\r\n\u202e"
+    saved = trained_content(info=dict.fromkeys(("name", "id", "email"), evil), train_set=evil, time=evil, torch=evil)
+    saved["args"] |= {"train_data": evil, "test_data": evil}
+    saved["history"] = [[1, {"train_data": "x" + evil}]]
+    saved["report"] |= {"set": evil, "images": {evil: saved["report"]["images"]["a"], evil * 2: {}}}
+    saved["report"]["images"][evil * 2] = saved["report"]["images"][evil]
+    found = loaded(saved)
+    text = describe(Path(evil), found, found.training.report)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert text.count("\\x1b]0;owned\\x07\\r\\n\\u202e") == 16

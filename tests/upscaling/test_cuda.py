@@ -1,0 +1,102 @@
+"""--cuda on an emulated GPU: it computes what the CPU does, nothing is left on the wrong device, no step waits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emulated_cuda import CUDA, emulated, waits
+from helpers import load, random_image, same
+from PIL import Image
+
+from data import ImageSet
+from imaging.dead_leaves import dead_leaves
+from train import train_one_epoch
+from training.options import Options
+from training.random_patches import RandomPatches
+from training.run import new_run
+from upscaling import distributed
+from upscaling.upscaler import Upscaler
+
+
+@pytest.fixture(scope="module")
+def leaves(tmp_path_factory):
+    """Two images as training and test set."""
+    folder = tmp_path_factory.mktemp("leaves")
+    for name, image in dead_leaves("train", 2, 36).items():
+        image.save(folder / f"{name}.png")
+    return folder
+
+
+def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
+    """To the last bit, in fp32, with resuming in both directions."""
+
+    def train(*args):
+        status, out, err = cli("train.py", *args)
+        assert (status, err) == (0, "")
+        return out
+
+    options = ["--precision=fp32", "--num-epoch=2", "--save-freq=1", "--batch-size=4", "--patch-size=24"]
+    options += [f"--train-data={leaves}", f"--test-data={leaves}"]
+    assert "on cpu" in train("train", *options, "--output=cpu")
+    torch.backends.cudnn.benchmark = False
+    with emulated():
+        assert "on cuda" in train("train", *options, "--cuda", "--output=gpu")
+        assert torch.backends.cudnn.benchmark
+        assert "on cuda" in train("resume", "cpu/checkpoint.1", "--cuda", "--output=there")
+    assert "on cpu" in train("resume", "gpu/checkpoint.1", "--output=back")
+    for folder in ("gpu", "there", "back"):
+        assert same(load(f"{folder}/checkpoint.2")["model"], load("cpu/checkpoint.2")["model"]), folder
+
+
+def test_no_step_waits_for_the_gpu():
+    with emulated():
+        train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
+        run = new_run(Options(patch_size=18, batch_size=1), train_set, torch.float32)
+        train_one_epoch(run, train_set, 1, lambda: None)  # copies the constants, too
+        waits.clear()
+        losses = train_one_epoch(run, train_set, 2, lambda: None)
+        assert len(losses) == 4
+        assert waits == ["to the GPU"] * 3  # all patches that the epoch draws: places, flips, weights
+
+
+def test_gradients_travel_by_the_cpu_in_one_piece(monkeypatch):
+    """Where gloo adds them up. Here the other process has twice the gradients, and a third of the weight."""
+
+    def all_reduce(total):
+        assert total.device.type == "cpu"
+        total.mul_(1 + 2 * (1 / 3) / (2 / 3))
+
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with emulated():
+        a, b = torch.ones(3, device=CUDA), torch.ones(2, 2, device=CUDA)
+        distributed.all_reduce_mean([a, b], weight=2 / 3)
+        assert waits == ["from the GPU", "to the GPU"]
+        assert torch.allclose(a.cpu(), torch.full((3,), 4 / 3))
+        assert torch.allclose(b.cpu(), torch.full((2, 2), 4 / 3))
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_upscaling_gives_the_pixels_of_the_cpu(cli, pictures, capability, dtype):
+    """To the last bit in fp32, and within a level in bf16, which auto takes on GPUs from 8.0 on."""
+    Path("in").mkdir()
+    for mode in ("RGB", "L", "RGBA", "I;16"):
+        random_image(mode, (14, 11)).save(f"in/{mode.replace(';', '')}.png")
+    args = ["--checkpoint=net", "in", "--tile=8"]
+    assert cli("super_resolve.py", *args, "--precision=fp32", "--output=cpu")[0] == 0
+    with emulated(capability):
+        status, out, _ = cli("super_resolve.py", *args, "--cuda", "--output=gpu")
+    assert (status, out.count(f"on cuda, {dtype}")) == (0, 4)
+    for path in Path("cpu").iterdir():
+        a, b = (np.asarray(Image.open(p)).astype(int) for p in (path, Path("gpu", path.name)))
+        exact = dtype == "fp32" or path.stem.startswith("I16")  # gray of 16 bits is always computed in fp32
+        assert abs(a - b).max() <= (0 if exact else 1)
+
+
+def test_the_self_ensemble_gives_the_pixels_of_the_cpu(pictures):
+    _, _, model = pictures
+    lr = random_image("RGB", (11, 9))
+    wanted = Upscaler(model, self_ensemble=True)(lr)
+    with emulated():
+        assert Upscaler(model.to(CUDA), self_ensemble=True)(lr) == wanted

@@ -1,0 +1,108 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_one_line, load
+
+from upscaling.distributed import local_rank, node_rank, rank_and_world_size
+
+
+def torchrun(script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / script]
+    environment, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    return subprocess.Popen([*command, *arguments], text=True, stdout=pipe, stderr=pipe, env=environment)
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """The environment of rank 3 of 4, the second process of the second node, as torchrun and other launchers set it."""
+    for name, value in {"RANK": 3, "LOCAL_RANK": 1, "GROUP_RANK": 1, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_only_torchrun_makes_several_processes(ranked, monkeypatch):
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((0, 1), 0, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((3, 4), 1, 1)
+    monkeypatch.delenv("RANK")  # the rest of another program's environment
+    assert (rank_and_world_size(), local_rank(), node_rank()) == ((0, 1), 0, 0)
+
+
+def test_two_processes_combine_their_values():
+    Path("combine.py").write_text(f"""if True:
+        import sys; sys.path.insert(0, "{ROOT}")
+        import torch
+        from upscaling.distributed import *
+        with process_group():
+            rank = rank_and_world_size()[0]
+            a, b = torch.tensor([1.0, 2.0]) + rank, torch.full((1, 2), 8.0 * rank)
+            all_reduce_mean([a, b], (0.75, 0.25)[rank])
+            values = gather((a.tolist(), b.tolist(), broadcast("of " + str(rank))))
+            if rank == 0: print(values)""")
+    out, err = torchrun(Path.cwd() / "combine.py").communicate(timeout=1200)
+    assert out == f"{[([1.25, 2.25], [[2.0, 2.0]], 'of 0')] * 2}\n", err
+
+
+def test_every_process_needs_a_patch(ranked, monkeypatch, train_small):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    status, _, err = train_small("--batch-size=2")
+    assert status == 1
+    assert_one_line(err, "a batch of 2 is too small for 4 processes")
+
+
+def test_two_processes_train_as_one_does(photos, train_small):
+    """Except for the order of sums; a batch of five is three and two patches."""
+    options = ["--num-epoch=2", "--batch-size=5", "--patch-size=48", "--precision=fp32"]
+    options += [f"--train-data={photos}", f"--test-data={photos}"]
+    process = torchrun("train.py", "train", *options, "--output=two")
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    (loss,) = re.findall(r"^epoch   2/2.* loss ([\d.]+)", out, re.M)  # only rank 0 prints
+    status, out, _ = train_small(*options, "--output=one")
+    assert status == 0
+    assert re.search(rf"^epoch   2/2.* loss {loss}", out, re.M)
+    one, two = (load(f"{name}/checkpoint.2") for name in ("one", "two"))
+    assert two["psnr"] == pytest.approx(one["psnr"], abs=0.002)
+    differences = [(one["model"][name] - two["model"][name]).abs().max() for name in one["model"]]
+    assert max(differences) < 0.01  # of weights up to 3
+    assert sorted(path.name for path in Path("two").iterdir()) == sorted(path.name for path in Path("one").iterdir())
+    assert train_small("--num-epoch=3", command=("resume", "two/checkpoint.last"))[0] == 0  # by one process
+
+
+def test_a_process_that_dies_ends_the_training_with_what_was_done(photos, train_small):
+    options = ["--num-epoch=500", "--save-freq=1000", "--batch-size=4", "--patch-size=48", "--output=o"]
+    process = torchrun("train.py", "train", *options, f"--train-data={photos}", f"--test-data={photos}")
+    for line in process.stdout:
+        if line.startswith("epoch   2/500"):
+            break
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    ranks = {Path(f"/proc/{n}/environ").read_text().split("LOCAL_RANK=")[1][0]: int(n) for n in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    out, _ = process.communicate(timeout=1200)
+    assert process.returncode != 0
+    assert out.endswith("resume with: python train.py resume o/checkpoint.last\n")
+    epoch = load("o/checkpoint.last")["epoch"]
+    assert epoch >= 2
+    assert train_small(f"--num-epoch={epoch + 1}", command=("resume", "o/checkpoint.last"))[0] == 0
+
+
+def test_two_processes_share_the_images(pictures):
+    Path("in").mkdir()
+    for i in range(5):
+        pictures[0].rotate(i).save(f"in/{i}.png")
+        pictures[1].save(f"in/{i}_GT.png")
+    for name in ("00", "02"):  # of rank 0's share, whose failure must not end the other
+        Path(f"in/{name}.png").write_bytes(b"broken")
+        pictures[1].save(f"in/{name}_GT.png")
+    process = torchrun("super_resolve.py", "--checkpoint=net", "in", "--ground-truth=in", "--output=o")
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 1
+    assert "error: 2 of 7 images failed\n" in err
+    assert out.count("in mean ") == 1
+    assert sorted(re.findall(r"o/(\d)_srcnn_x3.png: 30x30", out)) == ["0", "1", "2", "3", "4"]
+    assert len(list(Path("o").glob("*_srcnn_x3.png"))) == 5

@@ -1,0 +1,146 @@
+"""The folded network computes what the network does, in float32 and in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_model, trained_model
+from PIL import Image, ImageDraw, ImageFont
+
+from imaging.dead_leaves import dead_leaves
+from imaging.images import to_tensor
+from model import HALO_LR, SRCNN, crop
+from upscaling.fast_srcnn import Folded, FoldedBf16, bicubic_kernel, fold, round_to_bf16
+
+
+def with_context(lr):
+    return F.pad(lr.float(), (HALO_LR,) * 4, mode="replicate")
+
+
+def noise(*shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (32, 13), (21, 66)], ids=str)
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "no_onednn"])
+def test_it_is_the_same_function(shape, onednn):
+    """At all edges, with random weights and trained ones, with oneDNN and where it is missing."""
+    lr = noise(2, 3, *shape)
+    context = with_context(lr)
+    for model in (random_model(1), random_model(2), trained_model().double()):
+        expected = model(lr.double() / 255) * 255
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            assert torch.allclose(Folded(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
+            single = Folded(model.float())(context.byte())
+        assert single.shape == expected.shape
+        assert (single - expected).abs().max() < 1e-5 * 255
+
+
+def test_gradients_flow_through_the_folding():
+    lr, model = noise(3, 3, 15, 19), random_model(3).requires_grad_()
+    bicubic_kernel.cache_clear()
+    with torch.inference_mode():
+        Folded(SRCNN())  # what inference leaves behind serves training, too
+    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # so that each pixel counts differently
+    plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
+    folded = torch.autograd.grad((Folded(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
+
+
+@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
+    """As on GPUs without cuDNN. The output and the gradients stay the same."""
+    lr, conv2d, outputs, gradients = noise(2, 3, 15, 19), F.conv2d, [], []
+    for layout in (torch.channels_last, torch.contiguous_format):
+
+        def conv(*args, layout=layout):
+            return conv2d(*args).contiguous(memory_format=layout)
+
+        monkeypatch.setattr(F, "conv2d", conv)
+        model = trained_model().requires_grad_(network is Folded)
+        outputs.append(network(model)(lr))
+        if outputs[-1].requires_grad:
+            gradients.append(torch.autograd.grad(outputs[-1].square().mean(), list(model.parameters())))
+    assert torch.equal(*outputs)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*gradients, strict=True))
+
+
+@torch.inference_mode()
+def differences(network, lr):
+    """Between a network and float32, in levels of 8 bits, per pixel."""
+    exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (Folded(trained_model()), network))
+    return (exact - other).abs().amax(1)
+
+
+def test_bf16_is_within_a_level_of_float32():
+    """Except for 1 pixel in 10,000."""
+    images = [to_tensor(image)[None] for image in dead_leaves("test", 2).values()]
+    for lr in images:
+        difference = differences(FoldedBf16(trained_model()), lr)
+        assert 0 < (difference > 0).double().mean() < 0.1  # it is another arithmetic
+        assert (difference > 1).double().mean() <= 1e-4
+    # It would not be if the channels that carry the image were computed in bf16, too.
+    plain = torch.cat([differences(Folded(trained_model(), torch.bfloat16), lr).flatten() for lr in images])
+    assert (plain > 1).double().mean() > 1e-3
+
+
+def test_rounding_keeps_the_sum_of_each_colour():
+    weight1 = fold(trained_model())[0].weight.detach()
+    rounded = round_to_bf16(weight1)
+    assert torch.equal(rounded.bfloat16().float(), rounded)
+    assert (rounded - weight1).abs().max() < 0.01 * weight1.abs().max()
+    plain, kept = ((x - weight1).view(-1, 49, 3).sum(1).abs().max() for x in (weight1.bfloat16().float(), rounded))
+    assert kept < plain / 10
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("height", [1, 5])
+def test_bf16_is_right_for_narrow_images(height, width):
+    """As the left part of a wider image is, and fp32. On AMX, oneDNN returns garbage for output one column wide."""
+    wide = noise(2, 3, height + 2 * HALO_LR, 30).float()
+    narrow = wide[..., : width + 2 * HALO_LR]
+    for upscale in (FoldedBf16(trained_model()), Folded(trained_model(), torch.bfloat16)):
+        assert (upscale(narrow) - upscale(wide)[..., : 3 * width]).abs().max() <= 1
+    leaves = to_tensor(dead_leaves("test", 1, 60)["leaves1"])[None, :, :height, :width]
+    for lr in (noise(2, 3, height, width), leaves):
+        assert differences(Folded(trained_model(), torch.bfloat16), lr).max() <= 4
+    assert differences(FoldedBf16(trained_model()), leaves).max() <= 1
+
+
+@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+def test_the_shipped_checkpoint_keeps_plain_colours(network):
+    """All of a grid over the cube of colours, most of which no photo for training shows."""
+    colours = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
+    sr = network(trained_model())(colours.expand(-1, -1, 9, 9))
+    assert torch.equal(sr.clamp(0, 255).round(), colours.expand_as(sr).float())
+
+
+def text_and_lines():
+    """Gray images: nine lines of text, at 9, 13 and 18 pixels in three pairs of ink and paper, and three drawings."""
+    for ink, paper in ((0, 255), (255, 0), (40, 200)):
+        for size in (9, 13, 18):
+            image = Image.new("L", (160, 96), paper)
+            text = "The quick brown fox\njumps over 13 lazy dogs:\nMWmw illi {*&%} 0.5"
+            ImageDraw.Draw(image).multiline_text((3, 2), text, ink, ImageFont.load_default(size))
+            yield "text", image
+        image = Image.new("L", (160, 96), paper)
+        draw = ImageDraw.Draw(image)
+        for i in range(12):
+            draw.line((5 + 12 * i, 5, 155 - 9 * i, 50), ink, 1 + i % 3)
+            draw.ellipse((4 + 12 * i, 55, 9 + 14 * i, 91 - 2 * i), outline=ink)
+        yield "lines", image
+
+
+@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+def test_the_shipped_checkpoint_keeps_text_and_lines_gray(network):
+    """Few gray levels between the channels, at most and at the 99.9th percentile.
+
+    Without the gray loss: 50 and 29 for text, 80 and 58 for lines.
+    """
+    upscale, spreads = network(trained_model()), {"text": [], "lines": []}
+    for kind, image in text_and_lines():
+        sr = upscale(with_context(to_tensor(image.convert("RGB"))[None])).clamp(0, 255).round()
+        spreads[kind].append((sr.amax(1) - sr.amin(1)).flatten())
+    for kind, (most, percentile) in {"text": (5, 2), "lines": (8, 2)}.items():
+        spread = torch.cat(spreads[kind])
+        assert spread.max() <= most, kind
+        assert spread.quantile(0.999) <= percentile, kind

@@ -1,0 +1,171 @@
+"""Images of every mode through the network: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, expected, random_image, random_model, run_python, trained_model
+from PIL import Image
+
+import data
+from imaging.images import bicubic, to_image, to_tensor
+from imaging.metrics import psnr_y
+from upscaling.fast_srcnn import FoldedBf16
+from upscaling.upscaler import Upscaler
+
+LUMA = [0.299, 0.587, 0.114]
+NOISE = 0.02  # of weights, with which most of the output is in [0, 1]
+
+
+def patchy_image(mode, size):
+    """Any value anywhere, and transparent in about half of the blocks of 8x8 pixels."""
+    image, rng = random_image(mode, size), np.random.default_rng(0)
+    blocks = rng.integers(0, 2, [n // 8 + 1 for n in size[::-1]]).repeat(8, 0).repeat(8, 1)
+    alpha = rng.integers(1, 256, size[::-1]) * blocks[: size[1], : size[0]]
+    image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 1), (5, 5), (2, 17), (33, 29)], ids=str)
+@pytest.mark.parametrize("tile", [2, 7, 16, 64])
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_tiles_leave_no_seam(mode, size, tile):
+    """In any tiles the output is that of the whole image in float64, rounded once."""
+    model, lr = random_model(sum(size), NOISE), random_image(mode, size)
+    unit = 257 if mode == "I;16" else 1
+    values = np.array(lr, dtype=float) / unit
+    colour = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
+    whole = (model(colour[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    assert (whole > 0).mean() > 0.3  # so it is not equal for being black
+    whole = unit * (whole if mode == "RGB" else whole @ LUMA)
+    sr = Upscaler(model.float(), tile=tile)(lr)
+    assert (sr.mode, sr.size) == (mode, (3 * size[0], 3 * size[1]))
+    assert abs(np.asarray(sr) - whole).max() < 0.5 + 1e-3 * unit
+
+
+@pytest.mark.parametrize("tile", [4, 11, 30])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_tiles_leave_no_seam_where_parts_are_transparent(mode, tile):
+    model, lr = random_model(0, NOISE).float(), patchy_image(mode, (40, 33))
+    sr, whole = (np.asarray(Upscaler(model, tile=side)(lr)) for side in (tile, 40))
+    visible = whole[..., -1:] > 0
+    assert 0.1 < visible.mean() < 0.9
+    assert_same(visible * sr, visible * whole)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("FIND was unable to find an engine")]
+)
+def test_too_little_memory_on_the_gpu_halves_the_tile(pictures, error):
+    lr, _, model = pictures
+    upscale, sides, largest = Upscaler(model, tile=20), [], 9
+    network = upscale.network
+
+    def small_gpu(lr):
+        sides.append(lr.shape[3] - 8)
+        if sides[-1] > largest:
+            raise error
+        return network(lr)
+
+    upscale.network = small_gpu
+    for _ in range(2):  # the second image begins with the tile that was found
+        assert_same(upscale(lr), expected(model, lr))
+    assert sides == [20, 10, *[5] * 72]
+    largest = 0
+    with pytest.raises(type(error), match=str(error)):
+        upscale(lr)
+    upscale.tile, error = 20, RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):  # other errors are not tried again
+        upscale(lr)
+    assert sides[74:] == [5, 2, 1, 20]
+
+
+def test_memory_does_not_grow_with_the_image():
+    """Beyond input and output, 4 bytes a pixel of Pillow's; the features of the whole would take 0.8 GB."""
+    code = """if True:
+        import resource
+        from PIL import Image
+        from model import SRCNN
+        from upscaling.upscaler import Upscaler
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        upscale = Upscaler(SRCNN())
+        upscale(Image.new("RGBA", (200, 200)))
+        small = peak()
+        upscale(Image.new("RGBA", (600, 600)))
+        print(peak() - small)"""
+    assert float(run_python(code)) < 10 * 4 * 600 * 600 / 2**20 + 30
+
+
+def cut_out(lr, hard=False):
+    """A disc in which the picture is opaque, with a soft edge or a hard one; around it all is black and transparent."""
+    y, x = np.mgrid[:30, :30] - 14.5
+    alpha = Image.fromarray(np.uint8((12 - np.hypot(x, y)).clip(0, 2) * 127.5))
+    if hard:
+        alpha = alpha.point(lambda a: 255 * (a > 100))
+    image = Image.new("RGB", lr.size)
+    image.paste(lr, mask=alpha.point(lambda a: 255 * (a > 0)))
+    return image, alpha
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_upscaled_by_bicubic_and_changes_nothing_inside(pictures, mode):
+    image, alpha = cut_out(pictures[0])
+    lr = image.convert(mode.removesuffix("A"))
+    lr.putalpha(alpha)
+    sr = Upscaler(pictures[2])(lr)
+    assert sr.mode == mode
+    assert np.array_equal(sr.getchannel("A"), bicubic(alpha, (90, 90)))
+    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, which has other neighbours
+    assert inside.sum() > 30
+    plain = expected(pictures[2], lr.convert("RGB"))[2::5, 2::5]
+    plain = plain if mode == "RGBA" else plain @ LUMA
+    difference = np.asarray(sr)[2::5, 2::5, :-1].squeeze() - plain
+    assert abs(difference[inside]).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (210, 120, 40)), ("LA", (210, 210, 210))])
+def test_there_is_no_fringe_around_what_is_visible(pictures, mode, colour):
+    """What is transparent is black in the file, what is visible has one colour: so it must be in the output."""
+    image, alpha = cut_out(Image.new("RGB", (30, 30), colour), hard=True)
+    lr = image.convert(mode)
+    lr.putalpha(alpha)
+    pixels = np.asarray(Upscaler(pictures[2])(lr)).astype(int)
+    flat = expected(pictures[2], Image.new("RGB", (9, 9), colour))[12, 12]
+    visible = pixels[pixels[..., -1] > 0][:, :-1]
+    assert 0 < len(visible) < 90 * 90
+    assert abs(visible - (flat if mode == "RGBA" else flat @ LUMA)).max() <= 0.51
+
+
+@pytest.mark.parametrize("tile", [None, 7])
+def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(pictures, tile):
+    lr, model, outputs = pictures[0], random_model(0, NOISE).float(), []
+    for turns, flipped in product(range(4), ((), (3,))):
+        sr = model(to_tensor(lr)[None].rot90(turns, (2, 3)).flip(flipped) / 255)
+        outputs.append(255 * sr.flip(flipped).rot90(-turns, (2, 3))[0].permute(1, 2, 0))
+    mean = torch.stack(outputs).mean(0)
+    assert_same(Upscaler(model, tile=tile, self_ensemble=True)(lr), mean.clamp(0, 255))
+    assert (outputs[0] - mean).abs().max() > 1
+
+
+def test_bf16_is_computed_in_bf16_except_for_16_bits(pictures):
+    lr, _, model = pictures
+    upscale = Upscaler(model, torch.bfloat16)
+    context = torch.from_numpy(np.pad(np.array(lr), ((4, 4), (4, 4), (0, 0)), mode="edge")).permute(2, 0, 1)
+    with torch.inference_mode():
+        bf16 = FoldedBf16(model)(context[None])[0].clamp(0, 255).round().byte()
+    assert np.array_equal(upscale(lr), to_image(bf16))
+    assert not np.array_equal(upscale(lr), Upscaler(model)(lr))
+    deep = random_image("I;16", (30, 30))
+    assert np.array_equal(upscale(deep), Upscaler(model)(deep))
+
+
+def test_bf16_costs_no_quality(real_data):
+    model, images = trained_model(), data.TestSet(data.load_images(real_data / "Set5", "test")).images.values()
+    fp32, bf16 = ([Upscaler(model, dtype)(image.lr) for image in images] for dtype in (torch.float32, torch.bfloat16))
+    fp32_psnr, bf16_psnr = (
+        np.mean([psnr_y(to_tensor(a), b.hr) for a, b in zip(srs, images, strict=True)]) for srs in (fp32, bf16)
+    )
+    assert abs(fp32_psnr - bf16_psnr) < 0.005
+    far = [abs(np.subtract(a, b, dtype=int)).max(2) > 1 for a, b in zip(fp32, bf16, strict=True)]
+    assert sum(map(np.sum, far)) <= 1e-4 * sum(map(np.size, far))

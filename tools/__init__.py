@@ -1,0 +1,1 @@
+"""Programs beside the assignment's: `python -m tools.hand_in` and `python -m tools.bench`."""

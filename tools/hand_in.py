@@ -1,0 +1,55 @@
+"""Pack what the assignment asks for: <id>_<lastname>_<firstname>.zip with the programs and a checkpoint."""
+
+import re
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+from info import Info, info
+from training.checkpoints import is_filled_in, load_checkpoint
+from utils import ArgumentParser, CommandError, atomic_write, path, run_command, warn
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ("train.py", "super_resolve.py", "model.py", "data.py", "utils.py", "info.py")
+FOLDERS = ("imaging", "training", "upscaling")
+SIGNED = ("train.py", "model.py", "info.py")  # they begin with the declaration
+
+
+def archive_name(who: Info) -> str:
+    """The archive's name for a name like "Tai Man Chan" or "Chan, Tai Man"."""
+    last, comma, first = who.name.partition(",")
+    if not comma:
+        first, _, last = who.name.strip().rpartition(" ")
+    parts = (re.sub(r"\W+", "-", str(part)).strip("-") for part in (who.id, last, first))
+    return "_".join(part for part in parts if part) + ".zip"
+
+
+def program_files() -> list[str]:
+    """The six files of the assignment and the folders that they import from, as paths in the project."""
+    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
+    return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.hand_in", description=__doc__, examples="  python -m tools.hand_in")
+    text = "to hand in as checkpoint.pth (default: %(default)s)"
+    parser.add_argument("--checkpoint", type=path, default=Path("checkpoint.pth"), help=text)
+    args = parser.parse_args()
+    if not is_filled_in(info):
+        raise CommandError("info.py is not filled in; enter your name, id and email, then train")
+    checkpoint = load_checkpoint(args.checkpoint)
+    if checkpoint.info != Info(**{key: str(value) for key, value in asdict(info).items()}):
+        warn(f"{args.checkpoint} was saved with another info.py (name: {checkpoint.info.name}); train with yours")
+    for name in SIGNED:
+        if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
+            warn(f"the head of {name} is not filled in")
+    target, files = Path(archive_name(info)), program_files()
+    with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in files:
+            archive.write(ROOT / name, name)
+        archive.write(args.checkpoint, "checkpoint.pth")
+    print(f"{target}: checkpoint.pth, {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

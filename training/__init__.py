@@ -1,0 +1,1 @@
+"""Training SRCNN: the recipe, patches, optimizer, checkpoints and logs."""

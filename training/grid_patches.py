@@ -1,0 +1,99 @@
+"""Patches as the assignment cuts them: what its recipe trains on, and what its test measures."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data import Batch, ImageSet
+from imaging.images import bicubic, to_tensor
+from imaging.metrics import Psnr, Row
+from model import SCALE, SRCNN
+from utils import CommandError
+
+SIZE = 33  # of a patch, in HR pixels
+STRIDE = 14  # from one patch to the next
+
+
+class GridPatches:
+    """All patches on a grid over the training images, from which batches are drawn without replacement.
+
+    Parameters
+    ----------
+    image_set : the HR images
+    patch_size : side of the patches in HR pixels, a multiple of 3
+    device : where the pixels are kept
+    """
+
+    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
+        self.name, self.count = image_set.name, len(image_set.images)
+        self.patch_size, self.device = patch_size, device
+        self.lr, self.hr = (patches.to(device) for patches in cut_patches(image_set, patch_size))
+        self.pixels = len(self.hr) * patch_size**2
+
+    def steps(self, batch_size: int) -> int:
+        """The batches of an epoch; the last one may be smaller."""
+        return math.ceil(len(self.hr) / batch_size)
+
+    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """As of :meth:`patches.RandomPatches.batches`, but lr has no context: (N, 3, size / 3, size / 3)."""
+        order = torch.randperm(len(self.hr), generator=generator).to(self.device)
+        for batch in order.split(batch_size)[:steps]:
+            yield Batch(self.lr[batch], self.hr[batch], torch.ones(len(batch), device=self.device))
+
+
+def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Cut patches out of images, each made smaller by itself.
+
+    Returns
+    -------
+    lr : uint8 Tensor of shape (N, 3, size / 3, size / 3)
+    hr : uint8 Tensor of shape (N, 3, size, size)
+
+    Raises
+    ------
+    CommandError if no image is large enough
+    """
+    hr = [patch for image in image_set.images.values() for patch in grid(image.convert("RGB"), size)]
+    if not hr:
+        raise CommandError(f"{image_set.name}: no image holds a patch of {size}x{size}, which takes {2 * size} pixels")
+    lr = [to_tensor(bicubic(patch, (size // SCALE, size // SCALE))) for patch in hr]
+    return torch.stack(lr), torch.stack([to_tensor(patch) for patch in hr])
+
+
+def grid(image: Image.Image, size: int) -> Iterator[Image.Image]:
+    """Patches column by column. As in the course's code, none begins in the last ``size`` rows or columns."""
+    width, height = (side // size * size for side in image.size)
+    for left, top in product(range(0, width - size, STRIDE), range(0, height - size, STRIDE)):
+        yield image.crop((left, top, left + size, top + size))
+
+
+# ------------------------------------------------------------------------ the course's test
+
+
+@torch.inference_mode()
+def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Row:
+    """PSNR over RGB as the course's test measures it; on luma it measures nothing (NaN).
+
+    It is the mean over batches of the PSNR of a batch's mean squared error. The output is neither clamped
+    nor rounded. Bicubic interpolation is torch's, with Pillow's kernel.
+    """
+    device = model.conv1.weight.device
+    lr, hr = (patches.to(device).float() / 255 for patches in cut_patches(image_set))
+
+    def mean_over_batches(upscale: Callable[[Tensor], Tensor]) -> Psnr:
+        batches = zip(lr.split(batch_size), hr.split(batch_size), strict=True)
+        errors = [F.mse_loss(upscale(x), y).item() for x, y in batches]
+        values = [10 * math.log10(1 / error) if error else math.inf for error in errors]
+        return Psnr(math.nan, sum(values) / len(values))
+
+    return Row(mean_over_batches(upscale_patches), mean_over_batches(model))
+
+
+def upscale_patches(lr: Tensor) -> Tensor:
+    """Bicubic interpolation by 3 of whole patches, whose edges have no context."""
+    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True)

@@ -1,0 +1,85 @@
+"""What a checkpoint holds, as text and as JSON."""
+
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from imaging.dead_leaves import caution
+from imaging.metrics import Report, Row, table
+from training.checkpoints import Checkpoint, TrainingState, is_filled_in
+from training.options import Args, Options
+from utils import printable
+
+
+def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
+    """What a checkpoint holds, and a report of its network, as text."""
+    state, args = checkpoint.training, checkpoint.args
+    who = ", ".join(f"{key}: {value}" for key, value in asdict(checkpoint.info).items() if value)
+    lines = [
+        f"{path}: SRCNN 9-1-5, {number_of_parameters(checkpoint):,} parameters",
+        f"epoch       {checkpoint.epoch} of {args.get('num_epoch', 'an unknown number')}",
+    ]
+    if state:
+        lines += [f"best        {state.best:.3f} dB Y, after epoch {state.best_epoch}"]
+        lines += [f"trained on  {state.train_set}, in {state.precision}{caution(state.train_set)}"]
+        lines += [f"optimizer   Adam, {number_of_steps(state):,} steps"]
+    else:
+        lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
+    lines += [f"info        {who}{'' if is_filled_in(checkpoint.info) else '  (not filled in)'}"] if who else []
+    lines += [f"saved       {checkpoint.saved_at}, torch {checkpoint.torch_version}"] if checkpoint.saved_at else []
+    lines += ["options", *(f"  {name:11}{value}" for name, value in args.items())]
+    if state:
+        for (epoch, before), (_, after) in pairwise([*state.history, (checkpoint.epoch, args)]):
+            lines += [f"resumed     after epoch {epoch}{changes(before, after or {})}"]
+    text = "\n".join(map(printable, lines))
+    return f"{text}\n\n{table(report)}" if report else text
+
+
+def changes(before: Args | None, after: Args) -> str:
+    """What changed at a resume, such as ", changed: num_epoch 4000 -> 8000"."""
+    if before is None:
+        return " of a run by another program"
+    old, new = (Options.from_args(args).to_args() for args in (before, before | after))
+    changed = [f"{name} {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
+    return f", changed: {', '.join(changed)}" if changed else ""
+
+
+def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
+    """The same without the tensors as JSON, which has no infinity and no NaN."""
+    facts: dict[str, Any] = {
+        "epoch": checkpoint.epoch,
+        "psnr": checkpoint.psnr,
+        "args": checkpoint.args,
+        "info": asdict(checkpoint.info),
+        "torch": checkpoint.torch_version,
+        "time": checkpoint.saved_at,
+        "parameters": number_of_parameters(checkpoint),
+    }
+    if state := checkpoint.training:
+        names = ("precision", "best", "best_epoch", "train_set", "run", "history")
+        facts |= {name: getattr(state, name) for name in names}
+        facts["optimizer_steps"] = number_of_steps(state)
+    facts["report"] = report.to_dict() if report else None
+    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
+
+
+def describe_course(row: Row, set_name: str, batch_size: int) -> str:
+    """The figures of :func:`course.course_psnr` as text."""
+    patches = f"patches of {printable(set_name)} in batches of {batch_size}"
+    figures = f"bicubic {row.bicubic.rgb:.3f} dB, SRCNN {row.srcnn.rgb:.3f} dB"
+    return f"PSNR over RGB as the course's test measures it, on {patches}:\n{figures}"
+
+
+def course_to_json(row: Row, set_name: str, batch_size: int) -> str:
+    facts = {"protocol": "course", "set": set_name, "batch_size": batch_size}
+    return json.dumps(facts | {"bicubic_rgb": row.bicubic.rgb, "psnr_rgb": row.srcnn.rgb}, indent=2)
+
+
+def number_of_parameters(checkpoint: Checkpoint) -> int:
+    return sum(tensor.numel() for tensor in checkpoint.model.values())
+
+
+def number_of_steps(state: TrainingState) -> int:
+    return max((int(moments["step"]) for moments in state.optimizer["state"].values()), default=0)

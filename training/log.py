@@ -1,0 +1,108 @@
+"""TensorBoard's log of a training run."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from data import TestSet
+from imaging.images import to_tensor
+from imaging.metrics import Report
+from model import SRCNN
+from training.options import Options
+from upscaling.upscaler import Upscaler
+from utils import warn
+
+
+class Log:
+    """TensorBoard's log of a run. If it cannot be written, training continues without it after one warning.
+
+    Parameters
+    ----------
+    folder : for the events; None to log nothing
+    epoch : later events are discarded, left by a run that had gone further
+    options : shown as text, and to compare runs by
+    """
+
+    def __init__(self, folder: Path | None, epoch: int, options: Options) -> None:
+        self.writer, self.args = None, options.to_args()
+        # TensorBoard writes in a thread. What fails there is raised here at the next call.
+        self.hook, threading.excepthook = threading.excepthook, lambda _: None
+        if not folder:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        with self.errors_as_warning():
+            self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+            rows = "".join(f"| {name} | {value} |\n" for name, value in self.args.items())
+            self.writer.add_text("arguments", f"| option | value |\n| --- | --- |\n{rows}", epoch)
+
+    @contextlib.contextmanager
+    def errors_as_warning(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            warn(f"TensorBoard's log cannot be written: {error}")
+
+    def write(self, epoch: int, report: Report, loss: float, learning_rate: float) -> None:
+        if not self.writer:
+            return
+        values = {
+            "train/loss": loss,
+            "train/learning_rate": learning_rate,
+            f"{report.set}/psnr_y": report.mean.srcnn.y,
+            f"{report.set}/psnr_rgb": report.mean.srcnn.rgb,
+        }
+        for name, row in report.images.items():
+            values[f"{report.set}_psnr_y/{name}"] = row.srcnn.y
+            values[f"{report.set}_psnr_rgb/{name}"] = row.srcnn.rgb
+        with self.errors_as_warning():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+
+    def write_pictures(self, epoch: int, model: SRCNN, test_set: TestSet) -> None:
+        """For each test image bicubic, SRCNN and ground truth side by side; and the filters of the first layer."""
+        if not self.writer:
+            return
+        from torchvision.utils import make_grid  # slow to import
+
+        upscale, sheets = Upscaler(model), {}
+        for name, image in test_set.images.items():
+            panels = [image.bicubic, to_tensor(upscale(image.lr)), image.hr]
+            sheets[f"{test_set.name}/{name}: bicubic, SRCNN, ground truth"] = make_grid(panels)
+        sheets["conv1/its 64 filters"] = filters(model)
+        with self.errors_as_warning():
+            for name, sheet in sheets.items():
+                self.writer.add_image(name, sheet, epoch)
+            self.writer.flush()
+
+    def write_result(self, epoch: int, report: Report) -> None:
+        """The last report of a run that is done, to compare runs by.
+
+        It goes to a folder of its own, since TensorBoard would show a resumed run by the options of its first end.
+        """
+        if self.writer:
+            final = {"final/psnr_y": report.mean.srcnn.y, "final/psnr_rgb": report.mean.srcnn.rgb}
+            with self.errors_as_warning():
+                self.writer.add_hparams(self.args, final, run_name=f"end-{epoch}")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer:
+            with self.errors_as_warning():
+                self.writer.close()
+        threading.excepthook = self.hook
+
+
+def filters(model: SRCNN) -> Tensor:
+    """The filters of the first layer, magnified, each from its least value to its greatest."""
+    from torchvision.utils import make_grid
+
+    weights = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return make_grid(weights, nrow=16, normalize=True, scale_each=True, pad_value=1)

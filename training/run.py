@@ -1,0 +1,146 @@
+"""A training run: its state, made new or restored from a checkpoint, and its output folder."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from imaging.metrics import Report
+from model import SRCNN
+from training.checkpoints import Checkpoint, Stage, TrainingState, load_checkpoint, save_checkpoint
+from training.optimizer import Adam
+from training.options import Options
+from training.recipe import RECIPES, Patches
+from upscaling.device import dtype_name
+from upscaling.distributed import rank_and_world_size
+from utils import CommandError, locked, make_folder, sweep
+
+
+@dataclass
+class Run:
+    options: Options
+    dtype: torch.dtype
+    train_set: str  # its name
+    model: SRCNN
+    optimizer: Adam
+    generator: torch.Generator  # draws the patches
+    id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    epoch: int = 0  # epochs finished
+    report: Report = field(default_factory=lambda: Report("", {}))  # after that epoch; see start
+    best: float = -math.inf  # highest PSNR on luma, in dB
+    best_epoch: int = 0
+    history: list[Stage] = field(default_factory=list)
+
+    def start(self, report: Report) -> None:
+        """Take the first report. The best PSNR so far counts only on the same test set."""
+        if self.report.fingerprint() != report.fingerprint():
+            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+        self.report = report
+
+    def finish_epoch(self, report: Report) -> None:
+        self.epoch += 1
+        self.report = report
+        if report.mean.srcnn.y > self.best:
+            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+
+    def is_milestone(self) -> bool:
+        """Whether this epoch gets a numbered checkpoint."""
+        return self.epoch % self.options.save_freq == 0 or self.epoch == self.options.num_epoch
+
+    def checkpoint(self) -> Checkpoint:
+        state = TrainingState(
+            optimizer=self.optimizer.state_dict(),
+            random_state=self.generator.get_state(),
+            precision=dtype_name(self.dtype),
+            report=self.report,
+            best=self.best,
+            best_epoch=self.best_epoch,
+            train_set=self.train_set,
+            run=self.id,
+            history=self.history,
+        )
+        model = self.model.state_dict()
+        return Checkpoint(model, self.epoch, self.report.mean.srcnn.y, self.options.to_args(), state)
+
+    def save(self, output: Path) -> None:
+        """Write checkpoint.last; checkpoint.best after the best epoch; checkpoint.<epoch> every save_freq epochs."""
+        names = ["best"] if self.epoch == self.best_epoch else []
+        if self.is_milestone():
+            names.append(str(self.epoch))
+        save_checkpoint(self.checkpoint(), *(output / f"checkpoint.{name}" for name in [*names, "last"]))
+
+
+# ------------------------------------------------------------------------- new or restored
+
+
+def new_run(options: Options, patches: Patches, dtype: torch.dtype) -> Run:
+    """A run with initial weights drawn by the seed."""
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = RECIPES[options.recipe]
+    optimizer = recipe.optimizer(model, patches, generator)
+    recipe.initialize(model, optimizer)
+    return Run(options, dtype, patches.name, model, optimizer, generator)
+
+
+def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dtype: torch.dtype) -> Run:
+    """A run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
+    run = new_run(options, patches, dtype)
+    run.epoch = checkpoint.epoch
+    run.model.load_state_dict(checkpoint.model)
+    state = checkpoint.training
+    if not state:
+        run.history.append((checkpoint.epoch, None))
+        return run
+    run.optimizer.load_state_dict(state.optimizer)
+    run.generator.set_state(state.random_state)
+    run.id, run.report, run.best, run.best_epoch = state.run, state.report, state.best, state.best_epoch
+    run.history = list(state.history)
+    if Options.from_args(checkpoint.args) != options:
+        run.history.append((checkpoint.epoch, checkpoint.args))
+    return run
+
+
+# --------------------------------------------------------------------------- output folder
+
+
+@contextlib.contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all.
+
+    On Windows nothing is locked.
+    """
+    if rank_and_world_size()[0]:
+        yield
+        return
+    make_folder(output)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output))
+        except BlockingIOError as error:
+            raise CommandError(f"another run is writing to {output}; use another --output") from error
+        sweep(output)
+        yield
+
+
+def keep_other_checkpoints(output: Path, run: Run) -> None:
+    """Rename a checkpoint.best or checkpoint.last that this run would replace without having continued it."""
+    for name, epoch in (("best", run.best_epoch), ("last", run.epoch)):
+        path = output / f"checkpoint.{name}"
+        if not path.exists():
+            continue
+        with contextlib.suppress(CommandError):  # a file that is no checkpoint is kept, too
+            other = load_checkpoint(path)
+            if other.training and (other.training.run, other.epoch) == (run.id, epoch):
+                continue
+        number = 1
+        while (kept := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        os.replace(path, kept)
+        print(f"{path} of another run, or of a later epoch, is kept as {kept}")

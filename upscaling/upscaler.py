@@ -1,0 +1,159 @@
+"""Images of any mode through the network, tile by tile."""
+
+from collections.abc import Callable
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from imaging.images import bicubic
+from model import HALO_LR, SCALE, SRCNN, crop
+from upscaling.fast_srcnn import Folded, FoldedBf16
+from utils import is_out_of_memory
+
+# Side of a tile in LR pixels. On a CPU its features, 5 or 11 MB, are about what the caches hold.
+TILE = {"cpu": 66, "cuda": 256}
+# Alpha, upscaled by bicubic interpolation, reaches 2 LR pixels beyond what is visible, and the network looks 4 further.
+FILL = 6
+
+
+class Upscaler:
+    """Upscale images by 3. Memory for the network's features does not grow with the image.
+
+    Parameters
+    ----------
+    model : SRCNN, on the device to compute on
+    dtype : torch.float32 or torch.bfloat16; gray images of 16 bits are computed in float32 all the same
+    tile : side of a tile in LR pixels; TILE of the device by default. It is halved whenever memory runs out.
+    self_ensemble : take the mean over the eight flips and rotations, at eight times the cost
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: SRCNN,
+        dtype: torch.dtype = torch.float32,
+        tile: int | None = None,
+        self_ensemble: bool = False,
+    ) -> None:
+        self.device = model.conv1.weight.device
+        self.tile = tile or TILE[self.device.type]
+        self.self_ensemble = self_ensemble
+        self.model, self.dtype = model, dtype
+        self.network = FoldedBf16(model) if dtype == torch.bfloat16 else Folded(model)
+
+    @cached_property
+    def exact(self) -> Folded:
+        """The network in float32, for images of 16 bits."""
+        return Folded(self.model)
+
+    def __call__(self, lr: Image.Image, label: str = "") -> Image.Image:
+        """Upscale an image.
+
+        Parameters
+        ----------
+        lr : of mode L, LA, RGB, RGBA or I;16
+        label : of the progress bar
+
+        Returns
+        -------
+        Image of the same mode, three times as wide and high. Alpha is upscaled by bicubic interpolation.
+        """
+        while True:
+            try:
+                return self.upscale(lr, label)
+            except RuntimeError as error:
+                if self.tile == 1 or not is_out_of_memory(error):
+                    raise
+                self.tile //= 2
+                torch.cuda.empty_cache()  # cuDNN and cuBLAS also take memory that PyTorch does not manage
+
+    @torch.inference_mode()
+    def upscale(self, lr: Image.Image, label: str) -> Image.Image:
+        sr = Image.new(lr.mode, (SCALE * lr.width, SCALE * lr.height))
+        pixels = to_array(lr)  # (h, w, C)
+        context = HALO_LR + (FILL if has_alpha(lr.mode) else 0)
+        corners = list(product(range(0, lr.height, self.tile), range(0, lr.width, self.tile)))
+        for top, left in tqdm(
+            corners, label, leave=False, disable=None if label and len(corners) > 1 else True, unit="tile"
+        ):
+            rows, columns = (
+                torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
+                for start, size in ((top, lr.height), (left, lr.width))
+            )  # clamped, so that the image's edges are continued by replication
+            tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
+            sr.paste(self.upscale_tile(tile, lr.mode), (SCALE * left, SCALE * top))
+        if has_alpha(lr.mode):
+            sr.putalpha(bicubic(lr.getchannel("A"), sr.size))
+        return sr
+
+    def upscale_tile(self, tile: Tensor, mode: str) -> Image.Image:
+        """A tile with its context to an image without alpha."""
+        if has_alpha(mode):
+            tile = crop(unbleed(tile[:, :-1], tile[:, -1:]), FILL)
+        channels = tile.shape[1]
+        lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 8, w + 8)
+        network = self.exact if mode == "I;16" else self.network
+        sr = (eightfold(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
+        values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (3h, 3w, 3) or (3h, 3w)
+        if mode == "I;16":
+            return Image.fromarray((257 * values).round_().to(torch.uint16).cpu().numpy())
+        return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
+
+
+def has_alpha(mode: str) -> bool:
+    return mode in ("LA", "RGBA")
+
+
+def to_array(image: Image.Image) -> Tensor:
+    """The pixels of an image, (h, w, C), with values from 0 to 255: uint8, or float32 for 16 bits."""
+    array = np.atleast_3d(np.array(image))
+    return torch.from_numpy(np.float32(array) / 257 if image.mode == "I;16" else array)
+
+
+def eightfold(network: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
+    """The self-ensemble: the mean of the outputs for the eight flips and rotations of the input, each turned back.
+
+    Timofte et al., "Seven ways to improve example-based single image super resolution", CVPR 2016.
+    """
+    outputs = []
+    for turns in range(4):
+        x = lr.rot90(turns, (2, 3))
+        outputs.append((network(x) + network(x.flip(3)).flip(3)).rot90(-turns, (2, 3)))
+    return torch.stack(outputs).sum(0) / 8
+
+
+def luma(rgb: Tensor) -> Tensor:
+    """(3, h, w) to (h, w), by ITU-R BT.601 as Pillow converts to gray."""
+    red, green, blue = rgb
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def unbleed(colour: Tensor, alpha: Tensor) -> Tensor:
+    """Give transparent pixels, up to FILL of them, the mean colour of the visible pixels beside them.
+
+    Files have any colour there, often black, which the network would turn into a fringe.
+
+    Parameters
+    ----------
+    colour : uint8 Tensor of shape (1, C, h, w)
+    alpha : uint8 Tensor of shape (1, 1, h, w)
+
+    Returns
+    -------
+    uint8 Tensor of shape (1, C, h, w)
+    """
+    if alpha.all():
+        return colour
+    weight = alpha.double() / 255
+    total = colour * weight
+    for _ in range(FILL):
+        known = weight > 0
+        total, weight = (torch.where(known, x, F.avg_pool2d(x, 3, 1, padding=1)) for x in (total, weight))
+    filled = (total / weight).round().nan_to_num(0).to(torch.uint8)  # 0 / 0 where nothing visible is near
+    return torch.where(alpha > 0, colour, filled)
