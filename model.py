@@ -78,19 +78,19 @@ class SRCNN(nn.Module):
         x = F.relu(self.conv2(x))  # (N, 32, H, W)
         return self.conv3(x)  # (N, 3, H, W)
 
-    def dc_response(self, colours: Tensor) -> Tensor:
-        """Output on areas of one colour, where a convolution is the sum of its weights.
+    def dc_response(self, colors: Tensor) -> Tensor:
+        """Output on areas of one color, where a convolution is the sum of its weights.
 
         Parameters
         ----------
-        colours : Tensor of shape (N, 3), values in [0, 1]
+        colors : Tensor of shape (N, 3), values in [0, 1]
 
         Returns
         -------
         Tensor of shape (N, 3), nominally in [0, 1], not clamped
         """
         weight1, weight2, weight3 = (conv.weight.sum((2, 3)) for conv in (self.conv1, self.conv2, self.conv3))
-        x = F.relu(F.linear(colours, weight1, self.conv1.bias))  # (N, 64)
+        x = F.relu(F.linear(colors, weight1, self.conv1.bias))  # (N, 64)
         x = F.relu(F.linear(x, weight2, self.conv2.bias))  # (N, 32)
         return F.linear(x, weight3, self.conv3.bias)  # (N, 3)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from scene import draw_scene
 
 from data import degrade
-from imaging.comparison import labelled_panels, side_by_side
+from imaging.comparison import labeled_panels, side_by_side
 from super_resolve import load_upscaler, upscale
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def comparison(folder: Path) -> tuple[Image.Image, float]:
     lr, hr = degrade(draw_scene())
     lr.save(folder / "lr.bmp")
     hr.save(folder / "hr.png")
-    panels, row = labelled_panels(lr, upscale(lr, load_upscaler(precision="fp32")), hr)
+    panels, row = labeled_panels(lr, upscale(lr, load_upscaler(precision="fp32")), hr)
     picture = side_by_side({label: with_details(image) for label, image in panels.items()})
     return picture, row.srcnn.y - row.bicubic.y
 
@@ -79,9 +79,9 @@ def training_chart() -> Figure:
     for label, level in LEVELS.items():
         axes.axhline(level, color=GRAY, linestyle="--", linewidth=1)
         axes.text(1, level - 0.05, label, color="#555555", ha="right", va="top", transform=axes.get_yaxis_transform())
-    for name, colour in zip(dict.fromkeys(row[0] for row in rows), (GREEN, ORANGE), strict=False):
+    for name, color in zip(dict.fromkeys(row[0] for row in rows), (GREEN, ORANGE), strict=False):
         seconds, values = zip(*[row[1:] for row in rows if row[0] == name], strict=True)
-        axes.plot(seconds, values, color=colour, linewidth=2, label=f"train.py train --num-epoch={name.split()[0]}")
+        axes.plot(seconds, values, color=color, linewidth=2, label=f"train.py train --num-epoch={name.split()[0]}")
     axes.set(ylim=(30, 33), xlim=(0, None))
     axes.legend(loc="center right", frameon=False)
     return figure
@@ -93,13 +93,13 @@ def speed_chart() -> Figure:
     figure, axes = chart("HR megapixels per second", "", height=2.6)
     bars = []
     for job in ("training", "inference, 512 x 512"):
-        for how, colour in (("plain", GRAY), ("fp32", ORANGE), ("bf16", GREEN)):
+        for how, color in (("plain", GRAY), ("fp32", ORANGE), ("bf16", GREEN)):
             row = re.search(rf"^\| {job} \| {how} \| ([\d.]+) \| ([\d.]+) \|", table, re.M)
             assert row, f"docs/speed.md has no row {job}, {how}"
             label = "plain PyTorch" if how == "plain" else how
-            bars.append((f"{job}, {label}", float(row[1]), colour, float(row[2])))
-    for place, (_, speed, colour, ratio) in enumerate(bars):
-        axes.barh(place, speed, color=colour)
+            bars.append((f"{job}, {label}", float(row[1]), color, float(row[2])))
+    for place, (_, speed, color, ratio) in enumerate(bars):
+        axes.barh(place, speed, color=color)
         axes.text(speed, place, f" {speed:.1f}" + (f"  ({ratio:.1f} times as fast)" if ratio > 1 else ""), va="center")
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.invert_yaxis()

@@ -108,8 +108,8 @@ def draw_owl(axes, x, y):
                 lw=0.45,
                 zorder=11,
             )
-        for radius, colour in ((20, INK), (18, GOLD), (16.5, "#f3c649"), (11, INK)):
-            axes.add_patch(Circle((ex, ey), radius, color=colour, zorder=12))
+        for radius, color in ((20, INK), (18, GOLD), (16.5, "#f3c649"), (11, INK)):
+            axes.add_patch(Circle((ex, ey), radius, color=color, zorder=12))
         for angle in np.linspace(0, 2 * np.pi, 48, endpoint=False):
             axes.plot(
                 [ex + 11 * np.cos(angle), ex + 17 * np.cos(angle)],

@@ -21,13 +21,13 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
 
     Images are gray or RGB. All are converted to the mode of the ground truth.
     """
-    panels, row = labelled_panels(lr, sr, hr)
+    panels, row = labeled_panels(lr, sr, hr)
     _, upscaled, sr, hr = panels.values()
     detail = most_different(upscaled, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
     return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), row
 
 
-def labelled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Row]:
+def labeled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Row]:
     """The four images in the size and mode of the ground truth, by their labels; and the PSNR of two of them."""
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3

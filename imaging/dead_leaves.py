@@ -38,19 +38,19 @@ def draw_leaves(rng: np.random.Generator, size: int, shapes: int = 3500, supersa
     u = rng.random(shapes)
     radii = (u / smallest**2 + (1 - u) / largest**2) ** -0.5 * supersampling
     stretch = np.exp(rng.uniform(-1.2, 1.2, shapes))
-    centres = rng.uniform(0, size * supersampling, (shapes, 2))
+    centers = rng.uniform(0, size * supersampling, (shapes, 2))
     gray = rng.uniform(30, 225) + rng.normal(0, 45, (shapes, 1))
-    colours = np.clip(gray + rng.normal(0, 30, 3) + rng.normal(0, 30, (shapes, 3)), 0, 255).astype(np.uint8)
+    colors = np.clip(gray + rng.normal(0, 30, 3) + rng.normal(0, 30, (shapes, 3)), 0, 255).astype(np.uint8)
     corners = rng.choice([3, 4, 5, 6, 32], shapes)
     phases, turns = rng.uniform(0, 2 * math.pi, (2, shapes))
-    canvas = Image.new("RGB", (size * supersampling, size * supersampling), tuple(colours[0].tolist()))
+    canvas = Image.new("RGB", (size * supersampling, size * supersampling), tuple(colors[0].tolist()))
     draw = ImageDraw.Draw(canvas)
     for i in range(shapes):
         angles = phases[i] + np.arange(corners[i]) * (2 * math.pi / corners[i])
         x, y = radii[i] * stretch[i] * np.cos(angles), radii[i] / stretch[i] * np.sin(angles)
         cos, sin = np.cos(turns[i]), np.sin(turns[i])
-        points = centres[i] + np.stack([x * cos - y * sin, x * sin + y * cos], 1)  # (corners, 2)
-        draw.polygon(points.ravel().tolist(), fill=tuple(colours[i].tolist()))
+        points = centers[i] + np.stack([x * cos - y * sin, x * sin + y * cos], 1)  # (corners, 2)
+        draw.polygon(points.ravel().tolist(), fill=tuple(colors[i].tolist()))
     return canvas.reduce(supersampling).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
 
 

@@ -30,7 +30,7 @@ WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, upright. It warns of further frames or pages, and of 16-bit colour, which is read with 8 bits.
+    """Decode an image, upright. It warns of further frames or pages, and of 16-bit color, which is read with 8 bits.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if frames > 1:
         warn(f"{path}: only the first of {frames} frames is read")
     if stored and result.mode != "I;16":
-        warn(f"{path}: its 16 bits are read as 8, the most that Pillow has for colour and transparency")
+        warn(f"{path}: its 16 bits are read as 8, the most that Pillow has for color and transparency")
     return result
 
 

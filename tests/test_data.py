@@ -137,12 +137,12 @@ def test_a_test_set_holds_what_the_protocol_says(photos):
 
 
 def test_gray_images_are_measured_as_gray_and_trained_on_as_rgb():
-    for folder, mode in (("gray", "L"), ("colour", "RGB")):
+    for folder, mode in (("gray", "L"), ("color", "RGB")):
         Path(folder).mkdir()
         random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
-    gray, colour = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "colour"))
-    assert (gray.lr.mode, gray.hr.shape, colour.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
+    gray, color = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "color"))
+    assert (gray.lr.mode, gray.hr.shape, color.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
     assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
-    a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "colour"))
+    a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "color"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)

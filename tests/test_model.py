@@ -19,9 +19,9 @@ def cubic_matrix(n):
     """Bicubic x3 upscaling of n samples, edges replicated, from the formula (Keys, 1981; a = -0.5)."""
     matrix = np.zeros((3 * n, n))
     for i in range(3 * n):
-        centre = (i + 0.5) / 3 - 0.5
-        for k in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            d = abs(centre - k)
+        center = (i + 0.5) / 3 - 0.5
+        for k in range(math.floor(center) - 1, math.floor(center) + 3):
+            d = abs(center - k)
             weight = 1.5 * d**3 - 2.5 * d**2 + 1 if d < 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
             matrix[i, min(max(k, 0), n - 1)] += weight
     return torch.from_numpy(matrix)
@@ -51,10 +51,10 @@ def test_forward_is_bicubic_and_three_convolutions_on_the_continued_image(shape)
     assert torch.allclose(sr, x[..., 3 * far : -3 * far, 3 * far : -3 * far], atol=1e-12, rtol=0)
 
 
-def test_an_area_of_one_colour_becomes_its_dc_response_up_to_the_edge():
-    model, colours = random_model(5), torch.rand(9, 3, dtype=torch.float64)
-    sr = model(colours[:, :, None, None].expand(-1, -1, 5, 9))
-    assert torch.allclose(sr, model.dc_response(colours)[:, :, None, None].expand_as(sr), atol=1e-12, rtol=0)
+def test_an_area_of_one_color_becomes_its_dc_response_up_to_the_edge():
+    model, colors = random_model(5), torch.rand(9, 3, dtype=torch.float64)
+    sr = model(colors[:, :, None, None].expand(-1, -1, 5, 9))
+    assert torch.allclose(sr, model.dc_response(colors)[:, :, None, None].expand_as(sr), atol=1e-12, rtol=0)
 
 
 def test_a_pixel_depends_on_four_lr_pixels_to_each_side_and_on_no_more():

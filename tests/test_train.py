@@ -115,7 +115,7 @@ def test_few_images_and_tiny_ones_will_do(train_small, count, size):
     assert mean["psnr_y"] > mean["bicubic_y"] - 0.2
 
 
-def test_colours_never_seen_stay_what_they_are(train_small):
+def test_colors_never_seen_stay_what_they_are(train_small):
     """After training on gray images alone."""
     Path("gray").mkdir()
     for name, image in dead_leaves("train", 2, 60).items():
@@ -123,8 +123,8 @@ def test_colours_never_seen_stay_what_they_are(train_small):
     assert train_small("--num-epoch=30", "--patch-size=30", "--train-data=gray", "--test-data=gray")[0] == 0
     mean = load("checkpoint.30")["report"]["mean"]
     assert abs(mean["psnr_y"] - mean["bicubic_y"]) > 0.1  # it did learn something
-    colours = torch.cartesian_prod(*[torch.linspace(0, 1, 52)] * 3)
-    assert (trained_model("checkpoint.30").dc_response(colours) - colours).abs().max() < 0.5 / 255
+    colors = torch.cartesian_prod(*[torch.linspace(0, 1, 52)] * 3)
+    assert (trained_model("checkpoint.30").dc_response(colors) - colors).abs().max() < 0.5 / 255
 
 
 def test_memory_does_not_grow_from_epoch_to_epoch(photos, monkeypatch):

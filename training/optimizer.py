@@ -68,7 +68,7 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
 
     P = ``size`` (D + ``floor``)^(-1/2) E^T, where the covariance of the patches is E D E^T. The mean of each
     channel over the 9x9 pixels is subtracted first. P has no such means either, so what conv1 makes of
-    plain colours never changes.
+    plain colors never changes.
 
     Parameters
     ----------

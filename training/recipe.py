@@ -54,18 +54,18 @@ class DefaultRecipe:
         return (batch.weight * squares).mean() / 255**2
 
     def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> Tensor:
-        """What photos do not teach: plain colours stay what they are, and gray stays gray.
+        """What photos do not teach: plain colors stay what they are, and gray stays gray.
 
-        The few training images show few colours and hardly any text, and what the network makes of others
-        would drift: ten times the mean squared error on plain areas of a grid of colours, and a quarter of the
+        The few training images show few colors and hardly any text, and what the network makes of others
+        would drift: ten times the mean squared error on plain areas of a grid of colors, and a quarter of the
         mean squared difference from gray for gray images of high contrast. Every fourth patch of the batch
         gives one; fewer would be too noisy.
         """
-        colours = colour_grid(model.conv1.weight.device)
+        colors = color_grid(model.conv1.weight.device)
         output = network(gray_corners(lr[::4]))
         gray = output.float().clamp(0, 255).mean(1, keepdim=True)
         tint = (leaky_clamp(output) - gray).square().mean() / 255**2
-        return 10 * F.mse_loss(model.dc_response(colours), colours) + tint / 4
+        return 10 * F.mse_loss(model.dc_response(colors), colors) + tint / 4
 
     def learning_rate(self, peak: float, step: float, total: int) -> float:
         return linear_schedule(peak, step, total)
@@ -88,7 +88,7 @@ def rgb_and_luma(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def colour_grid(device: torch.device) -> Tensor:
+def color_grid(device: torch.device) -> Tensor:
     """A grid over the RGB cube, (729, 3)."""
     return torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).to(device)
 

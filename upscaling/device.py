@@ -86,8 +86,8 @@ def resumed_precision(option: str, recorded: str, device: torch.device) -> str:
 
 def bf16_is_accurate(model: SRCNN) -> bool:
     """Whether bf16 changes at most 1 in 10,000 pixels by more than a gray level, on a pattern harder than photos."""
-    colours = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    blocks = to_image(colours.repeat_interleave(6, 1).repeat_interleave(6, 2))
+    colors = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    blocks = to_image(colors.repeat_interleave(6, 1).repeat_interleave(6, 2))
     exact, rounded = (to_tensor(Upscaler(model, dtype)(blocks)).int() for dtype in (torch.float32, torch.bfloat16))
     return ((exact - rounded).abs().amax(0) > 1).double().mean().item() <= 1e-4
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import HALO_LR, SCALE, SRCNN, bicubic_x3
 
-STRIDE = 5  # neighbouring pixels of a row that conv3 computes at once
+STRIDE = 5  # neighboring pixels of a row that conv3 computes at once
 
 
 class Layer(NamedTuple):
@@ -102,7 +102,7 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     -------
     conv1 : (9 * 64, 147, 1, 1), on windows of 7x7 LR pixels with values from 0 to 255
     conv2 : (32, 64, 1, 1)
-    conv3 : (5 * 3, 32, 5, 9), five neighbouring pixels with values from 0 to 255
+    conv3 : (5 * 3, 32, 5, 9), five neighboring pixels with values from 0 to 255
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
     kernel = bicubic_kernel(conv1.weight.device)
@@ -127,7 +127,7 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_bf16(weight1: Tensor) -> Tensor:
-    """Round conv1 of :func:`fold` so that the sum of each colour's 49 weights stays, and with it plain colours.
+    """Round conv1 of :func:`fold` so that the sum of each color's 49 weights stays, and with it plain colors.
 
     What rounding adds to a weight is taken from the next one.
     """
@@ -143,7 +143,7 @@ def bicubic_kernel(device: torch.device) -> Tensor:
     """Bicubic interpolation by 3 as a float64 matrix of shape (3 * 7, 9).
 
     The 9x9 window of each of the 3 HR pixels in an LR pixel is interpolated from that LR pixel and its
-    3 neighbours on each side.
+    3 neighbors on each side.
     """
     with torch.inference_mode(False):  # the cached tensor serves training, too
         impulses = F.pad(torch.eye(7, dtype=torch.float64), (6, 6)).view(7, 1, 19, 1).expand(7, 1, 19, 5)

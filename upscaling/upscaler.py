@@ -134,14 +134,14 @@ def luma(rgb: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def unbleed(colour: Tensor, alpha: Tensor) -> Tensor:
-    """Give transparent pixels, up to FILL of them, the mean colour of the visible pixels beside them.
+def unbleed(color: Tensor, alpha: Tensor) -> Tensor:
+    """Give transparent pixels, up to FILL of them, the mean color of the visible pixels beside them.
 
-    Files have any colour there, often black, which the network would turn into a fringe.
+    Files have any color there, often black, which the network would turn into a fringe.
 
     Parameters
     ----------
-    colour : uint8 Tensor of shape (1, C, h, w)
+    color : uint8 Tensor of shape (1, C, h, w)
     alpha : uint8 Tensor of shape (1, 1, h, w)
 
     Returns
@@ -149,11 +149,11 @@ def unbleed(colour: Tensor, alpha: Tensor) -> Tensor:
     uint8 Tensor of shape (1, C, h, w)
     """
     if alpha.all():
-        return colour
+        return color
     weight = alpha.double() / 255
-    total = colour * weight
+    total = color * weight
     for _ in range(FILL):
         known = weight > 0
         total, weight = (torch.where(known, x, F.avg_pool2d(x, 3, 1, padding=1)) for x in (total, weight))
     filled = (total / weight).round().nan_to_num(0).to(torch.uint8)  # 0 / 0 where nothing visible is near
-    return torch.where(alpha > 0, colour, filled)
+    return torch.where(alpha > 0, color, filled)

@@ -11,7 +11,7 @@ def red_pixels(pixels):
     return (pixels == (255, 0, 0)).all(2)
 
 
-def test_four_labelled_panels_each_with_a_detail(pictures):
+def test_four_labeled_panels_each_with_a_detail(pictures):
     lr, hr, _ = pictures
     sr = hr.point(lambda value: value // 2)
     sheet, row = compare(lr, sr, hr)

@@ -68,7 +68,7 @@ def test_a_palette_with_alpha_becomes_rgba():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "I;16"])
-def test_a_colour_that_stands_for_transparency_becomes_alpha(mode):
+def test_a_color_that_stands_for_transparency_becomes_alpha(mode):
     image = random_image(mode)
     key = image.getpixel((3, 3)) and 1 if mode == "1" else image.getpixel((3, 3))
     image.save("t.png", transparency=key)
@@ -79,8 +79,8 @@ def test_a_colour_that_stands_for_transparency_becomes_alpha(mode):
     assert "transparency" not in result.info  # it would be written over the alpha
 
 
-def test_the_profile_of_inks_tells_their_colours():
-    """By this one full cyan alone is the colour Lab (60, 40, 30), a red; all else is white."""
+def test_the_profile_of_inks_tells_their_colors():
+    """By this one full cyan alone is the color Lab (60, 40, 30), a red; all else is white."""
     lab = [(60 * 255 // 100, 40 + 128, 30 + 128) if inks == 0b1000 else (255, 128, 128) for inks in range(16)]
     ramp = bytes(range(256))
     lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
@@ -97,7 +97,7 @@ def test_the_profile_of_inks_tells_their_colours():
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(2, "RGB"), (4, "LA"), (6, "RGBA")])
-def test_of_colour_and_alpha_with_16_bits_8_are_read_with_a_warning(kind, mode, capfd):
+def test_of_color_and_alpha_with_16_bits_8_are_read_with_a_warning(kind, mode, capfd):
     """Pillow writes no such PNG."""
     values = np.arange(300, 300 + 9 * 5 * len(mode) * 256, 256).reshape(5, 9, len(mode))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -110,7 +110,7 @@ def test_of_colour_and_alpha_with_16_bits_8_are_read_with_a_warning(kind, mode, 
     image = read_image(Path("deep.png"))
     assert_equal(image, Image.fromarray(np.uint8(values >> 8)))
     assert capfd.readouterr().err == (
-        "WARNING: deep.png: its 16 bits are read as 8, the most that Pillow has for colour and transparency\n"
+        "WARNING: deep.png: its 16 bits are read as 8, the most that Pillow has for color and transparency\n"
     )
 
 
@@ -159,7 +159,7 @@ def test_flatten_rounds_to_8_bits_and_puts_on_white(mode, value, flat):
 # ------------------------------------------------------------------------------- formats
 
 
-def test_jpeg_and_webp_have_quality_95_and_jpeg_has_colour_at_full_resolution():
+def test_jpeg_and_webp_have_quality_95_and_jpeg_has_color_at_full_resolution():
     for name in ("a.jpg", "a.webp"):
         write_image(random_image(), Path(name), {})
     assert Path("a.webp").read_bytes() == file_of(random_image(), "WEBP", quality=95)

@@ -56,12 +56,12 @@ def test_an_epoch_has_each_patch_once_in_another_order():
 
 
 def test_the_mean_is_over_batches_of_what_is_not_rounded():
-    """A network that adds a tenth to bicubic interpolation, which is exact on a plain colour."""
+    """A network that adds a tenth to bicubic interpolation, which is exact on a plain color."""
     model = SRCNN()
     for layer in (model.conv2, model.conv3):
         torch.nn.init.dirac_(layer.weight)
     model.conv3.bias.data.fill_(0.1)
-    images = {name: Image.new("RGB", (80, 66), colour) for name, colour in (("a", "white"), ("b", "black"))}
+    images = {name: Image.new("RGB", (80, 66), color) for name, color in (("a", "white"), ("b", "black"))}
     images["c"] = Image.fromarray(np.array(dead_leaves("train", 1, 80)["leaves1"])[:66])
     row = course_psnr(model, ImageSet("plain", {name: images[name] for name in "ab"}), 2)
     assert row.srcnn.rgb == pytest.approx(20, abs=1e-3)  # neither clamped to white nor anything else

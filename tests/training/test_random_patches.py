@@ -74,7 +74,7 @@ def test_an_image_smaller_than_a_patch_is_used_whole():
             pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
             lrs = dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
             pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
-    for lr_patch, patch in zip(lr[1:9], hr[1:9], strict=True):  # those whose colours are not changed
+    for lr_patch, patch in zip(lr[1:9], hr[1:9], strict=True):  # those whose colors are not changed
         assert any(torch.equal(lr_patch, a) and torch.equal(patch, b) for a, b in pairs)
 
 

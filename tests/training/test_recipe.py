@@ -45,7 +45,7 @@ def plain(*levels):
     return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 15, 15).contiguous()
 
 
-def test_the_colour_loss_is_ten_times_that_of_plain_areas():
+def test_the_color_loss_is_ten_times_that_of_plain_areas():
     model = passing()
     assert RECIPE.penalty(model, Folded(model), plain(100)).item() == pytest.approx(0, abs=1e-12)
     model.conv3.bias.data[1] = 0.1
@@ -86,7 +86,7 @@ def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
     assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
 
 
-def test_new_filters_are_blind_to_plain_colour_and_alike_in_size(train_set):
+def test_new_filters_are_blind_to_plain_color_and_alike_in_size(train_set):
     """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
     conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
     assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)

@@ -83,7 +83,7 @@ def test_bf16_is_within_a_level_of_float32():
     assert (plain > 1).double().mean() > 1e-3
 
 
-def test_rounding_keeps_the_sum_of_each_colour():
+def test_rounding_keeps_the_sum_of_each_color():
     weight1 = fold(trained_model())[0].weight.detach()
     rounded = round_to_bf16(weight1)
     assert torch.equal(rounded.bfloat16().float(), rounded)
@@ -107,11 +107,11 @@ def test_bf16_is_right_for_narrow_images(height, width):
 
 
 @pytest.mark.parametrize("network", [Folded, FoldedBf16])
-def test_the_shipped_checkpoint_keeps_plain_colours(network):
-    """All of a grid over the cube of colours, most of which no photo for training shows."""
-    colours = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
-    sr = network(trained_model())(colours.expand(-1, -1, 9, 9))
-    assert torch.equal(sr.clamp(0, 255).round(), colours.expand_as(sr).float())
+def test_the_shipped_checkpoint_keeps_plain_colors(network):
+    """All of a grid over the cube of colors, most of which no photo for training shows."""
+    colors = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
+    sr = network(trained_model())(colors.expand(-1, -1, 9, 9))
+    assert torch.equal(sr.clamp(0, 255).round(), colors.expand_as(sr).float())
 
 
 def text_and_lines():

@@ -35,8 +35,8 @@ def test_tiles_leave_no_seam(mode, size, tile):
     model, lr = random_model(sum(size), NOISE), random_image(mode, size)
     unit = 257 if mode == "I;16" else 1
     values = np.array(lr, dtype=float) / unit
-    colour = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
-    whole = (model(colour[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    color = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
+    whole = (model(color[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     assert (whole > 0).mean() > 0.3  # so it is not equal for being black
     whole = unit * (whole if mode == "RGB" else whole @ LUMA)
     sr = Upscaler(model.float(), tile=tile)(lr)
@@ -116,7 +116,7 @@ def test_alpha_is_upscaled_by_bicubic_and_changes_nothing_inside(pictures, mode)
     sr = Upscaler(pictures[2])(lr)
     assert sr.mode == mode
     assert np.array_equal(sr.getchannel("A"), bicubic(alpha, (90, 90)))
-    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, which has other neighbours
+    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, which has other neighbors
     assert inside.sum() > 30
     plain = expected(pictures[2], lr.convert("RGB"))[2::5, 2::5]
     plain = plain if mode == "RGBA" else plain @ LUMA
@@ -124,14 +124,14 @@ def test_alpha_is_upscaled_by_bicubic_and_changes_nothing_inside(pictures, mode)
     assert abs(difference[inside]).max() <= 1
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (210, 120, 40)), ("LA", (210, 210, 210))])
-def test_there_is_no_fringe_around_what_is_visible(pictures, mode, colour):
-    """What is transparent is black in the file, what is visible has one colour: so it must be in the output."""
-    image, alpha = cut_out(Image.new("RGB", (30, 30), colour), hard=True)
+@pytest.mark.parametrize(("mode", "color"), [("RGBA", (210, 120, 40)), ("LA", (210, 210, 210))])
+def test_there_is_no_fringe_around_what_is_visible(pictures, mode, color):
+    """What is transparent is black in the file, what is visible has one color: so it must be in the output."""
+    image, alpha = cut_out(Image.new("RGB", (30, 30), color), hard=True)
     lr = image.convert(mode)
     lr.putalpha(alpha)
     pixels = np.asarray(Upscaler(pictures[2])(lr)).astype(int)
-    flat = expected(pictures[2], Image.new("RGB", (9, 9), colour))[12, 12]
+    flat = expected(pictures[2], Image.new("RGB", (9, 9), color))[12, 12]
     visible = pixels[pixels[..., -1] > 0][:, :-1]
     assert 0 < len(visible) < 90 * 90
     assert abs(visible - (flat if mode == "RGBA" else flat @ LUMA)).max() <= 0.51
