@@ -27,7 +27,7 @@ from imaging.images import (
     simplify,
     write_image,
 )
-from imaging.metrics import Report, Row, table
+from imaging.metrics import Report, Scores, table
 from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
 from training.options import PRECISION_HELP, PRECISIONS
@@ -114,7 +114,7 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
     return upscaler(simplify(image))
 
 
-def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
+def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     """Read, upscale, write, and compare with the ground truth if there is one."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
@@ -137,7 +137,7 @@ def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Row | None:
 class Share(NamedTuple):
     """What a process has done of the jobs."""
 
-    rows: dict[str, Row]
+    rows: dict[str, Scores]
     failures: list[str]
     skipped: int
 

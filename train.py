@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import Batch, TestSet, default_folder, find_data, load_images, load_sets
 from imaging.dead_leaves import caution
 from imaging.images import to_tensor
-from imaging.metrics import Report, Row, psnr, summary, table
+from imaging.metrics import Report, Scores, psnr, summary, table
 from info import info
 from model import SRCNN
 from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ from training.inspection import changes, course_to_json, describe, describe_cour
 from training.log import Log
 from training.options import Args, Options, add_options, given_options
 from training.recipe import RECIPES, Patches
-from training.run import Run, exclusive, keep_other_checkpoints, new_run, restored_run
+from training.run import Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
 from upscaling.device import dtype_name, keep_memory, resumed_precision, select_device, select_dtype
 from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
 from upscaling.upscaler import Upscaler
@@ -131,7 +131,7 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
     """Measure bicubic interpolation and the network on a test set."""
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     rows = {
-        name: Row(image.bicubic_psnr, psnr(to_tensor(upscale(image.lr)), image.hr))
+        name: Scores(image.bicubic_psnr, psnr(to_tensor(upscale(image.lr)), image.hr))
         for name, image in test_set.images.items()
     }
     return Report(test_set.name + (" (self-ensemble)" if self_ensemble else ""), rows)
@@ -258,7 +258,7 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
         precision = resumed_precision(precision, resumed.training.precision, device)
     check_options(options, world_size)
     warn_if_unsigned(rank)
-    with process_group(), exclusive(args.output):
+    with process_group(), lock_output_dir(args.output):
         if rank == 0:
             options = find_data(options, given, fresh=resumed is None)
         options, dtype = broadcast((options, select_dtype(precision, device)))

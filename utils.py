@@ -19,7 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # signals; Windows has no SIGHUP
+# Windows has no SIGHUP.
+TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 PART = ".srcnn.part"  # how temporary files end
 
 
@@ -97,7 +98,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     status, message = 0, ""
     try:
-        with handled(ENDING, interrupt):
+        with handle_signals(TERMINATION_SIGNALS, interrupt):
             main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head or less, has seen enough
@@ -148,7 +149,7 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextlib.contextmanager
-def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle signals, except for those that are ignored, as SIGHUP is under nohup."""
     heeded = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, handler) for number in heeded}
@@ -175,7 +176,7 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
         if received:
             raise KeyboardInterrupt(received[0])
 
-    with handled([signal.SIGINT, *ENDING], defer):
+    with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], defer):
         yield raise_deferred
 
 
@@ -225,7 +226,7 @@ def locked(path: Path) -> Iterator[bool]:
         os.close(number)
 
 
-def sweep(folder: Path, pattern: str = f".*{PART}") -> None:
+def remove_stale_files(folder: Path, pattern: str = f".*{PART}") -> None:
     """Remove the temporary files, or folders, of processes that were killed. Those in use are locked."""
     for left in folder.glob(pattern):
         with contextlib.suppress(OSError), locked(left) as works:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Row, psnr
+from imaging.metrics import Scores, psnr
 from utils import warn
 
 PANEL = 512  # the longer side of a panel, at most
@@ -16,7 +16,7 @@ GAP = 8  # pixels between panels
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Row]:
+def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Scores]:
     """The picture, and the PSNR of bicubic interpolation and of the network.
 
     Images are gray or RGB. All are converted to the mode of the ground truth.
@@ -27,14 +27,14 @@ def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Im
     return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), row
 
 
-def labeled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Row]:
+def labeled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Scores]:
     """The four images in the size and mode of the ground truth, by their labels; and the PSNR of two of them."""
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3
         warn(f"the ground truth has {hr.width}x{hr.height} pixels; everything is resized to that")
         sr = bicubic(sr, hr.size)
     upscaled, truth = bicubic(lr, hr.size), to_tensor(hr)
-    row = Row(psnr(to_tensor(upscaled), truth), psnr(to_tensor(sr), truth))
+    row = Scores(psnr(to_tensor(upscaled), truth), psnr(to_tensor(sr), truth))
     panels = {
         f"LR {lr.width} x {lr.height}\n(enlarged)": lr.resize(hr.size, Image.Resampling.NEAREST),
         f"bicubic\n{row.bicubic.y:.2f} dB Y": upscaled,

@@ -37,7 +37,7 @@ FORMATS = {
     "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
     "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
 }
-ENDINGS = ", ".join(f".{name.lower()}" for name in FORMATS)
+EXTENSIONS = ", ".join(f".{name.lower()}" for name in FORMATS)
 FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
 
 
@@ -49,7 +49,7 @@ def writable(path: Path) -> bool:
 def format_of(path: Path) -> str:
     """Pillow's name of the format for a path's ending. Raises CommandError if it is not one of FORMATS."""
     if not writable(path):
-        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {ENDINGS}")
+        raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {EXTENSIONS}")
     return Image.registered_extensions()[path.suffix.lower()]
 
 
@@ -60,14 +60,14 @@ def turn_upright(image: Image.Image) -> None:
     """Turn an image as its EXIF data say. With its sides the resolutions across and down change places."""
     exif, (x, y) = image.getexif(), RESOLUTION
     drop_bad_resolution(exif)
-    if lies_on_its_side(exif):
+    if swaps_axes(exif):
         swap_dpi(image.info)
         if x in exif and y in exif:
             exif[x], exif[y] = exif[y], exif[x]
     ImageOps.exif_transpose(image, in_place=True)
 
 
-def lies_on_its_side(tags: Mapping[int, Any]) -> bool:
+def swaps_axes(tags: Mapping[int, Any]) -> bool:
     return tags.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 

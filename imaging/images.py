@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from imaging.formats import FORMATS, format_of, lies_on_its_side, metadata, swap_dpi, turn_upright
+from imaging.formats import FORMATS, format_of, metadata, swap_dpi, swaps_axes, turn_upright
 from imaging.metrics import SHAVE
 from model import SCALE
 from utils import CommandError, atomic_write, warn
@@ -56,7 +56,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
-                turned = image.format == "TIFF" and lies_on_its_side(image.tag_v2)
+                turned = image.format == "TIFF" and swaps_axes(image.tag_v2)
                 stored = re.search(r"(\w+);16[BLN]", str(image.tile[:1]))  # with 16 bits, in PNG and TIFF
                 image.load()
                 if turned:  # Pillow has just done that

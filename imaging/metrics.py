@@ -21,7 +21,7 @@ class Psnr(NamedTuple):
     rgb: float
 
 
-class Row(NamedTuple):
+class Scores(NamedTuple):
     """What bicubic interpolation and the network reach on an image, or their means over a set."""
 
     bicubic: Psnr
@@ -33,13 +33,13 @@ class Report:
     """The PSNR of a network on a test set."""
 
     set: str  # its name
-    images: dict[str, Row]  # by name
+    images: dict[str, Scores]  # by name
 
     @property
-    def mean(self) -> Row:
+    def mean(self) -> Scores:
         """The mean of the images' PSNR, never the PSNR of a mean error."""
         rows = self.images.values()
-        return Row(mean_psnr([row.bicubic for row in rows]), mean_psnr([row.srcnn for row in rows]))
+        return Scores(mean_psnr([row.bicubic for row in rows]), mean_psnr([row.srcnn for row in rows]))
 
     def fingerprint(self) -> list[tuple[str, float]]:
         """What distinguishes test sets: their images' names and the PSNR of bicubic interpolation."""
@@ -58,7 +58,7 @@ def mean_psnr(values: list[Psnr]) -> Psnr:
     return Psnr(sum(value.y for value in values) / len(values), sum(value.rgb for value in values) / len(values))
 
 
-def row_to_dict(row: Row) -> dict[str, float]:
+def row_to_dict(row: Scores) -> dict[str, float]:
     return {
         "bicubic_y": row.bicubic.y,
         "bicubic_rgb": row.bicubic.rgb,
@@ -124,7 +124,7 @@ def to_8bit(image: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- as text
 
 
-def gain(row: Row) -> Psnr:
+def gain(row: Scores) -> Psnr:
     """What the network gains on bicubic interpolation, in dB; 0 where both are infinite."""
     return Psnr(*(0.0 if new == old else new - old for old, new in zip(row.bicubic, row.srcnn, strict=True)))
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from tqdm import tqdm
 
-from utils import ArgumentParser, CommandError, locked, path, sweep
+from utils import ArgumentParser, CommandError, locked, path, remove_stale_files
 
 # One digest per set stands for the name and the SHA-256 of every file:
 # that of the output of `sha256sum *.bmp` in its folder.
@@ -126,7 +126,7 @@ def install(sets: dict[str, Files]) -> None:
         target = DATA / name
         try:
             DATA.mkdir(exist_ok=True)
-            sweep(DATA, f".{name}-*")
+            remove_stale_files(DATA, f".{name}-*")
             with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary, locked(Path(temporary)):
                 part = Path(temporary, name)
                 part.mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from imaging.metrics import Psnr, Report, Row
+from imaging.metrics import Psnr, Report, Scores
 from info import Info
 from model import SRCNN
 from training.checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
@@ -158,7 +158,7 @@ def contents(folder="."):
 
 def report(y=31.0, name="photos", bicubic=30.0):
     """A report of two images with this mean PSNR on luma."""
-    rows = {"a": Row(Psnr(bicubic, 28.0), Psnr(y - 1, 29.0)), "b": Row(Psnr(bicubic, 28.0), Psnr(y + 1, 30.0))}
+    rows = {"a": Scores(Psnr(bicubic, 28.0), Psnr(y - 1, 29.0)), "b": Scores(Psnr(bicubic, 28.0), Psnr(y + 1, 30.0))}
     return Report(name, rows)
 
 

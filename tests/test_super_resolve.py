@@ -13,7 +13,7 @@ from PIL import Image
 
 import super_resolve
 from imaging.images import bicubic, flatten, to_tensor
-from imaging.metrics import Psnr, Row, psnr
+from imaging.metrics import Psnr, Scores, psnr
 from super_resolve import Share, load_upscaler, summarize, upscale
 from utils import CommandError
 
@@ -119,7 +119,7 @@ def test_what_differs_from_the_ground_truth_is_measured(cli, pictures, change, w
 
 
 def test_the_shares_of_all_processes_are_one_table(capsys):
-    a, b, c = (Row(Psnr(20, 20), Psnr(value, 20)) for value in (21.0, 23.0, 25.0))
+    a, b, c = (Scores(Psnr(20, 20), Psnr(value, 20)) for value in (21.0, 23.0, 25.0))
     with pytest.raises(CommandError, match=r"^1 of 7 images failed$"):
         summarize([Share({"a": a, "c": c}, ["x: damaged"], 1), Share({"b": b}, [], 2)], Path("in/hr"), 7, 3661.2)
     out, err = capsys.readouterr()

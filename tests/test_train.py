@@ -9,7 +9,7 @@ from helpers import MORE, load, run_python, small_run, trained_model
 from data import Batch, ImageSet, TestSet, load_images
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
-from imaging.metrics import Row, psnr, summary, table
+from imaging.metrics import Scores, psnr, summary, table
 from model import SRCNN, crop
 from train import check_finite, evaluate, train_one_epoch
 from training.checkpoints import load_checkpoint
@@ -62,7 +62,7 @@ def test_a_report_measures_the_image_as_it_would_be_saved(self_ensemble):
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     for (name, row), image in zip(found.images.items(), test_set.images.values(), strict=True):
         assert name in test_set.images
-        assert row == Row(psnr(image.bicubic, image.hr), psnr(to_tensor(upscale(image.lr)), image.hr))
+        assert row == Scores(psnr(image.bicubic, image.hr), psnr(to_tensor(upscale(image.lr)), image.hr))
 
 
 def test_training_beats_bicubic(train_small, photos):

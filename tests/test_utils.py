@@ -105,7 +105,7 @@ def test_a_signal_ends_a_command_without_leaving_a_half_written_file(capsys, num
 def test_under_nohup_commands_and_trainings_go_on(monkeypatch):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with utils.handled([signal.SIGHUP], utils.interrupt), deferred_interrupts() as raise_deferred:
+        with utils.handle_signals([signal.SIGHUP], utils.interrupt), deferred_interrupts() as raise_deferred:
             signal.raise_signal(signal.SIGHUP)
             raise_deferred()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -115,7 +115,7 @@ def test_under_nohup_commands_and_trainings_go_on(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_is_deferred_and_a_second_ctrl_c_is_not(number):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.ENDING)]
+    before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)]
     with deferred_interrupts() as raise_deferred:
         raise_deferred()
         signal.raise_signal(number)
@@ -123,7 +123,7 @@ def test_an_interrupt_is_deferred_and_a_second_ctrl_c_is_not(number):
             raise_deferred()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, *utils.ENDING)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)] == before
 
 
 # -------------------------------------------------------------------------------- files
@@ -164,12 +164,12 @@ def test_what_killed_processes_left_is_swept_and_what_is_in_use_stays(monkeypatc
     Path(".set-1/file").touch()
     os.mkfifo(f".pipe{utils.PART}")
     with atomic_write(Path("d")) as file:
-        utils.sweep(Path())
+        utils.remove_stale_files(Path())
         assert sorted(os.listdir()) == [".b.part", f".d.{os.getpid()}{utils.PART}", ".set-1", f"c{utils.PART}"]
         file.write(b"content")
     assert Path("d").read_bytes() == b"content"
     with utils.locked(Path(".set-1")):
-        utils.sweep(Path(), ".set-*")
+        utils.remove_stale_files(Path(), ".set-*")
         assert Path(".set-1/file").exists()
-    utils.sweep(Path(), ".set-*")
+    utils.remove_stale_files(Path(), ".set-*")
     assert not Path(".set-1").exists()

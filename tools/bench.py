@@ -25,7 +25,7 @@ from training.recipe import RECIPES
 from training.run import new_run
 from upscaling import fast_srcnn as folded
 from upscaling.device import keep_memory, select_dtype
-from upscaling.fast_srcnn import Folded
+from upscaling.fast_srcnn import FastSRCNN
 from upscaling.upscaler import TILE, Upscaler
 from utils import ArgumentParser, CommandError, run_command
 
@@ -216,7 +216,7 @@ Pair = tuple[Callable[[], object], Callable[[], object]]  # with a trick and wit
 def tricks(dtype: torch.dtype) -> dict[str, Pair]:
     """The tricks of folded.py and upscaler.py, each as the part of the network that it speeds up."""
     model, side = SRCNN(), TILE["cpu"]
-    fast, pixels = Folded(model, dtype), torch.randint(256, (1, side + 8, side + 8, 3)).to(dtype)
+    fast, pixels = FastSRCNN(model, dtype), torch.randint(256, (1, side + 8, side + 8, 3)).to(dtype)
     features = torch.randn(1, 3 * (side + 2), 3 * (side + 2), 32).to(dtype)
     conv1, conv3 = (folded.Layer(*(x.detach() for x in layer)) for layer in (fast.conv1, fast.conv3))
     conv1_7x7 = folded.cast(folded.Layer(conv1.weight.view(-1, 7, 7, 3).permute(0, 3, 1, 2), conv1.bias), dtype)
@@ -230,7 +230,7 @@ def tricks(dtype: torch.dtype) -> dict[str, Pair]:
             lambda: backward(pixels, conv1_7x7),
         ),
         "five pixels at once (conv3)": (
-            lambda: folded.conv(features, *conv3, folded.STRIDE),
+            lambda: folded.conv(features, *conv3, folded.PIXELS_AT_ONCE),
             lambda: folded.conv(features, *conv3_5x5),
         ),
         "tiles (256 x 256)": (lambda: tiled(image), lambda: whole(image)),

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaging.metrics import Psnr, Report, Row
+from imaging.metrics import Psnr, Report, Scores
 from info import Info, info
 from model import SRCNN
 from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
 from utils import CommandError, atomic_write
 
-Stage = tuple[int, Args | None]  # the epoch after which options were changed, and those until then; None if unknown
+# The epoch after which options were changed, and the options until then; None if unknown.
+ResumeRecord = tuple[int, Args | None]
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainingState:
     best_epoch: int
     train_set: str  # its name
     run: str  # identifies the training, and its log
-    history: list[Stage]
+    history: list[ResumeRecord]
 
 
 @dataclass
@@ -190,10 +191,10 @@ def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, A
 
 
 def parse_report(report: Mapping[str, Any]) -> Report:
-    def row(values: Mapping[str, Any]) -> Row:
+    def row(values: Mapping[str, Any]) -> Scores:
         names = ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")
         bicubic_y, bicubic_rgb, y, rgb = (check(values[name], float, "report") for name in names)
-        return Row(Psnr(bicubic_y, bicubic_rgb), Psnr(y, rgb))
+        return Scores(Psnr(bicubic_y, bicubic_rgb), Psnr(y, rgb))
 
     rows = report["images"]
     if not 1 <= len(rows) <= 100_000:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data import Batch, ImageSet
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Psnr, Row
+from imaging.metrics import Psnr, Scores
 from model import SCALE, SRCNN
 from utils import CommandError
 
@@ -76,7 +76,7 @@ def grid(image: Image.Image, size: int) -> Iterator[Image.Image]:
 
 
 @torch.inference_mode()
-def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Row:
+def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
     """PSNR over RGB as the course's test measures it; on luma it measures nothing (NaN).
 
     It is the mean over batches of the PSNR of a batch's mean squared error. The output is neither clamped
@@ -91,7 +91,7 @@ def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Row:
         values = [10 * math.log10(1 / error) if error else math.inf for error in errors]
         return Psnr(math.nan, sum(values) / len(values))
 
-    return Row(mean_over_batches(upscale_patches), mean_over_batches(model))
+    return Scores(mean_over_batches(upscale_patches), mean_over_batches(model))
 
 
 def upscale_patches(lr: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imaging.dead_leaves import caution
-from imaging.metrics import Report, Row, table
+from imaging.metrics import Report, Scores, table
 from training.checkpoints import Checkpoint, TrainingState, is_filled_in
 from training.options import Args, Options
 from utils import printable
@@ -65,14 +65,14 @@ def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
     return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
 
 
-def describe_course(row: Row, set_name: str, batch_size: int) -> str:
+def describe_course(row: Scores, set_name: str, batch_size: int) -> str:
     """The figures of :func:`course.course_psnr` as text."""
     patches = f"patches of {printable(set_name)} in batches of {batch_size}"
     figures = f"bicubic {row.bicubic.rgb:.3f} dB, SRCNN {row.srcnn.rgb:.3f} dB"
     return f"PSNR over RGB as the course's test measures it, on {patches}:\n{figures}"
 
 
-def course_to_json(row: Row, set_name: str, batch_size: int) -> str:
+def course_to_json(row: Scores, set_name: str, batch_size: int) -> str:
     facts = {"protocol": "course", "set": set_name, "batch_size": batch_size}
     return json.dumps(facts | {"bicubic_rgb": row.bicubic.rgb, "psnr_rgb": row.srcnn.rgb}, indent=2)
 

@@ -63,7 +63,7 @@ class RandomPatches:
 
         Yields
         ------
-        Batch, whose lr has the context that :class:`folded.Folded` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
+        Batch, whose lr has the context that :class:`folded.FastSRCNN` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
         """
         count, size = steps * batch_size, self.patch_size // SCALE
         image, corner, weight = self.sampler.draw(count, generator)

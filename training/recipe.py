@@ -17,7 +17,7 @@ from training.grid_patches import GridPatches, upscale_patches
 from training.optimizer import Adam, WhitenedAdam, linear_schedule, whiten_filters, whitening_matrix
 from training.random_patches import RandomPatches
 from upscaling.distributed import broadcast
-from upscaling.fast_srcnn import Folded
+from upscaling.fast_srcnn import FastSRCNN
 
 Patches = RandomPatches | GridPatches
 Network = Callable[[Tensor], Tensor]  # from LR patches to HR patches
@@ -44,7 +44,7 @@ class DefaultRecipe:
         whiten_filters(model, optimizer.whitening)
 
     def network(self, model: SRCNN, dtype: torch.dtype) -> Network:
-        return Folded(model, dtype)
+        return FastSRCNN(model, dtype)
 
     def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
         """Weighted mean squared error of values in [0, 1]: that over RGB, and twice that of luma."""

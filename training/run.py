@@ -12,13 +12,13 @@ import torch
 
 from imaging.metrics import Report
 from model import SRCNN
-from training.checkpoints import Checkpoint, Stage, TrainingState, load_checkpoint, save_checkpoint
+from training.checkpoints import Checkpoint, ResumeRecord, TrainingState, load_checkpoint, save_checkpoint
 from training.optimizer import Adam
 from training.options import Options
 from training.recipe import RECIPES, Patches
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
-from utils import CommandError, locked, make_folder, sweep
+from utils import CommandError, locked, make_folder, remove_stale_files
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Run:
     report: Report = field(default_factory=lambda: Report("", {}))  # after that epoch; see start
     best: float = -math.inf  # highest PSNR on luma, in dB
     best_epoch: int = 0
-    history: list[Stage] = field(default_factory=list)
+    history: list[ResumeRecord] = field(default_factory=list)
 
     def start(self, report: Report) -> None:
         """Take the first report. The best PSNR so far counts only on the same test set."""
@@ -111,7 +111,7 @@ def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dty
 
 
 @contextlib.contextmanager
-def exclusive(output: Path) -> Iterator[None]:
+def lock_output_dir(output: Path) -> Iterator[None]:
     """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all.
 
     On Windows nothing is locked.
@@ -125,7 +125,7 @@ def exclusive(output: Path) -> Iterator[None]:
             stack.enter_context(locked(output))
         except BlockingIOError as error:
             raise CommandError(f"another run is writing to {output}; use another --output") from error
-        sweep(output)
+        remove_stale_files(output)
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import HALO_LR, SCALE, SRCNN, bicubic_x3
 
-STRIDE = 5  # neighboring pixels of a row that conv3 computes at once
+PIXELS_AT_ONCE = 5  # neighboring pixels of a row that conv3 computes at once
 
 
 class Layer(NamedTuple):
@@ -22,7 +22,7 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
-class Folded:
+class FastSRCNN:
     """SRCNN on patches or tiles that are cut out with their context.
 
     Gradients flow through the folding to the model's weights, so it serves training and inference.
@@ -52,12 +52,12 @@ class Folded:
         x = windows(channels_last(lr).to(self.dtype))  # (N, h + 2, w' + 2, 147); w' >= w, see channels_last
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, 9 * 64)
         x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, 9 * (w' + 2), 32)
-        x = conv(to_hr_grid(x), *self.conv3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
+        x = conv(to_hr_grid(x), *self.conv3, PIXELS_AT_ONCE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
         return to_images(x, lr.shape)  # (N, 3, 3h, 3w)
 
 
-class FoldedBf16:
-    """The same in bf16 for inference, within a gray level of fp32, which :class:`Folded` in bf16 is not.
+class FastSRCNNBf16:
+    """The same in bf16 for inference, within a gray level of fp32, which :class:`FastSRCNN` in bf16 is not.
 
     The channels that carry the image itself, from :meth:`SRCNN.reset_parameters` on, are computed in fp32;
     what is left to bf16 is the detail, which is small. And conv1 sees values around zero instead of positive
@@ -79,7 +79,7 @@ class FoldedBf16:
         self.detail3 = cast_weight(weight3, torch.bfloat16)
 
     def __call__(self, lr: Tensor) -> Tensor:
-        """As :meth:`Folded.__call__`."""
+        """As :meth:`FastSRCNN.__call__`."""
         pixels = channels_last(lr)  # (N, h + 8, w' + 8, 3)
         x = windows((pixels - self.shift).bfloat16())  # (N, h + 2, w' + 2, 147)
         x = relu(conv(x, *self.detail1))  # (N, h + 2, w' + 2, 9 * 64)
@@ -87,8 +87,8 @@ class FoldedBf16:
         y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, 9 * 3)
         y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, 9 * (w' + 2), 4)
         y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, 9 * (w' + 2), 4)
-        y = conv(to_hr_grid(y), *self.image3, STRIDE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
-        y += conv(to_hr_grid(relu(x)), self.detail3, stride=STRIDE)
+        y = conv(to_hr_grid(y), *self.image3, PIXELS_AT_ONCE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
+        y += conv(to_hr_grid(relu(x)), self.detail3, stride=PIXELS_AT_ONCE)
         return to_images(y, lr.shape)  # (N, 3, 3h, 3w)
 
 
@@ -110,11 +110,12 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     weight1 = F.linear(F.linear(conv1.weight.double(), kernel).transpose(2, 3), kernel)
     weight1 = weight1.to(conv1.weight.dtype).view(64, 3, 3, 7, 3, 7) / 255
     weight1 = weight1.permute(4, 2, 0, 5, 3, 1).reshape(9 * 64, 147, 1, 1)
-    weight3 = torch.stack([F.pad(conv3.weight, (i, STRIDE - 1 - i)) for i in range(STRIDE)])  # (5, 3, 32, 5, 9)
+    shifted = [F.pad(conv3.weight, (i, PIXELS_AT_ONCE - 1 - i)) for i in range(PIXELS_AT_ONCE)]
+    weight3 = torch.stack(shifted)  # (5, 3, 32, 5, 9)
     return (
         Layer(weight1, conv1.bias.repeat(9)),
         conv2,
-        Layer(weight3.flatten(0, 1) * 255, conv3.bias.repeat(STRIDE) * 255),
+        Layer(weight3.flatten(0, 1) * 255, conv3.bias.repeat(PIXELS_AT_ONCE) * 255),
     )
 
 
@@ -155,11 +156,12 @@ def bicubic_kernel(device: torch.device) -> Tensor:
 
 
 def channels_last(lr: Tensor) -> Tensor:
-    """(N, 3, h + 8, w + 8) to floats (N, h + 8, w' + 8, 3), where the 3w' + 2 columns of conv3 divide by STRIDE."""
+    """(N, 3, h + 8, w + 8) to floats (N, h + 8, w' + 8, 3), so that the 3w' + 2 columns of conv3 divide by 5."""
     columns = SCALE * (lr.shape[3] - 2 * HALO_LR) + 2
-    padding = 2 * -columns % STRIDE
-    if columns == STRIDE:  # with a single output column oneDNN's bf16 convolution returns garbage on AMX (torch 2.14)
-        padding = STRIDE
+    padding = 2 * -columns % PIXELS_AT_ONCE
+    # With a single output column, oneDNN's bf16 convolution returns garbage on AMX (torch 2.14).
+    if columns == PIXELS_AT_ONCE:
+        padding = PIXELS_AT_ONCE
     return F.pad(lr.float(), (0, padding, 0, 0), mode="replicate").permute(0, 2, 3, 1).contiguous()
 
 

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from imaging.formats import ENDINGS, format_of, writable
+from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD, list_images
-from utils import CommandError, make_folder, sweep, warn
+from utils import CommandError, make_folder, remove_stale_files, warn
 
 SUFFIX = "_srcnn_x3"
 OURS = (SUFFIX, f"{SUFFIX}_comparison")  # how the names of our own files end
@@ -74,7 +74,7 @@ def find_jobs(
     for place in {sr.parent for sr in outputs}:
         if folder:
             make_folder(place)
-        sweep(place)
+        remove_stale_files(place)
     return jobs
 
 
@@ -176,7 +176,7 @@ def warn_of_fallback(images: list[Path]) -> None:
 def check_file_name(output: str, ending: str | None) -> None:
     """Raise CommandError unless --output ends as a file of a known format does, and as --format says."""
     if not writable(Path(output)):
-        raise CommandError(f"{output}: use one of the endings {ENDINGS}; for a folder, type --output={output}/")
+        raise CommandError(f"{output}: use one of the endings {EXTENSIONS}; for a folder, type --output={output}/")
     if ending and format_of(Path(output)) != format_of(Path(f"x.{ending}")):
         raise CommandError(f"--format={ending} contradicts --output={output}; leave out one of them")
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from imaging.images import bicubic
 from model import HALO_LR, SCALE, SRCNN, crop
-from upscaling.fast_srcnn import Folded, FoldedBf16
+from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16
 from utils import is_out_of_memory
 
 # Side of a tile in LR pixels. On a CPU its features, 5 or 11 MB, are about what the caches hold.
@@ -45,12 +45,12 @@ class Upscaler:
         self.tile = tile or TILE[self.device.type]
         self.self_ensemble = self_ensemble
         self.model, self.dtype = model, dtype
-        self.network = FoldedBf16(model) if dtype == torch.bfloat16 else Folded(model)
+        self.network = FastSRCNNBf16(model) if dtype == torch.bfloat16 else FastSRCNN(model)
 
     @cached_property
-    def exact(self) -> Folded:
+    def exact(self) -> FastSRCNN:
         """The network in float32, for images of 16 bits."""
-        return Folded(self.model)
+        return FastSRCNN(self.model)
 
     def __call__(self, lr: Image.Image, label: str = "") -> Image.Image:
         """Upscale an image.
@@ -95,7 +95,7 @@ class Upscaler:
     def upscale_tile(self, tile: Tensor, mode: str) -> Image.Image:
         """A tile with its context to an image without alpha."""
         if has_alpha(mode):
-            tile = crop(unbleed(tile[:, :-1], tile[:, -1:]), FILL)
+            tile = crop(fill_transparent(tile[:, :-1], tile[:, -1:]), FILL)
         channels = tile.shape[1]
         lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 8, w + 8)
         network = self.exact if mode == "I;16" else self.network
@@ -134,7 +134,7 @@ def luma(rgb: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def unbleed(color: Tensor, alpha: Tensor) -> Tensor:
+def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
     """Give transparent pixels, up to FILL of them, the mean color of the visible pixels beside them.
 
     Files have any color there, often black, which the network would turn into a fringe.

@@ -4,7 +4,7 @@ from PIL import Image
 
 from imaging.comparison import compare, side_by_side, with_detail
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Row, psnr
+from imaging.metrics import Scores, psnr
 
 
 def red_pixels(pixels):
@@ -16,7 +16,7 @@ def test_four_labeled_panels_each_with_a_detail(pictures):
     sr = hr.point(lambda value: value // 2)
     sheet, row = compare(lr, sr, hr)
     up = bicubic(lr, (90, 90))
-    assert row == Row(psnr(to_tensor(up), to_tensor(hr)), psnr(to_tensor(sr), to_tensor(hr)))
+    assert row == Scores(psnr(to_tensor(up), to_tensor(hr)), psnr(to_tensor(sr), to_tensor(hr)))
     pixels = np.asarray(sheet)
     assert pixels.shape[1] == 4 * 90 + 3 * 8
     label_height = pixels.shape[0] - 90 - 8 - 88

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import data
-from imaging.metrics import Psnr, Report, Row, psnr, psnr_rgb, psnr_y, summary, table
+from imaging.metrics import Psnr, Report, Scores, psnr, psnr_rgb, psnr_y, summary, table
 from model import SRCNN
 from train import evaluate
 
@@ -18,9 +18,9 @@ BICUBIC = {  # Pillow's bicubic down and up: Y and RGB, dB
 ONE_LEVEL = 20 * math.log10(255)  # PSNR of an error of one gray level, in dB
 GRAY = torch.full((3, 606, 20), 100, dtype=torch.uint8)  # is measured in several strips
 NOISE = torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-A = Row(Psnr(30.0, 28.0), Psnr(31.5, 27.75))
-B = Row(Psnr(20.0, 19.0), Psnr(22.5, 20.25))
-SAME = Row(Psnr(math.inf, math.inf), Psnr(math.inf, math.inf))
+A = Scores(Psnr(30.0, 28.0), Psnr(31.5, 27.75))
+B = Scores(Psnr(20.0, 19.0), Psnr(22.5, 20.25))
+SAME = Scores(Psnr(math.inf, math.inf), Psnr(math.inf, math.inf))
 
 
 def test_bicubic_has_the_known_psnr_on_set5(real_data):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import PATH, course_content, loaded, report, trained_checkpoint, trained_content
 
-from imaging.metrics import Psnr, Row, table
+from imaging.metrics import Psnr, Scores, table
 from training.inspection import course_to_json, describe, describe_course, to_json
 
 # What is missing has its default.
@@ -46,7 +46,7 @@ resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
 
 
 def test_the_figures_of_the_course():
-    row = Row(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
+    row = Scores(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
     assert describe_course(row, "Set5", 8) == (
         "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:\n"
         "bicubic 30.000 dB, SRCNN 31.500 dB"

@@ -14,7 +14,7 @@ from training.options import Options
 from training.random_patches import RandomPatches
 from training.recipe import RECIPES, gray_corners
 from training.run import new_run
-from upscaling.fast_srcnn import Folded
+from upscaling.fast_srcnn import FastSRCNN
 
 RECIPE, ASSIGNMENT = RECIPES["default"], RECIPES["assignment"]
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def plain(*levels):
 
 def test_the_color_loss_is_ten_times_that_of_plain_areas():
     model = passing()
-    assert RECIPE.penalty(model, Folded(model), plain(100)).item() == pytest.approx(0, abs=1e-12)
+    assert RECIPE.penalty(model, FastSRCNN(model), plain(100)).item() == pytest.approx(0, abs=1e-12)
     model.conv3.bias.data[1] = 0.1
     assert RECIPE.penalty(model, lambda lr: lr, plain(100)).item() == pytest.approx(10 * 0.1**2 / 3)
 

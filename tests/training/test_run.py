@@ -10,7 +10,7 @@ from helpers import ROOT, assert_one_line, load, report, same, small_run, traine
 
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
-from training.run import exclusive, keep_other_checkpoints, new_run, restored_run
+from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
 from utils import PART
 
 
@@ -97,14 +97,14 @@ def test_the_checkpoints_that_a_run_continues_stay(run, tmp_path, capfd):
 
 def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
     folder = tmp_path / "a" / "b"
-    with exclusive(folder):
+    with lock_output_dir(folder):
         status, _, err = train_small(f"--output={folder}")
         assert status == 1
         assert_one_line(err, f"another run is writing to {folder}; use another --output")
-        with exclusive(tmp_path / "c"):
+        with lock_output_dir(tmp_path / "c"):
             pass
     folder.joinpath(f".checkpoint.best.1{PART}").touch()  # which a killed training left
-    with exclusive(folder):
+    with lock_output_dir(folder):
         assert not list(folder.iterdir())
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
 from model import HALO_LR, SRCNN, crop
-from upscaling.fast_srcnn import Folded, FoldedBf16, bicubic_kernel, fold, round_to_bf16
+from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16, bicubic_kernel, fold, round_to_bf16
 
 
 def with_context(lr):
@@ -29,8 +29,8 @@ def test_it_is_the_same_function(shape, onednn):
     for model in (random_model(1), random_model(2), trained_model().double()):
         expected = model(lr.double() / 255) * 255
         with torch.backends.mkldnn.flags(enabled=onednn):
-            assert torch.allclose(Folded(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
-            single = Folded(model.float())(context.byte())
+            assert torch.allclose(FastSRCNN(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
+            single = FastSRCNN(model.float())(context.byte())
         assert single.shape == expected.shape
         assert (single - expected).abs().max() < 1e-5 * 255
 
@@ -39,14 +39,14 @@ def test_gradients_flow_through_the_folding():
     lr, model = noise(3, 3, 15, 19), random_model(3).requires_grad_()
     bicubic_kernel.cache_clear()
     with torch.inference_mode():
-        Folded(SRCNN())  # what inference leaves behind serves training, too
+        FastSRCNN(SRCNN())  # what inference leaves behind serves training, too
     weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # so that each pixel counts differently
     plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
-    folded = torch.autograd.grad((Folded(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
+    folded = torch.autograd.grad((FastSRCNN(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
 
 
-@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+@pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
 def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
     """As on GPUs without cuDNN. The output and the gradients stay the same."""
     lr, conv2d, outputs, gradients = noise(2, 3, 15, 19), F.conv2d, [], []
@@ -56,7 +56,7 @@ def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
             return conv2d(*args).contiguous(memory_format=layout)
 
         monkeypatch.setattr(F, "conv2d", conv)
-        model = trained_model().requires_grad_(network is Folded)
+        model = trained_model().requires_grad_(network is FastSRCNN)
         outputs.append(network(model)(lr))
         if outputs[-1].requires_grad:
             gradients.append(torch.autograd.grad(outputs[-1].square().mean(), list(model.parameters())))
@@ -67,7 +67,7 @@ def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
 @torch.inference_mode()
 def differences(network, lr):
     """Between a network and float32, in levels of 8 bits, per pixel."""
-    exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (Folded(trained_model()), network))
+    exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (FastSRCNN(trained_model()), network))
     return (exact - other).abs().amax(1)
 
 
@@ -75,11 +75,11 @@ def test_bf16_is_within_a_level_of_float32():
     """Except for 1 pixel in 10,000."""
     images = [to_tensor(image)[None] for image in dead_leaves("test", 2).values()]
     for lr in images:
-        difference = differences(FoldedBf16(trained_model()), lr)
+        difference = differences(FastSRCNNBf16(trained_model()), lr)
         assert 0 < (difference > 0).double().mean() < 0.1  # it is another arithmetic
         assert (difference > 1).double().mean() <= 1e-4
     # It would not be if the channels that carry the image were computed in bf16, too.
-    plain = torch.cat([differences(Folded(trained_model(), torch.bfloat16), lr).flatten() for lr in images])
+    plain = torch.cat([differences(FastSRCNN(trained_model(), torch.bfloat16), lr).flatten() for lr in images])
     assert (plain > 1).double().mean() > 1e-3
 
 
@@ -98,15 +98,15 @@ def test_bf16_is_right_for_narrow_images(height, width):
     """As the left part of a wider image is, and fp32. On AMX, oneDNN returns garbage for output one column wide."""
     wide = noise(2, 3, height + 2 * HALO_LR, 30).float()
     narrow = wide[..., : width + 2 * HALO_LR]
-    for upscale in (FoldedBf16(trained_model()), Folded(trained_model(), torch.bfloat16)):
+    for upscale in (FastSRCNNBf16(trained_model()), FastSRCNN(trained_model(), torch.bfloat16)):
         assert (upscale(narrow) - upscale(wide)[..., : 3 * width]).abs().max() <= 1
     leaves = to_tensor(dead_leaves("test", 1, 60)["leaves1"])[None, :, :height, :width]
     for lr in (noise(2, 3, height, width), leaves):
-        assert differences(Folded(trained_model(), torch.bfloat16), lr).max() <= 4
-    assert differences(FoldedBf16(trained_model()), leaves).max() <= 1
+        assert differences(FastSRCNN(trained_model(), torch.bfloat16), lr).max() <= 4
+    assert differences(FastSRCNNBf16(trained_model()), leaves).max() <= 1
 
 
-@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+@pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
 def test_the_shipped_checkpoint_keeps_plain_colors(network):
     """All of a grid over the cube of colors, most of which no photo for training shows."""
     colors = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
@@ -130,7 +130,7 @@ def text_and_lines():
         yield "lines", image
 
 
-@pytest.mark.parametrize("network", [Folded, FoldedBf16])
+@pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
 def test_the_shipped_checkpoint_keeps_text_and_lines_gray(network):
     """Few gray levels between the channels, at most and at the 99.9th percentile.
 

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 from imaging.images import bicubic, to_image, to_tensor
 from imaging.metrics import psnr_y
-from upscaling.fast_srcnn import FoldedBf16
+from upscaling.fast_srcnn import FastSRCNNBf16
 from upscaling.upscaler import Upscaler
 
 LUMA = [0.299, 0.587, 0.114]
@@ -153,7 +153,7 @@ def test_bf16_is_computed_in_bf16_except_for_16_bits(pictures):
     upscale = Upscaler(model, torch.bfloat16)
     context = torch.from_numpy(np.pad(np.array(lr), ((4, 4), (4, 4), (0, 0)), mode="edge")).permute(2, 0, 1)
     with torch.inference_mode():
-        bf16 = FoldedBf16(model)(context[None])[0].clamp(0, 255).round().byte()
+        bf16 = FastSRCNNBf16(model)(context[None])[0].clamp(0, 255).round().byte()
     assert np.array_equal(upscale(lr), to_image(bf16))
     assert not np.array_equal(upscale(lr), Upscaler(model)(lr))
     deep = random_image("I;16", (30, 30))
