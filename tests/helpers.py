@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,12 @@ from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples of the fuzz tests, instead of the suite's few
+
+
+def in_new_process(function, *arguments):
+    """Call a function of a test module in a new Python process, where nothing else takes memory; return its result."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result(timeout=1200)
 
 
 def run_python(code, *arguments):

@@ -1,16 +1,18 @@
 """Images of every mode through the network: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
 
+import resource
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, expected, random_image, random_model, run_python, trained_model
+from helpers import assert_same, expected, in_new_process, random_image, random_model, trained_model
 from PIL import Image
 
 import data
 from imaging.images import bicubic, to_image, to_tensor
 from imaging.metrics import psnr_y
+from model import SRCNN
 from upscaling.fast_srcnn import FastSRCNNBf16
 from upscaling.upscaler import Upscaler
 
@@ -81,20 +83,18 @@ def test_too_little_memory_on_the_gpu_halves_the_tile(pictures, error):
     assert sides[74:] == [5, 2, 1, 20]
 
 
+def growth_of_memory():
+    """Return the peak memory in MiB of an image of 600x600 pixels beyond that of one of 200x200."""
+    upscale, peaks = Upscaler(SRCNN()), []
+    for side in (200, 600):
+        upscale(Image.new("RGBA", (side, side)))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return peaks[1] - peaks[0]
+
+
 def test_memory_does_not_grow_with_the_image():
     """Beyond input and output, 4 bytes a pixel of Pillow's; the features of the whole would take 0.8 GB."""
-    code = """if True:
-        import resource
-        from PIL import Image
-        from model import SRCNN
-        from upscaling.upscaler import Upscaler
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        upscale = Upscaler(SRCNN())
-        upscale(Image.new("RGBA", (200, 200)))
-        small = peak()
-        upscale(Image.new("RGBA", (600, 600)))
-        print(peak() - small)"""
-    assert float(run_python(code)) < 10 * 4 * 600 * 600 / 2**20 + 30
+    assert in_new_process(growth_of_memory) < 10 * 4 * 600 * 600 / 2**20 + 30
 
 
 def cut_out(lr, hard=False):
