@@ -5,9 +5,10 @@
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -17,11 +18,11 @@ from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.images import bicubic, list_images, read_hr, to_tensor
 from imaging.metrics import Psnr, psnr
 from model import SCALE
-from training.options import Args, Options
 from upscaling.distributed import gather, node_rank
 from utils import CommandError, printable, run_command, warn
 
-COURSE_FOLDERS = {"train_data": "data/train", "test_data": "data/test"}  # the sets as the course hands them out
+TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
+COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
 
 # ------------------------------------------------------------------------- reading the sets
@@ -61,7 +62,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     """
     require_folder(folder)
     if folder == DEAD_LEAVES:
-        return ImageSet(f"{DEAD_LEAVES}-{role}", dead_leaves(role))
+        return ImageSet(f"{DEAD_LEAVES}-{role} (GENERATED IMAGES)", dead_leaves(role))
     files = list_images(Path(folder))
     ground_truths = [file for file in files if file.stem.endswith("_GT")]
     if role == "test" and 0 < len(ground_truths) < len(files):
@@ -132,53 +133,72 @@ class TestSet:
             self.images[name] = TestImage(lr, hr, upscaled, psnr(upscaled, hr))
 
 
-# ------------------------------------------------------------------------ sets by options
+# ------------------------------------------------------------------------ sets of a run
 
 
-def load_sets(options: Options) -> tuple[ImageSet, TestSet]:
-    """The training images, and the test set or else the held-out part of the training images.
+def load_sets(train_data: str, test_data: str, hold_out: int) -> tuple[ImageSet, TestSet]:
+    """Return the training images, and the test set or else the held-out part of the training images.
+
+    Parameters
+    ----------
+    train_data, test_data : as ``folder`` of :func:`load_images`
+    hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
 
     Raises
     ------
-    CommandError if they cannot be read, or if the nodes have different training images
+    CommandError if an image cannot be read, or if the nodes have different training images
     """
-    training = load_images(options.train_data, "train")
-    if options.hold_out:
-        training, test = training.split(options.hold_out)
+    training = load_images(train_data, "train")
+    if hold_out:
+        training, test = training.split(hold_out)
     else:
-        test = load_images(options.test_data, "test")
+        test = load_images(test_data, "test")
     checksums = [(image.size, zlib.crc32(image.tobytes())) for image in training.images.values()]
     if any(other != checksums for other in gather(checksums)):  # the processes would draw different patches
-        raise CommandError(f"{options.train_data}: the nodes have different images; copy those of one to the others")
+        raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")
     return training, TestSet(test)
 
 
-def default_folder(name: str) -> str:
-    """The default of the option train_data or test_data, or the course's folder where only that exists."""
-    published, course = getattr(Options, name), COURSE_FOLDERS[name]
-    return course if Path(course).is_dir() and not Path(published).exists() else published
+def default_folder(folder: str) -> str:
+    """Return the folder, or the course's where only that exists and the folder is TRAIN_DATA or TEST_DATA."""
+    course = COURSE_FOLDERS.get(folder)
+    return course if course and Path(course).is_dir() and not Path(folder).exists() else folder
 
 
-def find_data(options: Options, given: Args, fresh: bool) -> Options:
-    """Find the default sets, or download them; if that fails, a new training uses generated images."""
-    for name in {"train_data", "test_data"} & given.keys():
-        require_folder(str(given[name]))
-    used = ("train_data",) if options.hold_out else ("train_data", "test_data")
-    default = [name for name in used if getattr(options, name) == getattr(Options, name)]
-    options = Options.from_args(options.to_args() | {name: default_folder(name) for name in default})
-    missing = {name: folder.name for name in default if not (folder := Path(getattr(options, name))).exists()}
+def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) -> dict[str, str]:
+    """Find the default sets or download them. If that fails, a new run uses generated images.
+
+    Parameters
+    ----------
+    folders : folders of the sets in use by the names of their options, train_data and test_data
+    given : options from the command line, whose folders must exist
+    fresh : whether the run is new, since a run that began on the real sets is resumed on them or not at all
+
+    Returns
+    -------
+    folders by the names of their options
+
+    Raises
+    ------
+    CommandError if a set is missing
+    """
+    for name in sorted({"train_data", "test_data"} & given.keys()):
+        require_folder(given[name])
+    defaults = [name for name, folder in folders.items() if folder in COURSE_FOLDERS]
+    folders = {name: default_folder(folder) for name, folder in folders.items()}
+    missing = {name: Path(folders[name]).name for name in defaults if not Path(folders[name]).exists()}
     if not missing:
-        return options
+        return folders
     try:
         download.fetch(missing.values())
     except CommandError as error:
-        if not fresh:  # a run that began on the real sets is resumed on them or not at all
+        if not fresh:
             raise
         names = " AND ".join(missing).upper()
         advice = "for the real ones run `python data.py` with network access, or with --from and a local copy"
-        warn(f"GENERATED IMAGES SERVE AS {names}: {error}; {advice}")
-        return Options.from_args(options.to_args() | dict.fromkeys(missing, DEAD_LEAVES))
-    return options
+        warn(f"GENERATED IMAGES ARE USED AS {names}: {error}; {advice}")
+        return folders | dict.fromkeys(missing, DEAD_LEAVES)
+    return folders
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def plural(number: int, noun: str) -> str:
+    """Return for example "1 step" or "2,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """A signal handler: end as Ctrl-C does, so that temporary files are removed."""
     raise KeyboardInterrupt(number)

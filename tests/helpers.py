@@ -18,6 +18,7 @@ from PIL import Image, ImageCms
 from imaging.metrics import Psnr, Report, Scores
 from info import Info
 from model import SRCNN
+from train import RECIPES
 from training.checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
 from training.optimizer import WhitenedAdam
 from training.options import Options
@@ -175,7 +176,16 @@ def small_run(**options):
     torch.manual_seed(0)
     model, whitening = SRCNN(), torch.eye(243) + 0.01
     optimizer, generator = WhitenedAdam(model, whitening), torch.Generator().manual_seed(5)
-    return Run(Options(**options), torch.float32, "photos", model, optimizer, generator, id="20250102-030405-6")
+    return Run(
+        Options(**options),
+        RECIPES["default"],
+        torch.float32,
+        "photos",
+        model,
+        optimizer,
+        generator,
+        id="20250102-030405-6",
+    )
 
 
 def trained_checkpoint():

@@ -9,7 +9,6 @@ import data
 from imaging.dead_leaves import dead_leaves
 from imaging.images import bicubic, to_image
 from imaging.metrics import psnr
-from training.options import Options
 from training.random_patches import RandomPatches
 from utils import CommandError
 
@@ -83,18 +82,16 @@ def test_another_node_is_told_that_it_needs_the_data(monkeypatch):
 
 
 def test_every_node_needs_the_same_training_images(monkeypatch):
-    options = Options(train_data=data.DEAD_LEAVES, test_data=data.DEAD_LEAVES)
-
     def load(images, *other_nodes):
         leaves = data.ImageSet("leaves", images)
         monkeypatch.setattr(data, "load_images", lambda folder, role: leaves)
         monkeypatch.setattr(data, "gather", lambda checksums: seen.append(checksums) or [*other_nodes, checksums])
-        assert data.load_sets(options)[0] == leaves
+        assert data.load_sets(data.DEAD_LEAVES, data.DEAD_LEAVES, 0)[0] == leaves
 
     seen, leaves = [], dead_leaves("train", 2, 30)
     load(leaves)
     for other in (dead_leaves("train", 1, 30), dead_leaves("test", 2, 30)):  # fewer, and others of the same sizes
-        with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy those of one"):
+        with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images; copy the images of one"):
             load(other, seen[0])
     load(leaves, seen[0])
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -177,15 +178,35 @@ def test_help_has_a_synopsis_and_examples_that_are_understood(command, monkeypat
             modules[script].parse_args()
 
 
-ROOMS = ("train", "super_resolve", "training", "data", "upscaling", "imaging", "model", "utils", "info")
-
-
 def imports(path):
-    """The modules and folders at the top that a file imports."""
+    """The modules that a file imports, such as "torch.nn" and "imaging.images"."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.split(".")[0] for name in names}
+    imported_from = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return names | {f"{n.module}.{alias.name}" for n in imported_from for alias in n.names}
+
+
+def files_of_the_table():
+    """The rows of docs/files.md, from top to bottom, such as "train" and "imaging.images"."""
+    names = re.findall(r"^\| `([\w/]+)\.py` \|", DOCS["files.md"], re.M)
+    return [name.replace("/", ".") for name in names]
+
+
+def test_docs_list_every_file_once():
+    folders = (".", "imaging", "tools", "training", "upscaling")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+    assert sorted(files_of_the_table()) == sorted(".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files)
+
+
+def test_imports_run_down_the_table_of_files():
+    """No file imports a file above it, and each folder is one block of the table."""
+    rooms = files_of_the_table()
+    for i, room in enumerate(rooms):
+        imported = imports(ROOT / f"{room.replace('.', '/')}.py")
+        upward = [above for above in rooms[:i] if any(f"{name}.".startswith(f"{above}.") for name in imported)]
+        assert not upward, room
+    blocks = [folder for folder, _ in itertools.groupby(room.rpartition(".")[0] for room in rooms if "." in room)]
+    assert blocks == ["tools", "training", "upscaling", "imaging"]
 
 
 def test_the_top_has_the_six_files_of_the_assignment():
@@ -194,4 +215,4 @@ def test_the_top_has_the_six_files_of_the_assignment():
 
 
 def test_model_needs_only_torch():
-    assert imports(ROOT / "model.py") - sys.stdlib_module_names == {"torch"}
+    assert {name.split(".")[0] for name in imports(ROOT / "model.py")} == {"torch"}

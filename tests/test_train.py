@@ -11,10 +11,9 @@ from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
 from imaging.metrics import Scores, psnr, summary, table
 from model import SRCNN, crop
-from train import check_finite, evaluate, train_one_epoch
+from train import RECIPES, evaluate, linear_learning_rate, train_one_epoch
 from training.checkpoints import load_checkpoint
-from training.optimizer import linear_schedule
-from training.recipe import RECIPES
+from training.progress import check_finite
 from upscaling.upscaler import Upscaler
 from utils import CommandError
 
@@ -25,7 +24,7 @@ def test_an_epoch_takes_the_steps_of_its_patches(train_set):
     with torch.no_grad():
         batches = train_set.batches(3, 2, torch.Generator().manual_seed(5))  # of 2 * 78^2 pixels
         wanted = [
-            RECIPES["default"].loss_function(255 * crop(run.model(lr / 255), 12), Batch(lr, hr, weight)).item()
+            RECIPES["default"].loss(255 * crop(run.model(lr / 255), 12), Batch(lr, hr, weight)).item()
             for lr, hr, weight in batches
         ]
     losses = train_one_epoch(run, train_set, 1, lambda: None)
@@ -37,10 +36,10 @@ def test_an_epoch_takes_the_steps_of_its_patches(train_set):
 def test_the_schedule_goes_on_from_the_share_that_is_done(train_set, monkeypatch, batch_size, epochs):
     """Whatever options were before a resume after two epochs: there is no jump but for what the options ask."""
     run, rates = small_run(batch_size=batch_size, patch_size=48, num_epoch=epochs), []
-    monkeypatch.setattr(run.optimizer, "set_learning_rate", rates.append)
+    monkeypatch.setattr("train.train_one_step", lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]) or 0)
     train_one_epoch(run, train_set, 3, lambda: None)
     steps = {2: 3, 1: 6}[batch_size]
-    assert rates == [linear_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
+    assert rates == [linear_learning_rate(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
 
 
 def test_the_first_step_that_is_not_finite_is_named():
@@ -87,7 +86,7 @@ def test_every_epoch_is_reported_in_one_line(train_small, photos):
     assert lines[2][1] == summary(found)
     mean = found.mean.bicubic
     assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
-    assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps an epoch\n" in out
+    assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
     assert f"\n\n{table(found)}\n\nsaved: checkpoint.2; best: epoch " in out
 
 
@@ -110,7 +109,7 @@ def test_few_images_and_tiny_ones_will_do(train_small, count, size):
         image.crop((0, 0, *size)).save(f"few/{name}.png")
     status, out, err = train_small("--num-epoch=1", "--train-data=few")
     assert (status, err) == (0, "")
-    assert f"training set few: {count} images" in out
+    assert f"training set few: {count} image" in out
     mean = load("checkpoint.1")["report"]["mean"]
     assert mean["psnr_y"] > mean["bicubic_y"] - 0.2
 

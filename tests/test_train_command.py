@@ -7,7 +7,6 @@ import re
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
         ("train --no-such", 2, "unrecognized arguments: --no-such (see train.py train --help)"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --test-data=data/Set5", 1, "data/Set5: no such folder of images; `python data.py` downloads Set5"),
-        ("resume x --num-epoch=1", 1, "error: x has 2 epochs already, more than --num-epoch=1\n"),
+        ("resume x --num-epoch=1", 1, "error: x already has 2 epochs, more than --num-epoch=1\n"),
         (
             "train --recipe=assignment --precision=bf16",
             1,
@@ -115,7 +114,7 @@ def offline(monkeypatch):
 
 
 WARNING = (
-    "WARNING: GENERATED IMAGES SERVE AS {}: cannot fetch {}: 127.0.0.1:9: [Errno 111] Connection refused; "
+    "WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}: 127.0.0.1:9: [Errno 111] Connection refused; "
     "for the real ones run `python data.py` with network access, or with --from and a local copy\n"
 )
 
@@ -134,7 +133,8 @@ WARNING = (
 def test_generated_images_serve_as_a_default_set_that_is_missing(offline, capfd, given, replaced, names):
     Path("here").mkdir()
     options = Options.from_args(given)
-    assert find_data(options, given, fresh=True) == replace(options, **dict.fromkeys(replaced, "dead-leaves"))
+    found = options.folders() | dict.fromkeys(replaced, "dead-leaves")
+    assert find_data(options.folders(), given, fresh=True) == found
     assert capfd.readouterr().err == (WARNING.format(*names) if names else "")
 
 
@@ -148,7 +148,7 @@ def test_generated_images_serve_as_a_default_set_that_is_missing(offline, capfd,
 )
 def test_a_set_is_never_replaced(offline, given, fresh, problem):
     with pytest.raises(CommandError, match=problem):
-        find_data(Options.from_args(given), given, fresh)
+        find_data(Options.from_args(given).folders(), given, fresh)
 
 
 def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
@@ -156,10 +156,13 @@ def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
     assert status == 0
     assert err == WARNING.format("TRAIN_DATA AND TEST_DATA", "91-image and Set5")
     assert "Set5" not in out
-    named = [line for line in out.splitlines() if line.endswith("(GENERATED IMAGES)") or "(GENERATED IMAGES):" in line]
-    assert [line[:12] for line in named] == ["training set", "epoch   1/1 ", "saved: o/che"]
+    named = [line.split()[0] for line in out.splitlines() if "(GENERATED IMAGES)" in line]
+    assert named == ["training", "bicubic", "epoch", "epoch", "dead-leaves-test", "saved:"]
     saved = load("o/checkpoint.1")
-    assert (saved["train_set"], saved["report"]["set"]) == ("dead-leaves-train", "dead-leaves-test")
+    assert (saved["train_set"], saved["report"]["set"]) == (
+        "dead-leaves-train (GENERATED IMAGES)",
+        "dead-leaves-test (GENERATED IMAGES)",
+    )
     assert saved["args"]["train_data"] == saved["args"]["test_data"] == "dead-leaves"
     status, out, err = cli("train.py", "resume", "o/checkpoint.1", "--num-epoch=2")
     assert (status, err) == (0, "")  # without asking the network again
@@ -179,14 +182,14 @@ def test_an_info_that_is_not_filled_in_is_named_at_both_ends(train_small, monkey
     monkeypatch.setattr("train.info", Info("your name", "1155123456", "ctm@example.com"))
     status, _, err = train_small("--num-epoch=1")
     assert status == 0
-    warning = "WARNING: info.py is not filled in; its name, id and email are saved into each checkpoint\n"
+    warning = "WARNING: info.py is not filled in; its name, id and email are saved in each checkpoint\n"
     assert err == 2 * warning
 
 
 def test_the_courses_folders_serve_where_the_published_ones_are_missing(offline, photos):
     for name in ("train", "test"):
         Path("data", name).mkdir(parents=True)
-    found = find_data(Options(), {}, fresh=True)
-    assert (found.train_data, found.test_data) == ("data/train", "data/test")
+    found = find_data(Options().folders(), {}, fresh=True)
+    assert found == {"train_data": "data/train", "test_data": "data/test"}
     Path("data/Set5").mkdir()
-    assert find_data(Options(), {}, fresh=True).test_data == "data/Set5"
+    assert find_data(Options().folders(), {}, fresh=True)["test_data"] == "data/Set5"

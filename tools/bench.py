@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from data import load_images
 from model import SRCNN
-from train import train_one_step
+from train import RECIPES, train_one_step
 from training.options import Options
-from training.recipe import RECIPES
 from training.run import new_run
 from upscaling import fast_srcnn as folded
 from upscaling.device import keep_memory, select_dtype
@@ -52,7 +51,7 @@ def training(folder: Path, recipe: str, dtype: torch.dtype) -> Iterator[int]:
     options = Options.from_args({"recipe": recipe})
     keep_memory()
     patches = RECIPES[recipe].patches(load_images(str(folder), "train"), options.patch_size, CPU)
-    run = new_run(options, patches, dtype)
+    run = new_run(options, RECIPES[recipe], patches, dtype)
     while True:
         for batch in patches.batches(100, options.batch_size, run.generator):
             train_one_step(run, batch)

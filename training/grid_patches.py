@@ -1,4 +1,4 @@
-"""Patches as the assignment cuts them: what its recipe trains on, and what its test measures."""
+"""Patches on a grid: the assignment's own way to train, and the course's way to measure PSNR."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,10 +13,11 @@ from data import Batch, ImageSet
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Psnr, Scores
 from model import SCALE, SRCNN
+from training.recipe import Network
 from utils import CommandError
 
-SIZE = 33  # of a patch, in HR pixels
-STRIDE = 14  # from one patch to the next
+SIZE = 33  # side of a patch in HR pixels
+STRIDE = 14  # distance between neighboring patches
 
 
 class GridPatches:
@@ -26,7 +27,7 @@ class GridPatches:
     ----------
     image_set : the HR images
     patch_size : side of the patches in HR pixels, a multiple of 3
-    device : where the pixels are kept
+    device : device of the pixels
     """
 
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
@@ -36,18 +37,31 @@ class GridPatches:
         self.pixels = len(self.hr) * patch_size**2
 
     def steps(self, batch_size: int) -> int:
-        """The batches of an epoch; the last one may be smaller."""
+        """Return the number of batches in an epoch, of which the last may be smaller."""
         return math.ceil(len(self.hr) / batch_size)
 
     def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """As of :meth:`patches.RandomPatches.batches`, but lr has no context: (N, 3, size / 3, size / 3)."""
+        """Draw patches like :meth:`RandomPatches.batches`, but without context: lr is (N, 3, size / 3, size / 3)."""
         order = torch.randperm(len(self.hr), generator=generator).to(self.device)
         for batch in order.split(batch_size)[:steps]:
             yield Batch(self.lr[batch], self.hr[batch], torch.ones(len(batch), device=self.device))
 
 
+def zero_padded_srcnn(model: SRCNN, dtype: torch.dtype) -> Network:
+    """Return the network for patches without context, whose convolutions see zeros around each patch.
+
+    It maps uint8 patches of shape (N, 3, h, w) to values that are nominally in [0, 1], (N, 3, 3h, 3w).
+    """
+    return lambda lr: model.convolve(upscale_patches(lr.to(dtype) / 255))
+
+
+def upscale_patches(lr: Tensor) -> Tensor:
+    """Interpolate whole patches by 3, bicubically, without context beyond their edges."""
+    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True)
+
+
 def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Cut patches out of images, each made smaller by itself.
+    """Cut patches out of images, and reduce each by itself.
 
     Returns
     -------
@@ -60,27 +74,26 @@ def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:
     """
     hr = [patch for image in image_set.images.values() for patch in grid(image.convert("RGB"), size)]
     if not hr:
-        raise CommandError(f"{image_set.name}: no image holds a patch of {size}x{size}, which takes {2 * size} pixels")
+        raise CommandError(
+            f"{image_set.name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels"
+        )
     lr = [to_tensor(bicubic(patch, (size // SCALE, size // SCALE))) for patch in hr]
     return torch.stack(lr), torch.stack([to_tensor(patch) for patch in hr])
 
 
 def grid(image: Image.Image, size: int) -> Iterator[Image.Image]:
-    """Patches column by column. As in the course's code, none begins in the last ``size`` rows or columns."""
+    """Yield patches column by column. As in the course's code, none begins in the last ``size`` rows or columns."""
     width, height = (side // size * size for side in image.size)
     for left, top in product(range(0, width - size, STRIDE), range(0, height - size, STRIDE)):
         yield image.crop((left, top, left + size, top + size))
 
 
-# ------------------------------------------------------------------------ the course's test
-
-
 @torch.inference_mode()
 def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
-    """PSNR over RGB as the course's test measures it; on luma it measures nothing (NaN).
+    """Return the PSNR over RGB as the course's test program measures it; its value on luma is NaN.
 
     It is the mean over batches of the PSNR of a batch's mean squared error. The output is neither clamped
-    nor rounded. Bicubic interpolation is torch's, with Pillow's kernel.
+    nor rounded. Bicubic interpolation is PyTorch's, with Pillow's kernel.
     """
     device = model.conv1.weight.device
     lr, hr = (patches.to(device).float() / 255 for patches in cut_patches(image_set))
@@ -92,8 +105,3 @@ def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
         return Psnr(math.nan, sum(values) / len(values))
 
     return Scores(mean_over_batches(upscale_patches), mean_over_batches(model))
-
-
-def upscale_patches(lr: Tensor) -> Tensor:
-    """Bicubic interpolation by 3 of whole patches, whose edges have no context."""
-    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True)

@@ -1,20 +1,20 @@
-"""What a checkpoint holds, as text and as JSON."""
+"""Contents of a checkpoint as text and as JSON."""
 
 import json
+import math
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from imaging.dead_leaves import caution
 from imaging.metrics import Report, Scores, table
 from training.checkpoints import Checkpoint, TrainingState, is_filled_in
 from training.options import Args, Options
-from utils import printable
+from utils import plural, printable
 
 
 def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
-    """What a checkpoint holds, and a report of its network, as text."""
+    """Describe a checkpoint, and the report of its network if there is one."""
     state, args = checkpoint.training, checkpoint.args
     who = ", ".join(f"{key}: {value}" for key, value in asdict(checkpoint.info).items() if value)
     lines = [
@@ -23,8 +23,8 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
     ]
     if state:
         lines += [f"best        {state.best:.3f} dB Y, after epoch {state.best_epoch}"]
-        lines += [f"trained on  {state.train_set}, in {state.precision}{caution(state.train_set)}"]
-        lines += [f"optimizer   Adam, {number_of_steps(state):,} steps"]
+        lines += [f"trained on  {state.train_set}, in {state.precision}"]
+        lines += [f"optimizer   Adam, {plural(number_of_steps(state), 'step')}"]
     else:
         lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
     lines += [f"info        {who}{'' if is_filled_in(checkpoint.info) else '  (not filled in)'}"] if who else []
@@ -38,7 +38,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
 
 
 def changes(before: Args | None, after: Args) -> str:
-    """What changed at a resume, such as ", changed: num_epoch 4000 -> 8000"."""
+    """Describe what changed at a resume, for example ", changed: num_epoch 4000 -> 8000"."""
     if before is None:
         return " of a run by another program"
     old, new = (Options.from_args(args).to_args() for args in (before, before | after))
@@ -47,7 +47,7 @@ def changes(before: Args | None, after: Args) -> str:
 
 
 def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
-    """The same without the tensors as JSON, which has no infinity and no NaN."""
+    """Return the same as JSON, without the tensors."""
     facts: dict[str, Any] = {
         "epoch": checkpoint.epoch,
         "psnr": checkpoint.psnr,
@@ -62,19 +62,28 @@ def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
         facts |= {name: getattr(state, name) for name in names}
         facts["optimizer_steps"] = number_of_steps(state)
     facts["report"] = report.to_dict() if report else None
-    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2)
+    return json.dumps(finite(facts), indent=2)
 
 
-def describe_course(row: Scores, set_name: str, batch_size: int) -> str:
-    """The figures of :func:`course.course_psnr` as text."""
+def finite(value: Any) -> Any:
+    """Return plain data with None in place of infinity and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_course(scores: Scores, set_name: str, batch_size: int) -> str:
+    """Describe the figures of :func:`training.grid_patches.course_psnr`."""
     patches = f"patches of {printable(set_name)} in batches of {batch_size}"
-    figures = f"bicubic {row.bicubic.rgb:.3f} dB, SRCNN {row.srcnn.rgb:.3f} dB"
+    figures = f"bicubic {scores.bicubic.rgb:.3f} dB, SRCNN {scores.srcnn.rgb:.3f} dB"
     return f"PSNR over RGB as the course's test measures it, on {patches}:\n{figures}"
 
 
-def course_to_json(row: Scores, set_name: str, batch_size: int) -> str:
+def course_to_json(scores: Scores, set_name: str, batch_size: int) -> str:
     facts = {"protocol": "course", "set": set_name, "batch_size": batch_size}
-    return json.dumps(facts | {"bicubic_rgb": row.bicubic.rgb, "psnr_rgb": row.srcnn.rgb}, indent=2)
+    return json.dumps(facts | {"bicubic_rgb": scores.bicubic.rgb, "psnr_rgb": scores.srcnn.rgb}, indent=2)
 
 
 def number_of_parameters(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""TensorBoard's log of a training run."""
+"""TensorBoard log of a training run."""
 
 import contextlib
 import threading
@@ -17,19 +17,18 @@ from utils import warn
 
 
 class Log:
-    """TensorBoard's log of a run. If it cannot be written, training continues without it after one warning.
+    """TensorBoard log of a run. If it cannot be written, training continues without it after one warning.
 
     Parameters
     ----------
-    folder : for the events; None to log nothing
-    epoch : later events are discarded, left by a run that had gone further
-    options : shown as text, and to compare runs by
+    folder : folder of the event files; None to log nothing
+    epoch : last epoch to keep; TensorBoard discards later events, from a run that had gone further
+    options : shown as text, and in TensorBoard's comparison of runs
     """
 
     def __init__(self, folder: Path | None, epoch: int, options: Options) -> None:
         self.writer, self.args = None, options.to_args()
-        # TensorBoard writes in a thread. What fails there is raised here at the next call.
-        self.hook, threading.excepthook = threading.excepthook, lambda _: None
+        self.excepthook, threading.excepthook = threading.excepthook, self.ignore_write_errors
         if not folder:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -38,6 +37,11 @@ class Log:
             self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
             rows = "".join(f"| {name} | {value} |\n" for name, value in self.args.items())
             self.writer.add_text("arguments", f"| option | value |\n| --- | --- |\n{rows}", epoch)
+
+    def ignore_write_errors(self, args: threading.ExceptHookArgs) -> None:
+        """Do not report what fails in TensorBoard's thread, since its next call raises the same error."""
+        if not issubclass(args.exc_type, OSError):
+            self.excepthook(args)
 
     @contextlib.contextmanager
     def errors_as_warning(self) -> Iterator[None]:
@@ -56,16 +60,16 @@ class Log:
             f"{report.set}/psnr_y": report.mean.srcnn.y,
             f"{report.set}/psnr_rgb": report.mean.srcnn.rgb,
         }
-        for name, row in report.images.items():
-            values[f"{report.set}_psnr_y/{name}"] = row.srcnn.y
-            values[f"{report.set}_psnr_rgb/{name}"] = row.srcnn.rgb
+        for name, scores in report.images.items():
+            values[f"{report.set}_psnr_y/{name}"] = scores.srcnn.y
+            values[f"{report.set}_psnr_rgb/{name}"] = scores.srcnn.rgb
         with self.errors_as_warning():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch)
             self.writer.flush()
 
     def write_pictures(self, epoch: int, model: SRCNN, test_set: TestSet) -> None:
-        """For each test image bicubic, SRCNN and ground truth side by side; and the filters of the first layer."""
+        """Write bicubic, SRCNN and ground truth of each test image side by side, and the filters of conv1."""
         if not self.writer:
             return
         from torchvision.utils import make_grid  # slow to import
@@ -81,9 +85,9 @@ class Log:
             self.writer.flush()
 
     def write_result(self, epoch: int, report: Report) -> None:
-        """The last report of a run that is done, to compare runs by.
+        """Write the last report of a finished run, for TensorBoard's comparison of runs.
 
-        It goes to a folder of its own, since TensorBoard would show a resumed run by the options of its first end.
+        It has a folder of its own, since TensorBoard would show a resumed run with the options of its first end.
         """
         if self.writer:
             final = {"final/psnr_y": report.mean.srcnn.y, "final/psnr_rgb": report.mean.srcnn.rgb}
@@ -97,11 +101,11 @@ class Log:
         if self.writer:
             with self.errors_as_warning():
                 self.writer.close()
-        threading.excepthook = self.hook
+        threading.excepthook = self.excepthook
 
 
 def filters(model: SRCNN) -> Tensor:
-    """The filters of the first layer, magnified, each from its least value to its greatest."""
+    """Return an image of the filters of conv1, enlarged, each scaled from its minimum to its maximum."""
     from torchvision.utils import make_grid
 
     weights = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -1,5 +1,6 @@
-"""Adam, plain and in whitened coordinates, and the learning-rate schedule."""
+"""Adam, plain and in whitened coordinates of conv1."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,16 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import SRCNN, bicubic_x3
+from training.grid_patches import GridPatches
+from training.random_patches import RandomPatches
+from training.recipe import WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
+from upscaling.distributed import broadcast
+
+
+def plain_adam(model: SRCNN, patches: GridPatches, generator: torch.Generator) -> "Adam":
+    """Set PyTorch's own initial weights, and return Adam for them."""
+    for layer in (model.conv1, model.conv2, model.conv3):
+        layer.reset_parameters()
+    return Adam(model.parameters())
+
+
+@torch.no_grad()
+def whitened_adam(model: SRCNN, patches: RandomPatches, generator: torch.Generator) -> "WhitenedAdam":
+    """Whiten the initial filters of conv1, and return Adam in whitened coordinates.
+
+    The three filters that pass the image stay. The others, as drawn, respond to brightness above all, which
+    switches many units of conv2 on or off for good.
+    All processes use the whitening matrix of rank 0, since the signs of its rows depend on the machine.
+    """
+    count = math.ceil(WHITENING_PIXELS / patches.patch_size**2)
+    lr = next(patches.batches(1, count, generator)).lr[..., :160, :160]
+    whitening = broadcast(whitening_matrix(lr.cpu())).to(model.conv1.weight)  # (243, 243)
+    filters = model.conv1.weight[3:]  # (61, 3, 9, 9)
+    filters.copy_((filters.flatten(1) @ whitening).view_as(filters))
+    return WhitenedAdam(model, whitening)
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's fused Adam, whose hyperparameters are not those of the state that it loads."""
+    """PyTorch's fused Adam. Loading a state continues its moments, but not its hyperparameters."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__(parameters, fused=True)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        self.param_groups[0]["lr"] = learning_rate
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the moments of a state; there are none before the first step."""
@@ -63,8 +88,8 @@ class WhitenedAdam(Adam):
         super().load_state_dict(state_dict)
 
 
-def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tensor:
-    """The principal components of what conv1 sees, each scaled to about the same variance.
+def whitening_matrix(lr: Tensor, floor: float = WHITENING_FLOOR, size: float = WHITENED_SIZE) -> Tensor:
+    """Return the principal components of what conv1 sees, each scaled to about the same variance.
 
     P = ``size`` (D + ``floor``)^(-1/2) E^T, where the covariance of the patches is E D E^T. The mean of each
     channel over the 9x9 pixels is subtracted first. P has no such means either, so what conv1 makes of
@@ -73,8 +98,8 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
     Parameters
     ----------
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches
-    floor : keeps noise from being amplified
-    size : order of magnitude of conv1's features
+    floor : added to the variances
+    size : order of magnitude of the whitened values
 
     Returns
     -------
@@ -82,29 +107,10 @@ def whitening_matrix(lr: Tensor, floor: float = 1e-3, size: float = 0.3) -> Tens
     """
 
     def subtract_mean(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (3, 81))
-        return (x - x.mean(2, keepdim=True)).flatten(1)
+        x = x.unflatten(1, (3, 81))  # (n, 3, 81)
+        return (x - x.mean(2, keepdim=True)).flatten(1)  # (n, 243)
 
     x = F.unfold(bicubic_x3(lr.double() / 255), kernel_size=9, stride=5)  # (N, 243, patches)
     x = subtract_mean(x.transpose(1, 2).flatten(0, 1))  # (N * patches, 243)
-    variances, directions = torch.linalg.eigh(x.T.cov())
+    variances, directions = torch.linalg.eigh(x.T.cov())  # (243,), (243, 243)
     return size * subtract_mean((directions * (variances.clamp(min=0) + floor) ** -0.5).T)
-
-
-@torch.no_grad()
-def whiten_filters(model: SRCNN, whitening: Tensor) -> None:
-    """Whiten the initial random filters of conv1, all except for the three that pass the image.
-
-    As drawn they respond to brightness above all, which switches many units of conv2 on or off for good.
-    """
-    filters = model.conv1.weight[3:]
-    filters.copy_((filters.flatten(1) @ whitening.to(filters)).view_as(filters))
-
-
-def linear_schedule(peak: float, step: float, total: int) -> float:
-    """The learning rate at a step: linear warm-up, then a linear decay that ends at zero.
-
-    The warm-up takes 5% of all steps, but at least 100: Adam's first steps are of full size
-    whatever the gradient, and would leave a very short training worse than it began.
-    """
-    return peak * min(1.0, step / max(0.05 * total, 100)) * (1 - step / total)

@@ -1,4 +1,4 @@
-"""The options of a training run: on the command line, in the program, and in a checkpoint."""
+"""Options of a training run: on the command line, in the program, and in a checkpoint."""
 
 import argparse
 import contextlib
@@ -7,37 +7,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data import TEST_DATA, TRAIN_DATA
 from model import SCALE
 from utils import CommandError, integer, positive_float
 
-Args = dict[str, Any]  # options by the names that they have on the command line and in a checkpoint
-# The recipes, and the options whose defaults differ from those of Options.
+MAX_STEP = 2**26  # HR pixels in a batch; the features of more would take over 16 GB
+
+Args = dict[str, Any]  # options by their names on the command line and in a checkpoint
+# Options by recipe whose defaults differ from the fields of Options.
 RECIPE_DEFAULTS: dict[str, Args] = {
     "default": {},
     "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
 }
-RECIPES, RECIPE_HELP = tuple(RECIPE_DEFAULTS), "assignment follows its text, with its learning rate and batch size"
+RECIPE_NAMES, RECIPE_HELP = tuple(RECIPE_DEFAULTS), "assignment follows its text, with its learning rate and batch size"
 PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
-    """A field of :class:`Options` with the arguments of argparse's add_argument; ``name`` is as in Args."""
+    """Return a field of :class:`Options` with arguments for argparse's add_argument; ``name`` is the key in Args."""
     return dataclasses.field(default=default, metadata={"type": type, "help": help, **arguments})
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Options:
-    recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPES)
+    recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
-    num_epoch:     int   = option(100,             integer(),         "epochs, of as many pixels as the training set")
-    save_freq:     int   = option(10,              integer(),         "epochs from one numbered checkpoint to the next")
+    num_epoch:     int   = option(100,             integer(),         "epochs, each of as many pixels as the set")
+    save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
     patch_size:    int   = option(33,              integer(1, SCALE), "side of a patch in HR pixels, a multiple of 3")
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
-    train_data:    str   = option("data/91-image", str,               "training images, or dead-leaves", metavar="DIR")
-    test_data:     str   = option("data/Set5",     str,               "test images, or dead-leaves", metavar="DIR")
+    train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
+    test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
     hold_out:      int   = option(0,               integer(0),        "test on 1 of N training images instead")
     # fmt: on
 
@@ -46,18 +49,26 @@ class Options:
 
     @classmethod
     def from_args(cls, args: Args) -> "Options":
-        """Options from some of them; the others have the defaults of their recipe."""
+        """Return options of which some are given; the others have the defaults of their recipe."""
         args = RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
+
+
+    def folders(self) -> dict[str, str]:
+        """Return the folders of the sets in use by the names of their options."""
+        folders = {"train_data": self.train_data}
+        return folders if self.hold_out else folders | {"test_data": self.test_data}
+    def with_folders(self, folders: dict[str, str]) -> "Options":
+        return Options.from_args(self.to_args() | folders)
 
 
 FIELDS = {field.metadata.get("name", field.name): field for field in dataclasses.fields(Options)}
 
 
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
-    """Add the options to a parser, which sets those that are given on the command line."""
+    """Add the options to a parser, which sets only the options that are given on the command line."""
     for name, field in FIELDS.items():
-        if resume and name in ("recipe", "seed"):  # the checkpoint's optimizer and random state depend on them
+        if resume and name in ("recipe", "seed"):  # the optimizer and the random state depend on them
             continue
         arguments = {key: value for key, value in field.metadata.items() if key != "name"}
         if "choices" not in arguments:
@@ -68,12 +79,25 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
 
 
 def given_options(namespace: argparse.Namespace) -> Args:
-    """The options that were given on the command line."""
+    """Return the options that were given on the command line."""
     return {name: value for name, value in vars(namespace).items() if name in FIELDS}
 
 
+def check_options(options: Options, world_size: int) -> None:
+    """Raise CommandError if the options contradict each other or ask for too much."""
+    if options.recipe == "assignment" and options.precision != "fp32":
+        raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
+    if options.batch_size * options.patch_size**2 > MAX_STEP:
+        raise CommandError(f"a batch has at most {MAX_STEP:,} pixels; use a smaller --batch-size or --patch-size")
+    if options.batch_size < world_size:
+        raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
+
+
+# ------------------------------------------------------------------------- in checkpoints
+
+
 def valid_args(args: Mapping[Any, Any]) -> Args:
-    """The known options of another program, except for those that are impossible here."""
+    """Return the known options in another program's checkpoint, without values that are impossible here."""
     valid: Args = {}
     for name in FIELDS:
         with contextlib.suppress(CommandError):
@@ -82,7 +106,7 @@ def valid_args(args: Mapping[Any, Any]) -> Args:
 
 
 def check_args(args: Mapping[Any, Any]) -> Args:
-    """The known options in a checkpoint, checked as on the command line. Raises CommandError."""
+    """Return the known options in a checkpoint. Raise CommandError if the command line would refuse one."""
     checked: Args = {}
     for name, field in FIELDS.items():
         value = args.get(name)

@@ -1,4 +1,4 @@
-"""Batches of patches from anywhere in the training images, cut out on the device."""
+"""Random patches: batches from anywhere in the training images, cut out on the device."""
 
 import math
 from collections.abc import Iterator
@@ -12,18 +12,19 @@ from torch import Tensor
 from data import Batch, ImageSet, degrade
 from imaging.images import bicubic, to_tensor
 from model import HALO_LR, SCALE
+from training.recipe import RECOLORED, SAMPLING_FLOOR
 
 
 class RandomPatches:
-    """All training images on the device, from which batches of patches are drawn.
+    """All training images on the device, and the batches of patches that are drawn from them.
 
-    An image has nine LR images, one for each place where the grid of LR pixels can begin.
+    Each image has nine LR images, one for each offset of the grid of LR pixels.
 
     Parameters
     ----------
     image_set : the HR images
     patch_size : side of the patches in HR pixels, a multiple of 3
-    device : where the pixels are kept and the batches are made
+    device : device of the pixels and the batches
     """
 
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
@@ -43,63 +44,73 @@ class RandomPatches:
         self.lr.freeze(device)
         self.hr.freeze(device)
         self.sampler = ImportanceSampler(errors, patch_size // SCALE)
-        self.rooms = torch.tensor([view[1:3] for view in self.lr.views]) - patch_size // SCALE  # (9 * count, 2)
+        self.last_corners = torch.tensor([view[1:3] for view in self.lr.views]) - patch_size // SCALE  # (9 * count, 2)
         self.pixels = SCALE**2 * sum(error.numel() for error in errors)  # of the images, cropped to multiples of 3
 
     def steps(self, batch_size: int) -> int:
-        """The batches of an epoch, which draws as many pixels as the set has."""
+        """Return the number of batches in an epoch, which draws as many pixels as the set has."""
         return math.ceil(self.pixels / (batch_size * self.patch_size**2))
 
     def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations.
 
-        The first eighth of a batch has its channels in another order, the last eighth is negative.
+        The first eighth of a batch has its channels permuted, the last eighth is negative.
 
         Parameters
         ----------
         steps : number of batches
-        batch_size : patches in each
-        generator : of the CPU, so that a run draws the same patches on any device
+        batch_size : number of patches in each
+        generator : a CPU generator, so that a run draws the same patches on any device
 
         Yields
         ------
-        Batch, whose lr has the context that :class:`folded.FastSRCNN` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
+        Batch, whose lr has the context that :class:`FastSRCNN` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
         """
-        count, size = steps * batch_size, self.patch_size // SCALE
-        image, corner, weight = self.sampler.draw(count, generator)
-        view = SCALE**2 * image + torch.randint(SCALE**2, (count,), generator=generator)
-        corner = torch.minimum(corner, self.rooms[view].clamp(min=0))  # the LR images are not all of one size
-        flips = torch.rand(count, 3, generator=generator) < 0.5  # rows, columns, transpose
-        changed = batch_size // 8
-        other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
-        channels = torch.arange(3).repeat(steps, batch_size, 1)
-        channels[:, :changed] = other_orders[torch.randint(5, (steps, changed), generator=generator)]
-        places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)
-        first = torch.arange(changed, device=self.device)[:, None]
-        draws = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
-        for places, flips, weight in zip(*draws, strict=True):
+        size, recolored = self.patch_size // SCALE, batch_size // RECOLORED
+        first = torch.arange(recolored, device=self.device)[:, None]
+        for places, flips, weight in self.draw(steps, batch_size, generator):
             view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
             lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips)
             hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips)
             for patches in (lr, hr):
-                patches[:changed] = patches[first, channels[:changed]]
-                patches[batch_size - changed :].bitwise_not_()  # 255 - x
+                patches[:recolored] = patches[first, channels[:recolored]]
+                patches[batch_size - recolored :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
+    def draw(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Draw what distinguishes the patches of each batch.
 
-# ------------------------------------------------------------------ where patches are drawn
+        Yields
+        ------
+        places : (N, 6), the view, top and left in LR pixels, and the order of the three channels
+        flips : bool Tensor of shape (N, 3), as in :meth:`Atlas.cut`
+        weight : (N,), float32
+        """
+        count, recolored = steps * batch_size, batch_size // RECOLORED
+        image, corner, weight = self.sampler.draw(count, generator)
+        view = SCALE**2 * image + torch.randint(SCALE**2, (count,), generator=generator)
+        corner = torch.minimum(corner, self.last_corners[view].clamp(min=0))  # the LR images differ in size
+        flips = torch.rand(count, 3, generator=generator) < 0.5
+        other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
+        channels = torch.arange(3).repeat(steps, batch_size, 1)  # (steps, N, 3)
+        channels[:, :recolored] = other_orders[torch.randint(5, (steps, recolored), generator=generator)]
+        places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)  # (steps * N, 6)
+        yield from zip(*(x.to(self.device).split(batch_size) for x in (places, flips, weight)), strict=True)
+
+
+# ------------------------------------------------------------------------------ sampling
 
 
 class ImportanceSampler:
     """Draws patches in proportion to the root mean squared error that interpolation leaves in them.
 
-    A patch of sky takes as much time as one of grass and teaches less. Weights make up for the proportions: the
-    weighted mean over the patches drawn estimates the mean over all patches of all images, with less variance
-    than if they were drawn uniformly.
+    A patch of sky takes as much time as a patch of grass and teaches less. Weights make up for the proportions:
+    the weighted mean over the patches drawn estimates the mean over all patches of all images, with less
+    variance than uniform sampling.
 
     Parameters
     ----------
-    errors : the mean squared error at each LR pixel of each image, (h, w), float64
+    errors : mean squared error at each LR pixel of each image, float64 Tensors of shape (h, w)
     size : side of the patches in LR pixels
     """
 
@@ -109,10 +120,10 @@ class ImportanceSampler:
         places = torch.tensor([mean.numel() for mean in means])
         self.ends = places.cumsum(0)
         error = torch.cat([mean.flatten() for mean in means])  # (places,)
-        # Images count by their areas. The floor keeps rare patches from having great weights.
+        # Images count by their areas, however few places for patches they have.
         shares = [image.numel() / mean.numel() for image, mean in zip(errors, means, strict=True)]
         uniform = torch.tensor(shares).double().repeat_interleave(places)
-        drawn = uniform * (error + 0.05 * error.mean() + 1e-9).sqrt()
+        drawn = uniform * (error + SAMPLING_FLOOR * error.mean() + 1e-9).sqrt()  # not zero if all images are plain
         self.cumulative = drawn.cumsum(0) / drawn.sum()
         self.weights = (uniform / uniform.sum() * (drawn.sum() / drawn)).float()
 
@@ -121,7 +132,7 @@ class ImportanceSampler:
 
         Returns
         -------
-        image : (count,), the number of the image
+        image : (count,), index of the image
         corner : (count, 2), top and left in LR pixels
         weight : (count,), float32
         """
@@ -135,26 +146,26 @@ class ImportanceSampler:
 
 
 def bicubic_error(image: Image.Image) -> Tensor:
-    """Mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
+    """Return the mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
     lr, hr = degrade(image)
     error = to_tensor(bicubic(lr, hr.size)).float() - to_tensor(hr).float()
     return F.avg_pool2d(error.square().sum(0, keepdim=True), SCALE)[0].double() / 3
 
 
 def mean_of_patches(error: Tensor, size: int) -> Tensor:
-    """Mean at each place of a patch, (h - size + 1, w - size + 1); an image smaller than a patch has one."""
+    """Return the mean over each patch, (h - size + 1, w - size + 1). An image smaller than a patch has one place."""
     height, width = (min(size, side) for side in error.shape)
     error = F.avg_pool2d(error[None], (height, 1), stride=1)
     return F.avg_pool2d(error, (1, width), stride=1)[0]
 
 
-# --------------------------------------------------------------------- images in one tensor
+# --------------------------------------------------------------------------------- atlas
 
 
 class Atlas:
     """Images of any sizes in one tensor of pixels, so that a batch of patches is cut out in few operations.
 
-    A view is an image, or the part of one below and to the right of some pixel. Its pixel (y, x)
+    A view is an image or the part of an image below and to the right of some pixel. Its pixel (y, x)
     is pixel start + y * stride + x of the atlas.
     """
 
@@ -164,7 +175,7 @@ class Atlas:
         self.size = 0
 
     def add_pixels(self, image: Tensor) -> int:
-        """Append an image of shape (3, h, w); returns the place of its first pixel."""
+        """Append an image of shape (3, h, w), and return the index of its first pixel."""
         self.images.append(image.permute(1, 2, 0).reshape(-1, 3))
         start, self.size = self.size, self.size + len(self.images[-1])
         return start
@@ -179,11 +190,11 @@ class Atlas:
         self.images.clear()
 
     def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor) -> Tensor:
-        """Cut out square patches. Rows and columns outside of a view are those at its edge.
+        """Cut out square patches. Rows and columns outside a view repeat its edge.
 
         Parameters
         ----------
-        view : (N,)
+        view : (N,), indices of views
         corner : (N, 2), top and left
         size : side of the patches
         flips : bool Tensor of shape (N, 3), whether to flip the rows, to flip the columns, and to transpose

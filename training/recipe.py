@@ -1,8 +1,5 @@
-"""The two ways to train: the default, and the assignment as it is written. Each is a choice of
-patches, initial weights, optimizer, loss and learning-rate schedule; train.py has the loop.
-"""
+"""The default recipe's numbers, and the parts of its loss that photos alone do not give. The loop is in train.py."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -10,131 +7,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, ImageSet
 from imaging.metrics import LUMA
 from model import HALO_LR, SRCNN
-from training.grid_patches import GridPatches, upscale_patches
-from training.optimizer import Adam, WhitenedAdam, linear_schedule, whiten_filters, whitening_matrix
-from training.random_patches import RandomPatches
-from upscaling.distributed import broadcast
-from upscaling.fast_srcnn import FastSRCNN
 
-Patches = RandomPatches | GridPatches
-Network = Callable[[Tensor], Tensor]  # from LR patches to HR patches
+Network = Callable[[Tensor], Tensor]  # maps LR patches to HR patches
 
+# The learning rate, batch size and patch size are options: training/options.py.
 
-class DefaultRecipe:
-    """Patches from anywhere, with their context; Adam in whitened coordinates; a linear schedule."""
-
-    def patches(self, images: ImageSet, size: int, device: torch.device) -> RandomPatches:
-        return RandomPatches(images, size, device)
-
-    def optimizer(self, model: SRCNN, patches: Patches, generator: torch.Generator) -> Adam:
-        """Draws from the patches as many pixels as 64 patches of 63x63 have, whatever their size.
-
-        All processes take the whitening matrix of rank 0, since the signs of its rows depend on the machine.
-        """
-        count = math.ceil(64 * 63**2 / patches.patch_size**2)
-        batch = next(patches.batches(1, count, generator))
-        return WhitenedAdam(model, broadcast(whitening_matrix(batch.lr[..., :160, :160].cpu())))
-
-    def initialize(self, model: SRCNN, optimizer: Adam) -> None:
-        """Set initial weights. Those of model.py stay, but for the filters of conv1."""
-        assert isinstance(optimizer, WhitenedAdam)
-        whiten_filters(model, optimizer.whitening)
-
-    def network(self, model: SRCNN, dtype: torch.dtype) -> Network:
-        return FastSRCNN(model, dtype)
-
-    def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
-        """Weighted mean squared error of values in [0, 1]: that over RGB, and twice that of luma."""
-        error = (leaky_clamp(output) - batch.hr).permute(0, 2, 3, 1)  # (N, H, W, 3)
-        error = error @ rgb_and_luma(error.device)  # (N, H, W, 4)
-        squares = error.square().sum(3).mean((1, 2))  # (N,)
-        return (batch.weight * squares).mean() / 255**2
-
-    def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> Tensor:
-        """What photos do not teach: plain colors stay what they are, and gray stays gray.
-
-        The few training images show few colors and hardly any text, and what the network makes of others
-        would drift: ten times the mean squared error on plain areas of a grid of colors, and a quarter of the
-        mean squared difference from gray for gray images of high contrast. Every fourth patch of the batch
-        gives one; fewer would be too noisy.
-        """
-        colors = color_grid(model.conv1.weight.device)
-        output = network(gray_corners(lr[::4]))
-        gray = output.float().clamp(0, 255).mean(1, keepdim=True)
-        tint = (leaky_clamp(output) - gray).square().mean() / 255**2
-        return 10 * F.mse_loss(model.dc_response(colors), colors) + tint / 4
-
-    def learning_rate(self, peak: float, step: float, total: int) -> float:
-        return linear_schedule(peak, step, total)
+# Learning rate
+WARMUP_SHARE = 0.05  # share of all steps in which it rises from zero
+WARMUP_STEPS = 100  # minimum number of those steps: Adam's first steps are of full size whatever the gradient
+# Loss
+LUMA_WEIGHT = 2  # weight of the squared error of luma; R, G and B have 1/3 each
+CLAMP_SLOPE = 0.03  # slope of the clamp outside of [0, 255]
+# Penalty for what the few training photos do not show
+COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
+COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
+GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patches
+GRAY_EVERY = 4  # one gray patch for so many patches of a batch; fewer would be too noisy
+GRAY_SIZE = 5  # side of a gray patch in LR pixels, without its context
+GRAY_CONTRAST = 5  # the contrast of gray patches is raised by a factor of up to exp(5) = 148
+# Patches
+SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
+RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
+# Whitened coordinates of conv1
+WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
+WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified
+WHITENED_SIZE = 0.3  # order of magnitude of conv1's features
 
 
-def leaky_clamp(output: Tensor, slope: float = 0.03) -> Tensor:
-    """Clamp to [0, 255], as saving an image does, but with a small slope outside of it.
+def penalty(model: SRCNN, network: Network, lr: Tensor) -> Tensor:
+    """Return the penalty for changing plain colors and for tinting gray.
 
-    Without the slope there is no gradient there, and units that make white areas whiter grow without limit.
+    The few training photos show few colors and hardly any text, and what the network makes of others would
+    drift. Plain colors must stay what they are, and gray patches of high contrast must stay gray.
+
+    Parameters
+    ----------
+    model : SRCNN
+    network : the model in the form that is trained, for values from 0 to 255
+    lr : uint8 Tensor of shape (N, 3, h, w), LR patches of the whole batch
+    """
+    colors = color_grid(model.conv1.weight.device)
+    output = network(gray_corners(lr[::GRAY_EVERY]))
+    gray = output.float().clamp(0, 255).mean(1, keepdim=True)
+    tint = (leaky_clamp(output) - gray).square().mean() / 255**2
+    return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + GRAY_WEIGHT * tint
+
+
+def leaky_clamp(output: Tensor) -> Tensor:
+    """Clamp to [0, 255], as saving an image does, but keep a small slope outside.
+
+    Without it the gradient there would be zero, and units that make white areas whiter would grow without bound.
     """
     output = output.float()
-    return torch.lerp(output.clamp(0, 255), output, slope)
+    return torch.lerp(output.clamp(0, 255), output, CLAMP_SLOPE)
 
 
-@lru_cache  # since a copy at each step would wait for the GPU
+@lru_cache  # a copy at each step would wait for the GPU
 def rgb_and_luma(device: torch.device) -> Tensor:
-    """Turns R, G, B into four values; their squares add up to the mean of R², G², B² and twice luma², (3, 4)."""
+    """Return a matrix of shape (3, 4) that maps R, G, B to four values: scaled R, G, B and luma.
+
+    Their squares add up to the mean of R², G², B² plus ``LUMA_WEIGHT`` times luma².
+    """
     luma = torch.tensor(LUMA)[:, None]
-    return torch.cat([(1 / 3) ** 0.5 * torch.eye(3), 2**0.5 * luma], 1).to(device)
+    return torch.cat([(1 / 3) ** 0.5 * torch.eye(3), LUMA_WEIGHT**0.5 * luma], 1).to(device)
 
 
 @lru_cache
 def color_grid(device: torch.device) -> Tensor:
-    """A grid over the RGB cube, (729, 3)."""
-    return torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).to(device)
+    """Return a grid over the RGB cube, with values in [0, 1], of shape (729, 3)."""
+    return torch.cartesian_prod(*[torch.linspace(0, 1, COLOR_STEPS)] * 3).to(device)
 
 
-def gray_corners(lr: Tensor, size: int = 5) -> Tensor:
-    """Gray images like text and line art: a corner of each patch, of ``size`` pixels beside its context.
+def gray_corners(lr: Tensor) -> Tensor:
+    """Make gray images like text and line art of a corner of each patch, of GRAY_SIZE pixels and their context.
 
-    The contrast is raised up to 148 times around the first pixel. It is drawn by the patch itself, from the
-    last digits of its sum, so that it is the same on any device and in any number of processes.
+    The contrast is raised around the first pixel, by a factor that the patch itself draws: the last digits of
+    its sum. So it is the same on any device and in any number of processes.
+
+    Parameters
+    ----------
+    lr : uint8 Tensor of shape (N, 3, h, w)
+
+    Returns
+    -------
+    float Tensor of shape (N, 3, 13, 13), integers from 0 to 255, equal in the three channels
     """
-    lr = lr[..., : size + 2 * HALO_LR, : size + 2 * HALO_LR]  # (N, 3, 13, 13)
-    draw = lr.sum((1, 2, 3), dtype=torch.int64) % 256 / 256
-    gray = lr.float().mean(1, keepdim=True)
-    pivot = gray[..., :1, :1]
-    gray = (gray - pivot) * torch.exp(5 * draw).view(-1, 1, 1, 1) + pivot
+    side = GRAY_SIZE + 2 * HALO_LR
+    lr = lr[..., :side, :side]  # (N, 3, 13, 13)
+    draw = lr.sum((1, 2, 3), dtype=torch.int64) % 256 / 256  # (N,)
+    gray = lr.float().mean(1, keepdim=True)  # (N, 1, 13, 13)
+    pivot = gray[..., :1, :1]  # (N, 1, 1, 1)
+    gray = (gray - pivot) * torch.exp(GRAY_CONTRAST * draw).view(-1, 1, 1, 1) + pivot
     return gray.clamp(0, 255).round().expand(-1, 3, -1, -1)
-
-
-class AssignmentRecipe:
-    """The assignment as it is written: patches on a grid, PyTorch's initial weights, plain Adam at a constant rate.
-
-    Patches have no context, so the convolutions see zeros around each of them, by the paddings 4, 0 and 2.
-    """
-
-    def patches(self, images: ImageSet, size: int, device: torch.device) -> GridPatches:
-        return GridPatches(images, size, device)
-
-    def optimizer(self, model: SRCNN, patches: Patches, generator: torch.Generator) -> Adam:
-        return Adam(model.parameters())
-
-    def initialize(self, model: SRCNN, optimizer: Adam) -> None:
-        for layer in (model.conv1, model.conv2, model.conv3):
-            layer.reset_parameters()
-
-    def network(self, model: SRCNN, dtype: torch.dtype) -> Network:
-        return lambda lr: model.convolve(upscale_patches(lr.to(dtype) / 255))
-
-    def loss_function(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean squared error of the whole output; zero of no patches, as a process may get of the last batch."""
-        return F.mse_loss(output, batch.hr / 255, reduction="sum") / max(batch.hr.numel(), 1)
-
-    def penalty(self, model: SRCNN, network: Network, lr: Tensor) -> float:
-        return 0
-
-    def learning_rate(self, peak: float, step: float, total: int) -> float:
-        return peak
-
-
-RECIPES: dict[str, DefaultRecipe | AssignmentRecipe] = {"default": DefaultRecipe(), "assignment": AssignmentRecipe()}

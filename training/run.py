@@ -1,43 +1,64 @@
-"""A training run: its state, made new or restored from a checkpoint, and its output folder."""
+"""A training run: its recipe, its state, new or restored from a checkpoint, and its output folder."""
 
 import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from data import Batch, ImageSet
 from imaging.metrics import Report
 from model import SRCNN
 from training.checkpoints import Checkpoint, ResumeRecord, TrainingState, load_checkpoint, save_checkpoint
+from training.grid_patches import GridPatches
 from training.optimizer import Adam
 from training.options import Options
-from training.recipe import RECIPES, Patches
+from training.random_patches import RandomPatches
+from training.recipe import Network
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
 from utils import CommandError, locked, make_folder, remove_stale_files
 
+Patches = RandomPatches | GridPatches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the ways to train. train.py has the loop, and the two recipes."""
+
+    patches: Callable[[ImageSet, int, torch.device], Patches]
+    optimizer: Callable[..., Adam]  # of (model, patches, generator); also sets the initial weights
+    network: Callable[[SRCNN, torch.dtype], Network]
+    loss: Callable[[Tensor, Batch], Tensor]
+    penalty: Callable[[SRCNN, Network, Tensor], Tensor | float]
+    learning_rate: Callable[[float, float, float], float]  # of (peak, step, total number of steps)
+
 
 @dataclass
 class Run:
+    """The state of a training run."""
+
     options: Options
+    recipe: Recipe
     dtype: torch.dtype
-    train_set: str  # its name
+    train_set: str  # name of the training set
     model: SRCNN
     optimizer: Adam
     generator: torch.Generator  # draws the patches
     id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     epoch: int = 0  # epochs finished
-    report: Report = field(default_factory=lambda: Report("", {}))  # after that epoch; see start
+    report: Report = field(default_factory=lambda: Report("", {}))  # PSNR after that epoch; set by start
     best: float = -math.inf  # highest PSNR on luma, in dB
     best_epoch: int = 0
     history: list[ResumeRecord] = field(default_factory=list)
 
     def start(self, report: Report) -> None:
-        """Take the first report. The best PSNR so far counts only on the same test set."""
+        """Set the first report. The best PSNR so far counts only on the same test set."""
         if self.report.fingerprint() != report.fingerprint():
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
         self.report = report
@@ -49,7 +70,7 @@ class Run:
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
 
     def is_milestone(self) -> bool:
-        """Whether this epoch gets a numbered checkpoint."""
+        """Return whether this epoch gets a numbered checkpoint."""
         return self.epoch % self.options.save_freq == 0 or self.epoch == self.options.num_epoch
 
     def checkpoint(self) -> Checkpoint:
@@ -78,20 +99,18 @@ class Run:
 # ------------------------------------------------------------------------- new or restored
 
 
-def new_run(options: Options, patches: Patches, dtype: torch.dtype) -> Run:
-    """A run with initial weights drawn by the seed."""
+def new_run(options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
+    """Return a run whose initial weights and patches are drawn with the seed."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    recipe = RECIPES[options.recipe]
     optimizer = recipe.optimizer(model, patches, generator)
-    recipe.initialize(model, optimizer)
-    return Run(options, dtype, patches.name, model, optimizer, generator)
+    return Run(options, recipe, dtype, patches.name, model, optimizer, generator)
 
 
-def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dtype: torch.dtype) -> Run:
-    """A run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
-    run = new_run(options, patches, dtype)
+def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
+    """Return a run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
+    run = new_run(options, recipe, patches, dtype)
     run.epoch = checkpoint.epoch
     run.model.load_state_dict(checkpoint.model)
     state = checkpoint.training
@@ -112,7 +131,7 @@ def restored_run(checkpoint: Checkpoint, options: Options, patches: Patches, dty
 
 @contextlib.contextmanager
 def lock_output_dir(output: Path) -> Iterator[None]:
-    """Make the output folder and lock it, so that no other training writes to it. Rank 0 does that for all.
+    """Create the output folder and lock it, so that no other run writes to it. Rank 0 does that for all processes.
 
     On Windows nothing is locked.
     """
@@ -130,12 +149,12 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
-    """Rename a checkpoint.best or checkpoint.last that this run would replace without having continued it."""
+    """Rename checkpoint.best and checkpoint.last if this run would replace them without having continued them."""
     for name, epoch in (("best", run.best_epoch), ("last", run.epoch)):
         path = output / f"checkpoint.{name}"
         if not path.exists():
             continue
-        with contextlib.suppress(CommandError):  # a file that is no checkpoint is kept, too
+        with contextlib.suppress(CommandError):  # a file that is not a checkpoint is also kept
             other = load_checkpoint(path)
             if other.training and (other.training.run, other.epoch) == (run.id, epoch):
                 continue
@@ -143,4 +162,4 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
         while (kept := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
         os.replace(path, kept)
-        print(f"{path} of another run, or of a later epoch, is kept as {kept}")
+        print(f"{path} belongs to another run or to a later epoch; it is kept as {kept}")

@@ -37,7 +37,7 @@ def test_each_patch_is_made_smaller_by_itself():
 
 
 def test_images_without_a_patch_are_refused():
-    with pytest.raises(CommandError, match="grid: no image holds a patch of 33x33"):
+    with pytest.raises(CommandError, match="grid: no image contains a patch of 33x33"):
         cut_patches(image_set(65, 200))
 
 

@@ -28,8 +28,8 @@ def test_a_checkpoint_as_text(inspected):
 checkpoint.3: SRCNN 9-1-5, 20,099 parameters
 epoch       1 of 8
 best        31.000 dB Y, after epoch 1
-trained on  dead-leaves-train, in fp32  (GENERATED IMAGES)
-optimizer   Adam, 1 steps
+trained on  dead-leaves-train, in fp32
+optimizer   Adam, 1 step
 info        name: your name, id: 1155xxxxxx, email: example@example.com  (not filled in)
 saved       2025-01-02 03:04:05, torch 2.6.0
 options

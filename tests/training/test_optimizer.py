@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from model import SRCNN
-from training.optimizer import WhitenedAdam, linear_schedule, whitening_matrix
+from train import linear_learning_rate
+from training.optimizer import WhitenedAdam, whitening_matrix
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from training.optimizer import WhitenedAdam, linear_schedule, whitening_matrix
     ],
 )
 def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
-    assert linear_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
+    assert linear_learning_rate(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_whitening_whitens():
@@ -46,7 +47,7 @@ def test_it_is_adam_on_v_where_the_weight_is_its_start_plus_v_times_p():
     plain, v = copy.deepcopy(model), torch.zeros(64, 243, dtype=torch.float64, requires_grad=True)
     start = plain.conv1.weight.detach()
     optimizers = WhitenedAdam(model, whitening), torch.optim.Adam([v, *list(plain.parameters())[1:]], lr=2e-3)
-    optimizers[0].set_learning_rate(2e-3)
+    optimizers[0].param_groups[0]["lr"] = 2e-3
     for _ in range(3):
         lr, hr = torch.rand(2, 3, 12, 12).double(), torch.rand(2, 3, 36, 36)
         weight = start + (v @ whitening).view_as(start)

@@ -8,11 +8,11 @@ from torch import nn
 from data import Batch, ImageSet
 from imaging.dead_leaves import dead_leaves
 from model import SRCNN
-from train import train_one_step
+from train import RECIPES, train_one_step
 from training.grid_patches import GridPatches
 from training.options import Options
 from training.random_patches import RandomPatches
-from training.recipe import RECIPES, gray_corners
+from training.recipe import gray_corners
 from training.run import new_run
 from upscaling.fast_srcnn import FastSRCNN
 
@@ -29,8 +29,8 @@ def test_the_loss_is_of_what_an_image_can_show_and_weighted():
     luma = [(65.481 * red + 128.553 * green + 24.966 * blue) / 255 for red, green, blue in (first, second)]
     losses = [sum(x**2 for x in e) / 3 + 2 * y**2 for e, y in zip((first, second), luma, strict=True)]
     wanted = (0.5 * losses[0] + 1.5 * losses[1]) / 2 / 255**2
-    assert RECIPE.loss_function(output, batch).item() == pytest.approx(wanted)
-    assert RECIPE.loss_function(output.bfloat16(), batch).dtype == torch.float32
+    assert RECIPE.loss(output, batch).item() == pytest.approx(wanted)
+    assert RECIPE.loss(output.bfloat16(), batch).dtype == torch.float32
 
 
 def passing():
@@ -78,8 +78,8 @@ def test_gray_corners_are_gray_and_contrast_rises_by_what_the_patch_itself_draws
 @pytest.mark.parametrize("patch", [9, 63, 360])
 def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
     train_set, drawn = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
-    monkeypatch.setattr("training.recipe.whitening_matrix", lambda lr: drawn.append(len(lr)) or torch.eye(243))
-    monkeypatch.setattr("training.recipe.broadcast", lambda matrix: 2 * matrix)  # as if rank 0 had another
+    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr: drawn.append(len(lr)) or torch.eye(243))
+    monkeypatch.setattr("training.optimizer.broadcast", lambda matrix: 2 * matrix)  # as if rank 0 had another
     optimizer = RECIPE.optimizer(SRCNN(), train_set, torch.Generator())
     assert torch.equal(optimizer.whitening, 2 * torch.eye(243))
     (count,) = drawn
@@ -88,7 +88,7 @@ def test_the_sample_for_whitening_is_as_large_for_any_patch(monkeypatch, patch):
 
 def test_new_filters_are_blind_to_plain_color_and_alike_in_size(train_set):
     """The features of the random filters deviate by similar amounts; those of the image pass unchanged."""
-    conv1 = new_run(Options(), train_set, torch.float32).model.conv1.requires_grad_(False)
+    conv1 = new_run(Options(), RECIPES["default"], train_set, torch.float32).model.conv1.requires_grad_(False)
     assert torch.allclose(conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
     assert conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
     lr = next(train_set.batches(1, 64, torch.Generator().manual_seed(0))).lr
@@ -112,7 +112,7 @@ def plain_layers():
 
 
 def test_the_assignment_starts_from_the_weights_of_pytorch(patches):
-    run = new_run(Options("assignment"), patches, torch.float32)
+    run = new_run(Options("assignment"), ASSIGNMENT, patches, torch.float32)
     torch.manual_seed(0)
     SRCNN()
     wanted = [parameter for layer in plain_layers() for parameter in layer.parameters()]
@@ -121,14 +121,14 @@ def test_the_assignment_starts_from_the_weights_of_pytorch(patches):
 
 def test_the_assignment_trains_as_plain_pytorch_does(patches):
     """Two steps of the loop that everybody writes give the same losses and weights."""
-    run, layers = new_run(Options("assignment"), patches, torch.float32), plain_layers()
+    run, layers = new_run(Options("assignment"), ASSIGNMENT, patches, torch.float32), plain_layers()
     for layer, trained in zip(layers, (run.model.conv1, run.model.conv2, run.model.conv3), strict=True):
         layer.load_state_dict(trained.state_dict())
     plain = nn.Sequential(nn.Identity(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     plain[0].forward = lambda x: nn.functional.interpolate(x, scale_factor=3, mode="bicubic", antialias=True)
     optimizer, criterion = torch.optim.Adam(plain.parameters(), lr=0.0001), nn.MSELoss()
     for step, batch in enumerate(patches.batches(2, 5, torch.Generator())):
-        run.optimizer.set_learning_rate(ASSIGNMENT.learning_rate(0.0001, step + 0.5, 2))
+        run.optimizer.param_groups[0]["lr"] = ASSIGNMENT.learning_rate(0.0001, step + 0.5, 2)
         optimizer.zero_grad()
         loss = criterion(plain(batch.lr / 255), batch.hr / 255)
         loss.backward()
@@ -142,7 +142,7 @@ def test_a_process_without_patches_adds_nothing():
     """The last batch of an epoch may have fewer patches than there are processes."""
     empty = torch.empty(0, 3, 33, 33)
     batch = Batch(empty.byte(), empty.byte(), torch.empty(0))
-    assert ASSIGNMENT.loss_function(empty, batch).item() == 0
+    assert ASSIGNMENT.loss(empty, batch).item() == 0
 
 
 def test_the_assignment_on_the_command_line(train_small):

@@ -10,9 +10,9 @@ import torch
 from helpers import course_content, load
 
 import train
-from train import resume_hint
 from training import checkpoints
 from training.checkpoints import load_checkpoint
+from training.progress import resume_hint
 from utils import CommandError
 
 
@@ -29,7 +29,7 @@ def test_options_on_the_line_override_saved_ones(train_small):
     assert after["run"] == before["run"]
     assert not list(Path().glob("checkpoint.*"))
     files = {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")}
-    last, hint = "there/checkpoint.last", "its --num-epoch=3 is reached; give a larger one to train further"
+    last, hint = "there/checkpoint.last", "its --num-epoch=3 has been reached; give a larger one to train further"
     assert train_small(command=("resume", last)) == (0, f"resuming {last} after epoch 3\n{hint}\n", "")
     assert {path: path.read_bytes() for path in Path("there").glob("checkpoint.*")} == files
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_one_line, load, report, same, small_run, trained_checkpoint
 
+from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
 from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
@@ -48,7 +49,7 @@ def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
 def test_the_best_psnr_of_before_counts_on_the_same_test_set(train_set, first, best):
     saved = trained_checkpoint()
     saved.training.best, saved.training.best_epoch = 99.0, 1
-    run = restored_run(saved, Options(), train_set, torch.float32)
+    run = restored_run(saved, Options(), RECIPES["default"], train_set, torch.float32)
     run.start(first)
     assert (run.best, run.best_epoch) == best
     assert run.report == first
@@ -56,7 +57,7 @@ def test_the_best_psnr_of_before_counts_on_the_same_test_set(train_set, first, b
 
 
 def test_a_new_run_is_drawn_by_its_seed(train_set):
-    a, b, c = (new_run(Options(seed=seed), train_set, torch.float32) for seed in (1, 1, 2))
+    a, b, c = (new_run(Options(seed=seed), RECIPES["default"], train_set, torch.float32) for seed in (1, 1, 2))
     assert same(a.model.state_dict(), b.model.state_dict())
     assert same(a.generator.get_state(), b.generator.get_state())
     assert not same(a.model.state_dict(), c.model.state_dict())
@@ -75,7 +76,7 @@ def test_a_checkpoint_of_another_run_is_kept(run, capfd, name):
         keep_other_checkpoints(Path(), other)
         assert not path.exists()
         assert capfd.readouterr().out == (
-            f"checkpoint.{name} of another run, or of a later epoch, is kept as checkpoint.{name}.{number}\n"
+            f"checkpoint.{name} belongs to another run or to a later epoch; it is kept as checkpoint.{name}.{number}\n"
         )
         path.write_bytes(b"of no training")
     assert Path(f"checkpoint.{name}.1").read_bytes() == content

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import ImageSet
 from imaging.dead_leaves import dead_leaves
-from train import train_one_epoch
+from train import RECIPES, train_one_epoch
 from training.options import Options
 from training.random_patches import RandomPatches
 from training.run import new_run
@@ -52,7 +52,7 @@ def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
 def test_no_step_waits_for_the_gpu():
     with emulated():
         train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
-        run = new_run(Options(patch_size=18, batch_size=1), train_set, torch.float32)
+        run = new_run(Options(patch_size=18, batch_size=1), RECIPES["default"], train_set, torch.float32)
         train_one_epoch(run, train_set, 1, lambda: None)  # copies the constants, too
         waits.clear()
         losses = train_one_epoch(run, train_set, 2, lambda: None)

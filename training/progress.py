@@ -1,0 +1,69 @@
+"""What a training run prints, and what stops it."""
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imaging.metrics import Report, summary, table
+from model import SRCNN
+from training.options import Options
+from training.run import Patches, Run
+from upscaling.device import dtype_name
+from utils import CommandError, plural, printable, warn
+
+
+def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
+    device, steps = patches.device, patches.steps(options.batch_size)
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    print(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
+    size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
+    print(f"training set {patches.name}: {size}")
+
+
+def print_start(run: Run) -> None:
+    """Print the PSNR of bicubic interpolation and of the network before the first epoch."""
+    report, bicubic = run.report, run.report.mean.bicubic
+    print(f"bicubic        {report.set} {bicubic.y:.3f} dB Y  {bicubic.rgb:.3f} dB RGB")
+    print(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}", flush=True)
+
+
+def print_epoch(run: Run, loss: float, speed: float) -> None:
+    """Print one line. The speed is in HR pixels per second."""
+    figures = f"loss {loss:.6f}  {speed / 1e6:.2f} Mpx/s"
+    print(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}", flush=True)
+
+
+def print_result(run: Run, output: Path) -> None:
+    best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
+    print(f"\n{table(run.report)}\n\nsaved: {output / f'checkpoint.{run.epoch}'}; {best}")
+
+
+def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
+    """Warn when the PSNR falls clearly below that of bicubic interpolation."""
+    if after.mean.srcnn.y < after.mean.bicubic.y - 0.5 <= before.mean.srcnn.y:
+        warn(f"epoch {epoch} is worse than bicubic interpolation; lower --lr")
+
+
+def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
+    """Raise CommandError if training has diverged to NaN or infinity."""
+    wrong = losses.isfinite().logical_not().nonzero()
+    if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
+        step = int(wrong[0]) + 1 if len(wrong) else len(losses)
+        raise CommandError(f"the loss is not finite at step {step} of epoch {epoch}; lower the learning rate (--lr)")
+
+
+@contextlib.contextmanager
+def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
+    """If training ends early, for whatever reason, print the command that resumes it."""
+    try:
+        yield
+    except BaseException:
+        cuda = " --cuda" if device.type == "cuda" else ""
+        last = printable(shlex.quote(str(output / "checkpoint.last")))
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"resume with: python train.py resume {last}{cuda}", flush=True)
+        raise
