@@ -1,7 +1,7 @@
-"""Training and test sets: reading HR images and making LR images of them.
+"""Training and test sets: HR images, and LR images made from them.
 
 `python data.py` downloads 91-Image and Set5 into data/, for machines that train offline later;
-`python data.py --from ARCHIVE_OR_FOLDER` takes them from a local copy.
+`python data.py --from ARCHIVE_OR_FOLDER` copies them from a local archive or folder.
 """
 
 import zlib
@@ -19,7 +19,7 @@ from imaging.images import bicubic, list_images, read_hr, to_tensor
 from imaging.metrics import Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
-from utils import CommandError, printable, run_command, warn
+from utils import CommandError, plural, printable, run_command, warn
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
@@ -36,7 +36,12 @@ class ImageSet:
     images: dict[str, Image.Image]
 
     def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
-        """The training set and the held-out set, which takes one image of ``hold_out``. Raises CommandError."""
+        """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.
+
+        Returns
+        -------
+        training set, held-out set
+        """
         held_out = list(self.images)[hold_out // 2 :: hold_out]
         training = ImageSet(
             f"{self.name} (without 1 of {hold_out})",
@@ -54,7 +59,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     Parameters
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
-    role : "train" or "test", which of the generated images to make
+    role : "train" or "test", which selects the generated images
 
     Raises
     ------
@@ -66,7 +71,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     files = list_images(Path(folder))
     ground_truths = [file for file in files if file.stem.endswith("_GT")]
     if role == "test" and 0 < len(ground_truths) < len(files):
-        warn(f"{folder}: skipping {len(files) - len(ground_truths)} images whose names do not end in _GT")
+        warn(f"{folder}: skipping {plural(len(files) - len(ground_truths), "image")} whose names do not end in _GT")
         files = ground_truths
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
@@ -84,7 +89,7 @@ def require_folder(folder: str) -> None:
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
-    """The name of a published set if the files are the published ones, or else the folder's name."""
+    """Return the name of a published set if these are its files, otherwise the folder's name."""
     name, digest = printable(folder.resolve().name), ""
     if all(file.stat().st_size <= download.MAX_FILE for file in files):
         digest = download.digest((file.name, file.read_bytes()) for file in files)
@@ -100,29 +105,34 @@ def name_of_set(folder: Path, files: list[Path]) -> str:
 
 
 def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Crop an image to a multiple of 3 and make its LR image by Pillow's bicubic, as the course did: (lr, hr)."""
+    """Crop an image to a multiple of 3, and reduce it to an LR image by Pillow's bicubic, as the course did.
+
+    Returns
+    -------
+    lr, hr
+    """
     width, height = hr.width // SCALE, hr.height // SCALE
     hr = hr.crop((0, 0, SCALE * width, SCALE * height))
     return bicubic(hr, (width, height)), hr
 
 
 class Batch(NamedTuple):
-    """Patches for training, uint8, and how much each counts in the loss."""
+    """Patches for training, uint8, and their weights in the loss."""
 
     lr: Tensor  # (N, 3, h, w)
     hr: Tensor  # (N, 3, patch, patch)
-    weight: Tensor  # (N,), of mean 1 over many batches
+    weight: Tensor  # (N,), with a mean of 1 over many batches
 
 
 class TestImage(NamedTuple):
     lr: Image.Image
-    hr: Tensor  # uint8, (C, 3h, 3w); one channel if it is gray
+    hr: Tensor  # uint8, (C, 3h, 3w), one channel for gray
     bicubic: Tensor  # lr upscaled by Pillow, uint8, (C, 3h, 3w)
     bicubic_psnr: Psnr
 
 
 class TestSet:
-    """The images to measure on, with what bicubic interpolation makes of them."""
+    """Images to measure on, each with its LR image and the result of bicubic interpolation."""
 
     def __init__(self, image_set: ImageSet) -> None:
         self.name = image_set.name

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, saving them, and loading them without trusting them."""
+"""Checkpoints: their contents, saving them, and loading them without trusting them."""
 
 import argparse
 import io
@@ -27,28 +27,28 @@ ResumeRecord = tuple[int, Args | None]
 
 @dataclass
 class TrainingState:
-    """What it takes to resume exactly, and what inspect shows."""
+    """State for exact resuming and for inspection."""
 
-    optimizer: dict[str, Any]  # state_dict of optim.Adam or optim.WhitenedAdam
-    random_state: Tensor  # of the generator that draws patches
-    precision: str  # fp32 or bf16, also where the option is auto
+    optimizer: dict[str, Any]  # state_dict of Adam or WhitenedAdam in training/optimizer.py
+    random_state: Tensor  # state of the generator that draws patches
+    precision: str  # fp32 or bf16, even if the option is auto
     report: Report
     best: float  # highest PSNR on luma so far, in dB
     best_epoch: int
-    train_set: str  # its name
-    run: str  # identifies the training, and its log
+    train_set: str  # name of the training set
+    run: str  # identifies the run and its log
     history: list[ResumeRecord]
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint whose parts can be trusted, since :func:`load_checkpoint` has checked them all."""
+    """Checkpoint contents, which can be trusted once :func:`load_checkpoint` has checked them."""
 
-    model: dict[str, Tensor]  # state_dict of the network
+    model: dict[str, Tensor]  # state_dict of SRCNN
     epoch: int  # epochs finished
-    psnr: float  # on luma, in dB; NaN if unknown
-    args: Args  # options of the training, as far as they are known
-    training: TrainingState | None = None  # None if another program wrote it
+    psnr: float  # PSNR on luma, in dB; NaN if unknown
+    args: Args  # options of the run, as far as they are known
+    training: TrainingState | None = None  # None if another program wrote the file
     info: Info = field(default_factory=lambda: info)
     torch_version: str = str(torch.__version__)
     saved_at: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -58,9 +58,9 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
-    """Write a checkpoint to each of the paths. Raises CommandError, and leaves what was there, if that fails.
+    """Write a checkpoint to each of the paths. Raise CommandError, and keep existing files, if that fails.
 
-    The course's programs find what they need under their own names; the tensors are in the file once.
+    The file also has the names that the course's programs read. Each tensor is stored once.
     """
     content: dict[str, Any] = {
         "model": checkpoint.model,
@@ -84,14 +84,14 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
 
 
 def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any]:
-    """The state of an optimizer as PyTorch's Adam loads it, without moments in whitened coordinates."""
+    """Return an optimizer's state as PyTorch's Adam loads it, without moments in whitened coordinates."""
     moments = state.get("state", {})
     plain = {i: moments[i] for i in moments if i > 0 or "whiten" not in state}
     return torch.optim.Adam([torch.empty(0) for _ in shapes()], learning_rate).state_dict() | {"state": plain}
 
 
 def is_filled_in(who: Info) -> bool:
-    """Whether an info has something else than the placeholders of info.py."""
+    """Return whether the placeholders of info.py have been replaced."""
     return {"", "your name", "1155xxxxxx", "example@example.com"}.isdisjoint([who.name, str(who.id), who.email])
 
 
@@ -101,11 +101,11 @@ def is_filled_in(who: Info) -> bool:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint of this project or of the course's skeleton. No code in it is run.
 
-    Every tensor is copied into memory of its own, and what is unknown is dropped.
+    Every tensor is copied into its own memory, and unknown items are dropped.
 
     Raises
     ------
-    CommandError if there is no such file, or it is damaged, hostile or not of this network
+    CommandError if the file does not exist, is damaged or hostile, or contains another network
     """
     if not path.is_file():
         raise CommandError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}")
@@ -113,17 +113,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is too large")
     try:
         content = unpickle(io.BytesIO(path.read_bytes()))
-    except Exception as error:  # whatever a damaged or hostile file provokes in torch
+    except Exception as error:  # a damaged or hostile file can provoke any error in torch
         raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is damaged or holds unsafe objects") from error
     try:
         return parse(content if "model" in content else from_course(content))
-    except Exception as error:  # of any type, since anything may be in there
+    except Exception as error:  # a hostile part can provoke any error
         reason = f": {error}" if isinstance(error, CommandError) else ""
         raise CommandError(f"{path}: not a valid SRCNN checkpoint{reason}") from error
 
 
 def from_course(content: Any) -> dict[str, Any]:
-    """The layout of the course's skeleton in ours. Its layers may have other names, and it counts epochs from 0."""
+    """Convert the layout of the course's skeleton, where layers may have other names and epochs count from 0."""
     weights, names = content["model_state_dict"], list(shapes())
     if len(weights) == len(names):
         weights = dict(zip(names, weights.values(), strict=True))
@@ -138,7 +138,7 @@ def from_course(content: Any) -> dict[str, Any]:
 
 
 def parse(content: Any) -> Checkpoint:
-    """Check each part of a checkpoint. Raises CommandError, or whatever a hostile part provokes."""
+    """Check each part of a checkpoint. Raise CommandError, or whatever error a hostile part provokes."""
     model = check(content["model"], dict, "model")
     if len(model) != len(shapes()):
         raise CommandError("its model has other layers than SRCNN")
@@ -179,7 +179,7 @@ def parse_training(content: Mapping[str, Any], whitened: bool) -> TrainingState:
 
 
 def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, Any]:
-    """The state of an optim.Adam, or of an optim.WhitenedAdam."""
+    """Check the state of Adam, or of WhitenedAdam if ``whitened``."""
     parameters, whitening = list(shapes().values()), {}
     if whitened:
         parameters[0] = torch.Size((64, 243))
@@ -231,7 +231,7 @@ def check_moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tens
 
 
 def check_tensor(value: Any, shape: torch.Size, name: str) -> Tensor:
-    """A contiguous float32 copy of a tensor. Raises CommandError unless it has this shape and finite values."""
+    """Return a contiguous float32 copy. Raise CommandError unless the tensor has this shape and finite values."""
     if not isinstance(value, Tensor) or value.shape != shape:
         found = list(value.shape) if isinstance(value, Tensor) else "nothing"
         raise CommandError(f"{name} should have the shape {list(shape)}, but it has {found}")
@@ -248,7 +248,7 @@ def check_tensor(value: Any, shape: torch.Size, name: str) -> Tensor:
 
 
 def check_random_state(value: Any) -> Tensor:
-    """A contiguous copy of the state of a CPU generator."""
+    """Return a contiguous copy of the state of a CPU generator."""
     state = torch.Generator().get_state()
     if check(value, Tensor, "random state").shape != state.shape or value.dtype != state.dtype:
         raise CommandError("its random state is damaged")
@@ -259,5 +259,5 @@ def check_random_state(value: Any) -> Tensor:
 
 @lru_cache
 def shapes() -> dict[str, torch.Size]:
-    """The shapes in the network's state_dict."""
+    """Return the shapes in the state_dict of SRCNN."""
     return {name: tensor.shape for name, tensor in SRCNN().state_dict().items()}

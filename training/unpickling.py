@@ -1,4 +1,4 @@
-"""Reading the file of a checkpoint without trusting it: no code in it is run, and it takes little memory."""
+"""Reads a checkpoint file without trusting it: no code in it is run, and little memory is used."""
 
 import argparse
 import io
@@ -11,8 +11,8 @@ import torch
 
 from info import Info
 
-MAX_BYTES = 2**24  # of a checkpoint, packed and unpacked; ours have half a megabyte
-# The operations and the classes that torch.save writes into a checkpoint's pickle.
+MAX_BYTES = 2**24  # maximum size of a checkpoint, packed and unpacked; ours have half a megabyte
+# Operations and classes that torch.save writes into a checkpoint's pickle.
 OPCODES = {
     *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND"),
@@ -27,26 +27,26 @@ GLOBALS = {
 
 
 def unpickle(file: io.BytesIO) -> Any:
-    """The content of a checkpoint, of plain types, tensors, and the two classes in the skeleton's checkpoints."""
+    """Return a checkpoint's content: plain types, tensors, and the two classes in the skeleton's checkpoints."""
     if file.read(4) == b"PK\3\4":
         file = repacked(file)
-    else:  # the format of PyTorch before 1.6: five pickles, of which the fourth is the content, and the tensors
+    else:  # format of PyTorch before 1.6: five pickles, the fourth of which is the content, and the tensors
         file.seek(0)
         for _ in range(5):
             check_pickle(file)
     file.seek(0)
     with torch.serialization.safe_globals([argparse.Namespace, Info]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about files in unexpected formats
+        warnings.simplefilter("ignore")  # torch warns of unexpected formats
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def repacked(file: io.BytesIO) -> io.BytesIO:
-    """A new archive of the checked members, since PyTorch may find others than Python does in a hostile one."""
+    """Return a new archive of the checked members, since PyTorch may find other members in a hostile one."""
     result = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(result, "w") as checked:
         members = {member.filename: member for member in archive.infolist()}
         if sum(member.file_size for member in members.values()) > MAX_BYTES or len(members) > 1000:
-            raise ValueError("unpacks to more than a checkpoint of SRCNN holds")
+            raise ValueError("unpacks to more than a checkpoint of SRCNN contains")
         for name in members:
             content = archive.read(name)
             if name.endswith(".pkl"):
@@ -56,11 +56,11 @@ def repacked(file: io.BytesIO) -> io.BytesIO:
 
 
 def check_pickle(file: io.BytesIO) -> None:
-    """Raise ValueError unless the pickle that begins here has only what our checkpoints and the skeleton's have."""
+    """Raise ValueError unless the pickle that begins here contains only what known checkpoints contain."""
     calls = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         calls += opcode.name in ("REDUCE", "NEWOBJ", "BUILD")
         if opcode.name not in OPCODES or (opcode.name == "GLOBAL" and argument not in GLOBALS):
-            raise ValueError(f"holds {opcode.name} {argument}")
+            raise ValueError(f"contains {opcode.name} {argument}")
         if count > 2_000_000 or calls > 10_000:
-            raise ValueError("holds more objects than a checkpoint of SRCNN")
+            raise ValueError("contains more objects than a checkpoint of SRCNN")
