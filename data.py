@@ -71,7 +71,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     files = list_images(Path(folder))
     ground_truths = [file for file in files if file.stem.endswith("_GT")]
     if role == "test" and 0 < len(ground_truths) < len(files):
-        warn(f"{folder}: skipping {plural(len(files) - len(ground_truths), "image")} whose names do not end in _GT")
+        warn(f"{folder}: skipping {plural(len(files) - len(ground_truths), 'image')} whose names do not end in _GT")
         files = ground_truths
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
