@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaging.metrics import Psnr, Report, Scores
+from imaging.metrics import SCORE_NAMES, Report, Scores
 from info import Info, info
 from model import SRCNN
 from training.options import Args, check_args, valid_args
@@ -191,15 +191,12 @@ def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, A
 
 
 def parse_report(report: Mapping[str, Any]) -> Report:
-    def row(values: Mapping[str, Any]) -> Scores:
-        names = ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")
-        bicubic_y, bicubic_rgb, y, rgb = (check(values[name], float, "report") for name in names)
-        return Scores(Psnr(bicubic_y, bicubic_rgb), Psnr(y, rgb))
+    def scores(values: Mapping[str, Any]) -> Scores:
+        return Scores.from_dict({name: check(values[name], float, "report") for name in SCORE_NAMES})
 
-    rows = report["images"]
-    if not 1 <= len(rows) <= 100_000:
+    if not 1 <= len(report["images"]) <= 100_000:
         raise CommandError("its report is damaged")
-    images = {check_text(name, "report"): row(values) for name, values in rows.items()}
+    images = {check_text(name, "report"): scores(values) for name, values in report["images"].items()}
     return Report(check_text(report["set"], "report"), images)
 
 

@@ -8,7 +8,7 @@ from imaging.metrics import Psnr, Report, Scores, psnr, psnr_rgb, psnr_y, summar
 from model import SRCNN
 from train import evaluate
 
-BICUBIC = {  # Pillow's bicubic down and up: Y and RGB, dB
+BICUBIC = {  # PSNR of Pillow's bicubic down- and upscaling: Y and RGB, dB
     "baby": (33.925, 32.468),
     "bird": (32.583, 30.723),
     "butterfly": (24.039, 22.764),
@@ -16,16 +16,16 @@ BICUBIC = {  # Pillow's bicubic down and up: Y and RGB, dB
     "woman": (28.567, 27.228),
 }
 ONE_LEVEL = 20 * math.log10(255)  # PSNR of an error of one gray level, in dB
-GRAY = torch.full((3, 606, 20), 100, dtype=torch.uint8)  # is measured in several strips
+GRAY = torch.full((3, 606, 20), 100, dtype=torch.uint8)  # high enough for several strips
 NOISE = torch.randint(0, 256, (3, 30, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
 A = Scores(Psnr(30.0, 28.0), Psnr(31.5, 27.75))
 B = Scores(Psnr(20.0, 19.0), Psnr(22.5, 20.25))
 SAME = Scores(Psnr(math.inf, math.inf), Psnr(math.inf, math.inf))
 
 
-def test_bicubic_has_the_known_psnr_on_set5(real_data):
+def test_bicubic_has_known_psnr_on_set5(real_data):
     report = evaluate(SRCNN(), data.TestSet(data.load_images(str(real_data / "Set5"), "test")))
-    assert {name: row.bicubic for name, row in report.images.items()} == {
+    assert {name: scores.bicubic for name, scores in report.images.items()} == {
         name: pytest.approx(figures, abs=0.005) for name, figures in BICUBIC.items()
     }
     assert report.mean.bicubic == pytest.approx((30.403, 28.624), abs=0.005)
@@ -41,13 +41,13 @@ def test_bicubic_has_the_known_psnr_on_set5(real_data):
     ],
     ids=["gray", "half of the rows", "green"],
 )
-def test_psnr_of_a_known_error(error, rows, y, rgb):
+def test_psnr_of_known_error(error, rows, y, rgb):
     sr = GRAY.clone()
     sr[:, :rows] += torch.tensor(error, dtype=torch.uint8)[:, None, None]
     assert psnr(sr, GRAY) == (psnr_y(sr, GRAY), psnr_rgb(sr, GRAY)) == pytest.approx((y, rgb))
 
 
-def test_gray_images_are_measured_on_their_values():
+def test_gray_image_is_measured_on_its_values():
     """Not on the luma of an RGB copy, whose range is narrower."""
     assert psnr(GRAY[:1] + 1, GRAY[:1]) == pytest.approx((ONE_LEVEL, ONE_LEVEL))
     assert psnr_y(GRAY + 1, GRAY) - psnr_y(GRAY[:1] + 1, GRAY[:1]) == pytest.approx(1.322, abs=1e-3)
@@ -69,31 +69,48 @@ def test_psnr_leaves_out_the_border():
     assert max(psnr(spoilt, NOISE, shave=0)) < 20
 
 
-def test_psnr_refuses_what_it_cannot_compare():
-    for a, b in ((NOISE[:2], NOISE[:2]), (NOISE[..., 1:], NOISE), (NOISE[:1], NOISE)):
-        with pytest.raises(ValueError, match=r"two \(3, H, W\) or \(1, H, W\) images"):
-            psnr_y(a, b)
-    with pytest.raises(ValueError, match="nothing is left"):
-        psnr_y(NOISE[:, :6], NOISE[:, :6])
+@pytest.mark.parametrize(
+    ("a", "b", "problem"),
+    [
+        (NOISE[:2], NOISE[:2], "images are needed"),
+        (NOISE[..., 1:], NOISE, "images are needed"),
+        (NOISE[:1], NOISE, "images are needed"),
+        (NOISE[:, :6], NOISE[:, :6], "nothing is left"),
+    ],
+    ids=["two channels", "other size", "other channels", "too small"],
+)
+def test_psnr_refuses_images_that_it_cannot_compare(a, b, problem):
+    with pytest.raises(ValueError, match=problem):
+        psnr_y(a, b)
 
 
-def test_the_fingerprint_tells_test_sets_apart_and_not_networks():
+def test_scores_survive_conversion_to_dict_and_back():
+    assert A.to_dict() == {"bicubic_y": 30.0, "bicubic_rgb": 28.0, "psnr_y": 31.5, "psnr_rgb": 27.75}
+    assert Scores.from_dict(A.to_dict()) == A
+
+
+def test_fingerprint_distinguishes_test_sets_but_not_networks():
     report = Report("x", {"a": A, "b": B})
     assert report.fingerprint() == Report("y", {"b": B._replace(srcnn=A.srcnn), "a": A}).fingerprint()
     for other in ({"a": A}, {"a": A, "c": B}, {"a": A, "b": A}):
         assert report.fingerprint() != Report("x", other).fingerprint()
 
 
-def test_reports_as_text():
-    report = Report("x", {"a": A, "name\x1b": B})
-    lines = [" ".join(line.split()) for line in table(report).splitlines()]
-    assert lines == [
+def test_table_has_one_line_per_image_and_one_for_the_mean():
+    text = table(Report("x", {"a": A, "name\x1b": B}))
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
         "bicubic Y / RGB SRCNN Y / RGB gain",
         "a 30.000 / 28.000 dB 31.500 / 27.750 dB +1.500 / -0.250 dB",
         "name\\x1b 20.000 / 19.000 dB 22.500 / 20.250 dB +2.500 / +1.250 dB",
         "x mean 25.000 / 23.500 dB 27.000 / 24.000 dB +2.000 / +0.500 dB",
     ]
-    assert len({len(line) for line in table(report).splitlines()[1:]}) == 1
-    assert summary(report) == "x 27.000 dB Y (+2.000)  24.000 dB RGB (+0.500)"
-    (_, line) = table(Report("x", {"black": SAME})).splitlines()  # and no mean of one
+    assert len({len(line) for line in text.splitlines()[1:]}) == 1
+
+
+def test_table_of_one_image_has_no_mean():
+    (_, line) = table(Report("x", {"black": SAME})).splitlines()
     assert " ".join(line.split()) == "black inf / inf dB inf / inf dB +0.000 / +0.000 dB"
+
+
+def test_summary_shows_mean_and_gain():
+    assert summary(Report("x", {"a": A, "b": B})) == "x 27.000 dB Y (+2.000)  24.000 dB RGB (+0.500)"
