@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from imaging import published_sets as download
+from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.images import bicubic, list_images, read_hr, to_tensor
 from imaging.metrics import Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
-from utils import CommandError, plural, printable, run_command, warn
+from utils import ArgumentParser, CommandError, path, plural, printable, run_command, warn
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
@@ -84,16 +84,16 @@ def require_folder(folder: str) -> None:
     """Raise CommandError unless ``folder`` exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
         where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
-        hint = f"; `python data.py` downloads {Path(folder).name}" if Path(folder).name in download.SETS else ""
+        hint = f"; `python data.py` downloads {Path(folder).name}" if Path(folder).name in published_sets.SETS else ""
         raise CommandError(f"{folder}: no such folder of images{where or hint}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
     """Return the name of a published set if these are its files, otherwise the folder's name."""
     name, digest = printable(folder.resolve().name), ""
-    if all(file.stat().st_size <= download.MAX_FILE for file in files):
-        digest = download.digest((file.name, file.read_bytes()) for file in files)
-    for published, known in download.SETS.items():
+    if all(file.stat().st_size <= published_sets.MAX_FILE for file in files):
+        digest = published_sets.digest((file.name, file.read_bytes()) for file in files)
+    for published, known in published_sets.SETS.items():
         if digest == known:
             return published
         if name.lower().replace("-", "") == published.lower().replace("-", ""):
@@ -200,7 +200,7 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     if not missing:
         return folders
     try:
-        download.fetch(missing.values())
+        published_sets.fetch(missing.values())
     except CommandError as error:
         if not fresh:
             raise
@@ -211,5 +211,26 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     return folders
 
 
+# ------------------------------------------------------------------------- python data.py
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        examples="  python data.py\n  python data.py --from copy.zip",
+        prog="data.py",
+        description="Download 91-Image and Set5 into data/, or copy them from an archive or folder.",
+    )
+    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
+    source = parser.parse_args().source
+    missing = []
+    for name in published_sets.SETS:
+        if (published_sets.DATA / name).exists():
+            print(f"{published_sets.DATA / name} already exists")
+        else:
+            missing.append(name)
+    if missing:
+        published_sets.fetch(missing, source)
+
+
 if __name__ == "__main__":
-    run_command(download.main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""The published image sets, downloaded or copied, and verified by SHA-256."""
+"""Download or copy the published image sets, and verify them by SHA-256."""
 
 import hashlib
 import io
@@ -13,10 +13,9 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from tqdm import tqdm
 
-from utils import ArgumentParser, CommandError, locked, path, remove_stale_files
+from utils import CommandError, locked, remove_stale_files
 
-# One digest per set stands for the name and the SHA-256 of every file:
-# that of the output of `sha256sum *.bmp` in its folder.
+# For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
 SETS = {
     "91-image": "a0650b24564bf5928a18eae0f33bdd0132bd4d69b918e09ae3e3954943a5e917",
     "Set5": "182f07f3f06e1d9f50e6d72946b0fee603769f37cfe4eae50715db3e0fd01ee0",
@@ -26,33 +25,33 @@ MIRRORS = (
     "https://github.com/yytlee/CSCI3290/archive/d55de726406413be35f4f9a73659b20b7e84afe8.zip",
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
 )
-DATA = Path("data")  # where the sets are put
-MAX_BYTES = 2**27  # of an archive, and of the images in it
+DATA = Path("data")  # parent folder of the sets
+MAX_BYTES = 2**27  # largest archive, and largest total of the images in it
 MAX_FILE = 2**20  # bytes; the largest published image has 786,486
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
-Files = dict[str, bytes]  # the contents of a folder by file name
+Files = dict[str, bytes]  # file contents by name
 
 
 def digest(files: Iterable[tuple[str, bytes]]) -> str:
-    """What SETS identifies a folder by, of the names and contents of its files, each needed once."""
+    """Return the digest that SETS lists, from the names and contents of a folder's files, read one at a time."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files}
     lines = (f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def fetch(names: Iterable[str], source: Path | None = None) -> None:
-    """Put published sets into data/, each in full or not at all.
+    """Install published sets in data/, each completely or not at all.
 
     Parameters
     ----------
-    names : of SETS
-    source : archive or folder to take them from; by default the first mirror that has them
+    names : names in SETS
+    source : archive or folder to copy them from (default: the first mirror that has them)
 
     Raises
     ------
-    CommandError, with the reason for each source, if none has the sets as published
+    CommandError, with a reason for each source, if none has the sets as published
     """
     names, reasons = list(names), []
     for origin in [source] if source else MIRRORS:
@@ -68,7 +67,7 @@ def fetch(names: Iterable[str], source: Path | None = None) -> None:
 
 
 def download(url: str) -> io.BytesIO:
-    """The content of a URL, within MAX_BYTES, TIMEOUT and DEADLINE."""
+    """Download a URL within MAX_BYTES, TIMEOUT and DEADLINE."""
     end, content = time.monotonic() + DEADLINE, io.BytesIO()
     with (
         urllib.request.urlopen(url, timeout=TIMEOUT) as response,
@@ -88,7 +87,7 @@ def download(url: str) -> io.BytesIO:
 
 
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
-    """The .bmp files in a folder or in a zip archive, by path. Raises CommandError if it is neither."""
+    """Read the .bmp files in a folder or a zip archive, by path. Raises CommandError if it is neither."""
     if isinstance(source, Path) and source.is_dir():
         return {file: file.read_bytes() for file in source.rglob("*.bmp") if file.is_file()}
     if isinstance(source, Path) and not source.is_file():
@@ -104,24 +103,24 @@ def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
             return {name: archive.read(member) for name, member in members.items()}
     except (CommandError, PermissionError):
         raise
-    except Exception as error:  # each way of packing has errors of its own
+    except Exception as error:  # each compression method raises its own types of errors
         raise CommandError(f"not a complete zip archive ({error})") from error
 
 
 def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files]:
-    """Published sets among files, whatever the folders are called. Raises CommandError if one is missing."""
+    """Find published sets among files, whatever their folders are called. Raises CommandError if one is missing."""
     folders: dict[PurePath, Files] = {}
     for file, content in files.items():
         folders.setdefault(file.parent, {})[file.name] = content
     found = {digest(folder.items()): folder for folder in folders.values()}
     for name in names:
         if SETS[name] not in found:
-            raise CommandError(f"no folder in it holds {name} as published (SHA-256 {SETS[name][:12]}…)")
+            raise CommandError(f"no folder in it contains {name} as published (SHA-256 {SETS[name][:12]}…)")
     return {name: found[SETS[name]] for name in names}
 
 
 def install(sets: dict[str, Files]) -> None:
-    """Put sets into place, each by one rename when it is complete."""
+    """Write sets to data/, each to a temporary folder that is renamed when it is complete."""
     for name, files in sets.items():
         target = DATA / name
         try:
@@ -132,24 +131,8 @@ def install(sets: dict[str, Files]) -> None:
                 part.mkdir()
                 for file, content in files.items():
                     part.joinpath(file).write_bytes(content)
-                if not target.exists():  # another run may have been faster
+                if not target.exists():  # another process may have been faster
                     os.replace(part, target)
         except OSError as error:
             raise CommandError(f"cannot write {target}: {error.strerror}") from error
         print(f"{target}: {len(files)} images, as published")
-
-
-def main() -> None:
-    parser = ArgumentParser(
-        examples="  python data.py\n  python data.py --from copy.zip",
-        prog="data.py",
-        description="Download 91-Image and Set5 into data/, or take them from a local copy.",
-    )
-    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
-    source = parser.parse_args().source
-    missing = [name for name in SETS if not (DATA / name).exists()]
-    for name in SETS:
-        if name not in missing:
-            print(f"{DATA / name} is there already")
-    if missing:
-        fetch(missing, source)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import ROOT, content
 
+import data
 import super_resolve
 import train
 from data import ImageSet, degrade
-from imaging import published_sets as download
 from imaging.dead_leaves import dead_leaves
 from info import Info
 from model import SRCNN
@@ -58,7 +58,7 @@ def train_set():
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Run a command in this process: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
-    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": download.main}
+    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])

@@ -50,10 +50,11 @@ def test_of_a_published_set_only_files_of_its_sizes_are_read(tmp_path, monkeypat
     files = [tmp_path / "a.bmp", tmp_path / "video.mpg"]
     for file in files:
         file.write_bytes(b"ab")
-    monkeypatch.setattr(data.download, "SETS", {"Set9": data.download.digest((f.name, b"ab") for f in files)})
+    digest = data.published_sets.digest((f.name, b"ab") for f in files)
+    monkeypatch.setattr(data.published_sets, "SETS", {"Set9": digest})
     assert data.name_of_set(tmp_path, files) == "Set9"
     with files[1].open("wb") as file:
-        file.truncate(data.download.MAX_FILE + 1)
+        file.truncate(data.published_sets.MAX_FILE + 1)
     monkeypatch.setattr(Path, "read_bytes", None)
     assert data.name_of_set(tmp_path, files) == tmp_path.name
 

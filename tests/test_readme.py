@@ -13,10 +13,10 @@ import pytest
 from helpers import ROOT, trained_model
 from PIL import Image
 
+import data
 import super_resolve
 import train
 from data import TestSet, load_images
-from imaging import published_sets as download
 from tools import bench
 from training.checkpoints import load_checkpoint
 from training.grid_patches import course_psnr
@@ -156,7 +156,7 @@ def test_the_figures_of_the_protocols(shipped, real_data):
 )
 def test_help_has_a_synopsis_and_examples_that_are_understood(command, monkeypatch, capsys):
     script, *words = command.split()
-    modules = {"train": train, "super_resolve": super_resolve, "data": download, "bench": bench}
+    modules = {"train": train, "super_resolve": super_resolve, "data": data, "bench": bench}
     program = "-m tools.bench" if script == "bench" else f"{script}.py"
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--help"])

@@ -1,4 +1,4 @@
-"""Downloads from a server on the loopback, and local copies, of two small sets in place of the published ones."""
+"""Downloads from a local server, and local copies, of two small sets in place of the published ones."""
 
 import http.server
 import io
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import assert_one_line
 
-from imaging import published_sets as download
+from imaging import published_sets
 from utils import CommandError
 
 NAMES = ["91-image", "Set5"]
@@ -22,9 +22,11 @@ FILES = {name: {f"t{i}.bmp": b"BM" + rng.bytes(600) for i in range(2)} for name 
 @pytest.fixture(autouse=True)
 def _small_sets(monkeypatch):
     """The digests of the real sets are tested in test_data.py and test_train.py."""
-    monkeypatch.setattr(download, "SETS", {name: download.digest(files.items()) for name, files in FILES.items()})
-    monkeypatch.setattr(download, "MAX_BYTES", 2**20)
-    monkeypatch.setattr(download, "TIMEOUT", 1)
+    monkeypatch.setattr(
+        published_sets, "SETS", {name: published_sets.digest(files.items()) for name, files in FILES.items()}
+    )
+    monkeypatch.setattr(published_sets, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(published_sets, "TIMEOUT", 1)
 
 
 def archive(files=FILES, further="repo-1/Test/other.bmp"):
@@ -52,7 +54,7 @@ BAD_ARCHIVES = {
 
 @pytest.fixture
 def web():
-    """web(path) is the address of a good or a misbehaving download."""
+    """web(name) is the URL of a good or a misbehaving download."""
     bodies = {"good": GOOD, "cut": GOOD[: len(GOOD) // 2], "large": bytes(2**21), "spoilt": SPOILT}
     redirects = {"elsewhere": "/spoilt", "to-a-file": f"file://{__file__}"}
     stalled = threading.Event()
@@ -66,7 +68,7 @@ def web():
                 self.end_headers()
             elif name in bodies or name == "stall":
                 self.send_response(200)
-                if name != "large":  # it does not say how large
+                if name != "large":  # sent without its size
                     self.send_header("Content-Length", str(len(GOOD if name in ("cut", "stall") else bodies[name])))
                 self.end_headers()
                 self.wfile.write(bodies[name]) if name in bodies else stalled.wait(60)
@@ -77,7 +79,7 @@ def web():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that refuses what it is sent
+    server.handle_error = lambda *_: None  # clients that hang up are expected
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield lambda name: f"http://127.0.0.1:{server.server_address[1]}/{name}"
     stalled.set()
@@ -86,18 +88,23 @@ def web():
 
 
 def installed():
-    """What is in data/: {folder: {file: content}}."""
+    """Return the contents of data/: {folder: {file: content}}."""
     return {folder.name: {f.name: f.read_bytes() for f in folder.iterdir()} for folder in Path("data").glob("*")}
 
 
-def test_a_good_download_puts_both_sets_in_place_once(web, cli, monkeypatch):
-    monkeypatch.setattr(download, "MIRRORS", (web("good"),))
+def test_command_downloads_both_sets(web, cli, monkeypatch):
+    monkeypatch.setattr(published_sets, "MIRRORS", (web("good"),))
     assert cli("data.py") == (0, "data/91-image: 2 images, as published\ndata/Set5: 2 images, as published\n", "")
     assert installed() == FILES
-    monkeypatch.setattr(download, "MIRRORS", ())
+
+
+def test_command_skips_existing_sets(cli, monkeypatch):
+    monkeypatch.setattr(published_sets, "MIRRORS", ())
+    for name in NAMES:
+        Path("data", name).mkdir(parents=True)
     status, out, err = cli("data.py")
     assert (status, err) == (0, "")
-    assert sorted(out.splitlines()) == ["data/91-image is there already", "data/Set5 is there already"]
+    assert [line.split()[0] for line in out.splitlines()] == ["data/91-image", "data/Set5"]
 
 
 @pytest.mark.parametrize(
@@ -107,67 +114,75 @@ def test_a_good_download_puts_both_sets_in_place_once(web, cli, monkeypatch):
         ("large", "larger than 1 MiB"),
         ("missing", "Not Found"),
         ("stall", "timed out"),
-        ("elsewhere", "no folder in it holds Set5 as published"),
+        ("elsewhere", "no folder in it contains Set5 as published"),
         ("to-a-file", "not allowed"),
     ],
 )
-def test_a_bad_download_leaves_nothing_and_the_next_mirror_serves(web, monkeypatch, path, reason):
-    monkeypatch.setattr(download, "MIRRORS", (web(path),))
+def test_bad_download_leaves_nothing_and_next_mirror_is_used(web, monkeypatch, path, reason):
+    monkeypatch.setattr(published_sets, "MIRRORS", (web(path),))
     with pytest.raises(CommandError, match=r"^cannot fetch 91-image and Set5: 127\.0\.0\.1:") as refusal:
-        download.fetch(NAMES)
+        published_sets.fetch(NAMES)
     assert reason in str(refusal.value)
     assert not os.listdir()
-    monkeypatch.setattr(download, "MIRRORS", (web(path), web("good")))
-    download.fetch(NAMES)
+    monkeypatch.setattr(published_sets, "MIRRORS", (web(path), web("good")))
+    published_sets.fetch(NAMES)
     assert installed() == FILES
 
 
-def test_a_slow_download_is_given_up(web, monkeypatch):
-    monkeypatch.setattr(download, "DEADLINE", 0)
+def test_slow_download_is_abandoned(web, monkeypatch):
+    monkeypatch.setattr(published_sets, "DEADLINE", 0)
     with pytest.raises(CommandError, match="not done after 0 seconds"):
-        download.download(web("good"))
+        published_sets.download(web("good"))
 
 
-def test_a_fault_of_this_machine_is_not_the_mirrors(web, monkeypatch):
+def test_local_error_is_not_blamed_on_a_mirror(web, monkeypatch):
     Path("data").write_text("in the way")
-    monkeypatch.setattr(download, "MIRRORS", (web("good"), web("missing")))
+    monkeypatch.setattr(published_sets, "MIRRORS", (web("good"), web("missing")))
     with pytest.raises(CommandError, match=r"^cannot write data/91-image: File exists$"):
-        download.fetch(NAMES)
+        published_sets.fetch(NAMES)
 
 
-def test_a_set_that_is_there_is_kept():
-    Path("data/.Set5-abc/Set5").mkdir(parents=True)  # which a killed download left, and which is removed
+def test_existing_set_is_kept():
+    Path("data/.Set5-abc/Set5").mkdir(parents=True)  # left by a killed download; it is removed
     Path("data/Set5").mkdir()
     Path("data/Set5/mine.png").write_text("mine")
     Path("copy.zip").write_bytes(GOOD)
-    download.fetch(NAMES, Path("copy.zip"))
+    published_sets.fetch(NAMES, Path("copy.zip"))
     assert installed() == {"91-image": FILES["91-image"], "Set5": {"mine.png": b"mine"}}
 
 
-def test_a_folder_serves_as_a_local_copy():
+@pytest.fixture
+def local_copy():
     for name, files in FILES.items():
         folder = Path("copy/deep", name)
         folder.mkdir(parents=True)
         for file, content in files.items():
             folder.joinpath(file).write_bytes(content)
-    download.fetch(NAMES, Path("copy"))
+    return Path("copy")
+
+
+def test_folder_is_accepted_as_local_copy(local_copy):
+    published_sets.fetch(NAMES, local_copy)
     assert installed() == FILES
+
+
+def test_local_copy_with_other_content_is_refused(local_copy):
     Path("copy/deep/Set5/t0.bmp").write_bytes(b"BM something else")
-    with pytest.raises(CommandError, match=r"^cannot fetch Set5: copy: no folder in it holds Set5 as published"):
-        download.fetch(["Set5"], Path("copy"))
+    with pytest.raises(CommandError, match=r"^cannot fetch Set5: copy: no folder in it contains Set5"):
+        published_sets.fetch(["Set5"], local_copy)
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD_ARCHIVES.values(), ids=BAD_ARCHIVES)
-def test_a_bad_archive_leaves_nothing(content, reason):
+def test_bad_archive_leaves_nothing(content, reason):
     Path("copy.zip").write_bytes(content)
     with pytest.raises(CommandError, match=f"^cannot fetch 91-image and Set5: copy.zip: .*{reason}"):
-        download.fetch(NAMES, Path("copy.zip"))
+        published_sets.fetch(NAMES, Path("copy.zip"))
     assert os.listdir() == ["copy.zip"]
 
 
 @pytest.mark.parametrize("source", ["nowhere.zip", "pipe.zip"])
-def test_a_copy_that_is_no_file(cli, source):
-    os.mkfifo("pipe.zip")  # which would be waited for
+def test_source_that_is_not_a_file_or_folder_is_refused(cli, source):
+    os.mkfifo("pipe.zip")  # opening it would block
     status, out, err = cli("data.py", "--from", source)
     assert (status, out) == (1, "")
     assert_one_line(err, f"{source}: no such archive or folder")
