@@ -1,9 +1,9 @@
-"""Images of random overlapping shapes, to train on where no photos are available.
+"""Generated images of random overlapping shapes, for training where no photos are available.
 
 Occlusion makes edges of every contrast, direction and curvature, and radii distributed as r^-3
 make the statistics those of natural images at every scale (Lee, Mumford and Huang, "Occlusion
 models for natural images", 2001). Restoration networks trained on such images come close to
-those trained on photos (Achddou et al., 2021).
+networks trained on photos (Achddou et al., 2021).
 """
 
 import math
@@ -11,18 +11,18 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-DEAD_LEAVES = "dead-leaves"  # in place of a folder
+DEAD_LEAVES = "dead-leaves"  # given instead of a folder
 COUNT = {"train": 91, "test": 5}
 
 
 def dead_leaves(role: str, count: int | None = None, size: int = 252) -> dict[str, Image.Image]:
-    """Generate images, always the same for the same arguments.
+    """Generate images, the same each time for the same arguments.
 
     Parameters
     ----------
-    role : "train" or "test", which never share an image
-    count : number of images; COUNT of the role by default
-    size : side of an image in pixels
+    role : "train" or "test"; the two share no image
+    count : number of images (default: COUNT[role])
+    size : width and height in pixels
 
     Returns
     -------
@@ -33,7 +33,7 @@ def dead_leaves(role: str, count: int | None = None, size: int = 252) -> dict[st
 
 
 def draw_leaves(rng: np.random.Generator, size: int, shapes: int = 3500, supersampling: int = 3) -> Image.Image:
-    """One image of ellipses and polygons, drawn larger and then reduced for smooth edges."""
+    """Draw one image of ellipses and polygons, larger at first and then reduced for smooth edges."""
     smallest, largest = 2.0, 120.0  # radii in pixels
     u = rng.random(shapes)
     radii = (u / smallest**2 + (1 - u) / largest**2) ** -0.5 * supersampling
@@ -52,8 +52,3 @@ def draw_leaves(rng: np.random.Generator, size: int, shapes: int = 3500, supersa
         points = centers[i] + np.stack([x * cos - y * sin, x * sin + y * cos], 1)  # (corners, 2)
         draw.polygon(points.ravel().tolist(), fill=tuple(colors[i].tolist()))
     return canvas.reduce(supersampling).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
-
-
-def caution(*sets: str) -> str:
-    """What to say after the names of a training and a test set: nothing unless one of them was generated."""
-    return "  (GENERATED IMAGES)" if any(name.startswith(DEAD_LEAVES) for name in sets) else ""

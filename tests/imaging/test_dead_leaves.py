@@ -3,7 +3,7 @@ import numpy as np
 from imaging.dead_leaves import dead_leaves
 
 
-def test_dead_leaves_are_the_same_each_time_and_never_shared():
+def test_dead_leaves_are_reproducible_and_never_shared():
     train, again, test = (dead_leaves(role, 3, 60) for role in ("train", "train", "test"))
     assert list(train) == ["leaves1", "leaves2", "leaves3"]
     assert {(image.mode, image.size) for image in train.values()} == {("RGB", (60, 60))}
@@ -11,7 +11,7 @@ def test_dead_leaves_are_the_same_each_time_and_never_shared():
     assert len({image.tobytes() for images in (train, test) for image in images.values()}) == 6
 
 
-def test_dead_leaves_have_the_spectrum_of_natural_images():
+def test_dead_leaves_have_spectrum_of_natural_images():
     """Power falls with frequency as f^-a with a near 2; white noise has 0, a smooth ramp above 3."""
     slopes = []
     for image in dead_leaves("train", 4).values():
