@@ -16,7 +16,7 @@ from torch import Tensor
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.images import bicubic, list_images, read_hr, to_tensor
-from imaging.metrics import Psnr, psnr
+from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
 from utils import ArgumentParser, CommandError, path, plural, printable, run_command, warn
@@ -76,7 +76,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
-    images = {printable(name): read_hr(file) for name, file in zip(names, files, strict=True)}
+    images = {printable(name): read_hr(file, MIN_SIDE) for name, file in zip(names, files, strict=True)}
     return ImageSet(name_of_set(Path(folder), files), images)
 
 

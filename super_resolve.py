@@ -24,10 +24,10 @@ from imaging.images import (
     from_array,
     read_hr,
     read_image,
-    simplify,
+    to_supported_mode,
     write_image,
 )
-from imaging.metrics import Report, Scores, table
+from imaging.metrics import MIN_SIDE, Report, Scores, table
 from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
 from training.options import PRECISION_HELP, PRECISIONS
@@ -111,19 +111,19 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
     upscaler = upscaler or shipped_upscaler()
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))
-    return upscaler(simplify(image))
+    return upscaler(to_supported_mode(image))
 
 
 def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     """Read, upscale, write, and compare with the ground truth if there is one."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
-    check_output(job.sr, lr, job.format)
-    hr = read_hr(job.hr, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
+    check_output(job.sr, (SCALE * lr.width, SCALE * lr.height), lr.mode, job.format)
+    hr = read_hr(job.hr, MIN_SIDE, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
     sr = upscaler(lr, job.lr.name)
-    write_image(sr, job.sr, lr.info, job.format)
+    write_image(sr, job.sr, lr.info, job.format, SCALE)
     seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:

@@ -1,4 +1,4 @@
-"""Image formats: what each can hold, and the metadata that an output takes over."""
+"""Image formats: what each supports, and the metadata that an output keeps."""
 
 import contextlib
 import warnings
@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from model import SCALE
 from utils import CommandError
 
 RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
@@ -17,7 +16,7 @@ RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
 
 @dataclass(frozen=True)
 class Format:
-    """What a format can hold beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
+    """What a format supports beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
 
     alpha: bool = False
     sixteen_bits: bool = False
@@ -27,7 +26,7 @@ class Format:
     options: dict[str, int] = field(default_factory=dict)
 
 
-# PNG at level 1 takes a quarter of the time of Pillow's default, 6, and the files are a third larger.
+# PNG at level 1 is written in a quarter of the time of Pillow's default, 6, and files are a third larger.
 FORMATS = {
     "BMP": Format(max_bytes=2**32),
     "GIF": Format(alpha=True, max_side=65535),
@@ -42,12 +41,12 @@ FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
 
 
 def writable(path: Path) -> bool:
-    """Whether a path has the ending of one of FORMATS."""
+    """Return whether a path has the extension of one of FORMATS."""
     return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
 def format_of(path: Path) -> str:
-    """Pillow's name of the format for a path's ending. Raises CommandError if it is not one of FORMATS."""
+    """Return Pillow's name of the format for a path's extension. Raises CommandError if it is not in FORMATS."""
     if not writable(path):
         raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {EXTENSIONS}")
     return Image.registered_extensions()[path.suffix.lower()]
@@ -57,7 +56,7 @@ def format_of(path: Path) -> str:
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn an image as its EXIF data say. With its sides the resolutions across and down change places."""
+    """Rotate or flip an image as its EXIF orientation says, and swap its resolutions if its sides are swapped."""
     exif, (x, y) = image.getexif(), RESOLUTION
     drop_bad_resolution(exif)
     if swaps_axes(exif):
@@ -68,6 +67,7 @@ def turn_upright(image: Image.Image) -> None:
 
 
 def swaps_axes(tags: Mapping[int, Any]) -> bool:
+    """Return whether the EXIF or TIFF orientation swaps width and height."""
     return tags.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
@@ -77,39 +77,39 @@ def swap_dpi(info: dict[Any, Any]) -> None:
 
 
 def drop_bad_resolution(exif: Image.Exif) -> None:
-    """Without it, Pillow can write all the rest."""
+    """Delete resolutions that are not positive numbers, since Pillow could not write them."""
     for tag in RESOLUTION:
         try:
             good = 0 < float(exif.get(tag, 1)) < 2**30
-        except Exception:  # of whatever type the value is
+        except Exception:  # the value can be of any type
             good = False
         if not good:
             del exif[tag]
 
 
-def metadata(info: dict, format: str, mode: str) -> dict:
-    """Pillow's options for what an output takes over: ICC profile, EXIF data, and three times the DPI."""
+def metadata(info: dict, format: str, mode: str, scale: int) -> dict:
+    """Return Pillow's options for writing the ICC profile, the EXIF data, and the DPI times ``scale``."""
     kept: dict = {}
     space = b"GRAY" if mode in ("L", "LA", "I;16") and format != "WEBP" else b"RGB "
     if (info.get("icc_profile") or b"")[16:20] == space:  # otherwise it describes another kind of image
         kept["icc_profile"] = info["icc_profile"]
     with contextlib.suppress(Exception):  # damaged metadata are left out
-        dpi = tuple(SCALE * float(value) for value in info["dpi"])
+        dpi = tuple(scale * float(value) for value in info["dpi"])
         if len(dpi) == 2 and min(dpi) >= 1 and max(dpi) < 2**16:
             kept["dpi"] = dpi
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if FORMATS[format].exif and len(exif := upscaled_exif(info["exif"])) < 65000:  # JPEG's limit
+        if FORMATS[format].exif and len(exif := upscaled_exif(info["exif"], scale)) < 65000:  # JPEG's limit
             kept["exif"] = exif
     return kept
 
 
-def upscaled_exif(content: bytes) -> bytes:
-    """EXIF data with three times the resolution, without the input's size and orientation."""
+def upscaled_exif(content: bytes, scale: int) -> bytes:
+    """Return EXIF data with the resolution times ``scale``, without the input's size and orientation."""
     exif, tags = Image.Exif(), ExifTags.Base
     exif.load(content)
     drop_bad_resolution(exif)
-    exif.update({tag: SCALE * exif[tag] for tag in RESOLUTION if tag in exif})
+    exif.update({tag: scale * exif[tag] for tag in RESOLUTION if tag in exif})
     exif.pop(tags.Orientation, None)
     for tag in (tags.ExifImageWidth, tags.ExifImageHeight):
         exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)

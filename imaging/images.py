@@ -1,9 +1,8 @@
-"""Image files in and out: decoding, encoding, conversion to tensors."""
+"""Reading, converting and writing image files."""
 
 import contextlib
 import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from imaging.formats import FORMATS, format_of, metadata, swap_dpi, swaps_axes, turn_upright
-from imaging.metrics import SHAVE
-from model import SCALE
 from utils import CommandError, atomic_write, warn
 
-MAX_PIXELS = 2**28 // 3  # of an image to read by default; Pillow warns of larger ones
-STANDARD = Path("-")  # stands for standard input and output
+MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
+STANDARD = Path("-")  # standard input or output
 # Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
 WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
@@ -30,63 +28,86 @@ WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, upright. It warns of further frames or pages, and of 16-bit color, which is read with 8 bits.
+    """Decode an image and turn it upright.
+
+    Warns about further frames or pages, and about 16-bit color, which is read as 8-bit.
 
     Parameters
     ----------
-    path : of the file, or STANDARD
-    max_pixels : refuse images with more, since a file of a few bytes can claim to be of any size
+    path : image file, or STANDARD
+    max_pixels : maximum size, since a file of a few bytes can claim to be of any size
 
     Returns
     -------
-    Image of mode L, LA, RGB, RGBA or I;16 (gray of 16 bits), with Pillow's ``info``
+    Image of mode L, LA, RGB, RGBA or I;16 (16-bit gray), with Pillow's ``info``
 
     Raises
     ------
     CommandError, naming the file, if it cannot be decoded
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with decoding_errors(path), open_image(path, max_pixels) as file:
+        stored = raw_mode(file)
+        image = decode(file)
+        if stored.startswith("LA;16"):  # Pillow decodes it as RGBA
+            image = image.convert("LA")
+        frames = count_frames(file)
+    if frames > 1:
+        warn(f"{path}: only the first of {frames} frames is read")
+    if ";16" in stored and image.mode != "I;16":
+        warn(f"{path}: its 16 bits are read as 8, the most that Pillow supports for color and transparency")
+    return image
+
+
+def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB.
+
+    Raises CommandError also if its width or height is below ``min_side``.
+    """
+    image = flatten(read_image(path, max_pixels))
+    if min(image.size) < min_side:
+        minimum = f"{min_side}x{min_side}"
+        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is {minimum}")
+    return image
+
+
+@contextlib.contextmanager
+def decoding_errors(path: Path) -> Iterator[None]:
+    """Turn any error of Pillow's decoders, which raise errors of many types, into a CommandError."""
     try:
-        if path != STANDARD and os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
-            raise CommandError(f"{path}: not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about oddities that it copes with
-            source = standard_input(16 * max_pixels) if path == STANDARD else path
-            with Image.open(source, formats=readable_formats()) as image:
-                if image.width * image.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
-                Image.MAX_IMAGE_PIXELS = max_pixels  # for the images that decoders find inside
-                turned = image.format == "TIFF" and swaps_axes(image.tag_v2)
-                stored = re.search(r"(\w+);16[BLN]", str(image.tile[:1]))  # with 16 bits, in PNG and TIFF
-                image.load()
-                if turned:  # Pillow has just done that
-                    swap_dpi(image.info)
-                result, frames = simplify(image), 1
-                if stored and stored[1] == "LA":  # which Pillow has made RGBA
-                    result = result.convert("LA")
-                with contextlib.suppress(Exception):  # damaged frames are not read
-                    frames = image.n_frames if image.format in WITH_FRAMES else 1
+        yield
     except FileNotFoundError as error:
         raise CommandError(f"{path}: no such file") from error
     except (CommandError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise CommandError(f"{path}: {error}; super_resolve.py reads larger ones with --max-pixels=N") from error
-    except Exception as error:  # Pillow's decoders raise errors of many types
+    except Exception as error:
         known = isinstance(error, UnidentifiedImageError)
         reason = "" if known else f": {getattr(error, 'strerror', None) or error}"
         raise CommandError(f"{path}: not an image that can be read{reason}") from error
+
+
+@contextlib.contextmanager
+def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
+    """Open an image of at most ``max_pixels``, without Pillow's warnings about oddities that it copes with."""
+    if path != STANDARD and os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+        raise CommandError(f"{path}: not a file")
+    source = read_standard_input(16 * max_pixels) if path == STANDARD else path
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source, formats=readable_formats()) as file:
+                if file.width * file.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{file.width}x{file.height} pixels are too many")
+                Image.MAX_IMAGE_PIXELS = max_pixels  # for images that decoders find inside the file
+                yield file
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    if frames > 1:
-        warn(f"{path}: only the first of {frames} frames is read")
-    if stored and result.mode != "I;16":
-        warn(f"{path}: its 16 bits are read as 8, the most that Pillow has for color and transparency")
-    return result
 
 
-def standard_input(max_bytes: int) -> io.BytesIO:
-    """What comes from standard input, since formats need to seek. Raises CommandError if it is more than max_bytes."""
+def read_standard_input(max_bytes: int) -> io.BytesIO:
+    """Read all of standard input, since decoders need to seek. Raises CommandError if it exceeds ``max_bytes``."""
     if not sys.stdin:
         raise CommandError(f"{STANDARD}: standard input is closed")
     content = io.BytesIO(sys.stdin.buffer.read(max_bytes + 1))
@@ -95,30 +116,68 @@ def standard_input(max_bytes: int) -> io.BytesIO:
     return content
 
 
-def read_hr(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB.
-
-    Raises CommandError if it is smaller than 9x9.
-    """
-    image = flatten(read_image(path, max_pixels))
-    side = 2 * SHAVE + SCALE  # so that an LR pixel is left for the PSNR
-    if min(image.size) < side:
-        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is {side}x{side}")
-    return image
-
-
 @lru_cache
 def readable_formats() -> list[str]:
-    """The formats that Pillow reads, except EPS, for which it runs another program (Ghostscript)."""
+    """Return the formats that Pillow reads, except EPS, for which it runs another program (Ghostscript)."""
     Image.init()
     return [name for name in Image.OPEN if name != "EPS"]
 
 
-def simplify(image: Image.Image) -> Image.Image:
-    """An image of any mode as :func:`read_image` returns it."""
+def raw_mode(file: ImageFile) -> str:
+    """Return how a PNG or TIFF file stores its pixels, such as "RGB;16B", before they are decoded."""
+    if file.format not in ("PNG", "TIFF") or not file.tile:
+        return ""
+    arguments = file.tile[0][3]  # of the tile's decoder
+    return arguments if isinstance(arguments, str) else arguments[0]  # type: ignore[index]
+
+
+def decode(file: ImageFile) -> Image.Image:
+    """Decode the first frame to a mode of :func:`read_image`, upright."""
+    swapped = file.format == "TIFF" and swaps_axes(file.tag_v2)  # type: ignore[attr-defined]
+    file.load()
+    if swapped:  # load() has turned the pixels of a TIFF upright, but not its resolution
+        swap_dpi(file.info)
+    return to_supported_mode(file)
+
+
+def count_frames(file: ImageFile) -> int:
+    """Return the number of frames or pages; 1 if further ones are damaged."""
+    with contextlib.suppress(Exception):
+        return file.n_frames if file.format in WITH_FRAMES else 1  # type: ignore[attr-defined]
+    return 1
+
+
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """Return the image files in a folder, or also in its subdirectories, by their extensions, sorted.
+
+    Hidden files are left out. Raises CommandError if there are no images.
+    """
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable_formats()}
+    found = []
+    for place, folders, names in os.walk(folder, onerror=raise_error):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if file.is_file())
+    images = [file for file in files if file.suffix.lower() in extensions]
+    if not images:
+        raise CommandError(f"{folder}: this folder contains no images")
+    if skipped := len(files) - len(images):
+        warn(f"{folder}: skipping {skipped} {'file' if skipped == 1 else 'files'} without an image extension")
+    return images
+
+
+def raise_error(error: OSError) -> None:
+    raise error
+
+
+# ---------------------------------------------------------------------------- conversion
+
+
+def to_supported_mode(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to one that :func:`read_image` returns, and turn it upright."""
     info = dict(image.info)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow's PPM has 16 bits there
-        result = gray_of_16_bits(image, info.get("transparency"))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16 bits in Pillow's PPM
+        result = to_16_bit_gray(image, info.get("transparency"))
     elif image.mode in ("I", "F"):
         signed = image.format == "TIFF" and image.tag_v2.get(258) == (16,)  # type: ignore[attr-defined]
         kind = "are signed numbers" if signed else "have 32 bits"
@@ -126,37 +185,33 @@ def simplify(image: Image.Image) -> Image.Image:
     else:
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         mode += "A" if image.has_transparency_data else ""
-        result = convert_inks(image, mode) if image.mode == "CMYK" else image.convert(mode)
-    if image.mode == "CMYK":  # the profile describes these inks
+        result = convert_cmyk(image, mode) if image.mode == "CMYK" else image.convert(mode)
+    if image.mode == "CMYK":  # the profile describes the inks
         info.pop("icc_profile", None)
     info.pop("transparency", None)
     result.info = info
-    with contextlib.suppress(Exception):  # damaged EXIF data say nothing
+    with contextlib.suppress(Exception):  # damaged EXIF data are ignored
         turn_upright(result)
     return result
 
 
-def from_array(array: np.ndarray) -> Image.Image:
-    """An array as an image of one of the modes of :func:`read_image`. Raises ValueError if it is none."""
-    kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
-    if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
-        found = f"{array.dtype} of shape {array.shape}"
-        raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def gray_of_16_bits(image: Image.Image, transparent: int | None) -> Image.Image:
-    """Mode I;16; with a transparent value LA, since no mode of Pillow has 16 bits and alpha."""
+def to_16_bit_gray(image: Image.Image, transparent: int | None) -> Image.Image:
+    """Convert to mode I;16, or to LA if a value is transparent: no mode of Pillow has 16 bits and alpha."""
     values = np.asarray(image).astype(np.uint16)
     result = Image.fromarray(values)
     if transparent is not None:
-        result = to_8_bits(result)
+        result = to_8_bit_gray(result)
         result.putalpha(Image.fromarray(np.uint8(255 * (values != transparent))))
     return result
 
 
-def convert_inks(image: Image.Image, mode: str) -> Image.Image:
-    """CMYK to RGB by its ICC profile, if it has one that works."""
+def to_8_bit_gray(image: Image.Image) -> Image.Image:
+    """Convert mode I;16 to L, rounded. Pillow's convert() would clip at 255."""
+    return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+
+
+def convert_cmyk(image: Image.Image, mode: str) -> Image.Image:
+    """Convert CMYK to RGB by the image's ICC profile, if it has one that works."""
     with contextlib.suppress(Exception):  # damaged profiles raise errors of many types
         inks = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
         converted = ImageCms.profileToProfile(image, inks, ImageCms.createProfile("sRGB"), outputMode=mode)
@@ -165,87 +220,71 @@ def convert_inks(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def list_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """The images in a folder, or below it, by their endings, sorted. Raises CommandError if there are none."""
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in readable_formats()}
-    found = []
-    for place, folders, names in os.walk(folder, onerror=reraise):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in found if file.is_file())
-    images = [file for file in files if file.suffix.lower() in endings]
-    if not images:
-        raise CommandError(f"{folder}: this folder holds no images")
-    if len(images) < len(files):
-        warn(f"{folder}: skipping {len(files) - len(images)} files without the ending of an image format")
-    return images
-
-
-def reraise(error: OSError) -> None:
-    raise error
-
-
-# ---------------------------------------------------------------------------- conversion
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An image as a uint8 tensor: (3, h, w), or (1, h, w) if it is gray."""
-    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
-
-
-def to_image(tensor: Tensor) -> Image.Image:
-    """A uint8 tensor of shape (3, h, w) as an RGB image."""
-    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Mode I;16 to mode L, rounded. Pillow's convert() would clip at 255."""
-    return Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
-
-
 def flatten(image: Image.Image) -> Image.Image:
-    """An image of :func:`read_image` as 8-bit gray or RGB, on white where it is transparent."""
+    """Convert an image of :func:`read_image` to 8-bit gray or RGB, on white where it is transparent."""
     if image.mode == "I;16":
-        return to_8_bits(image)
+        return to_8_bit_gray(image)
     if image.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert(image.mode[:-1])
     return image
 
 
+def from_array(array: np.ndarray) -> Image.Image:
+    """Convert an array to an image of a mode of :func:`read_image`. Raises ValueError if none fits."""
+    kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
+    if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Convert an 8-bit image to a uint8 tensor of shape (3, h, w), or (1, h, w) if it is gray."""
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """Convert a uint8 tensor of shape (3, h, w) to an RGB image."""
+    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
+
+
 def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to (width, height) by Pillow's bicubic: antialiased, a = -0.5."""
+    """Resize to (width, height) by Pillow's bicubic interpolation: antialiased, a = -0.5."""
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
 # ------------------------------------------------------------------------------- writing
 
 
-def check_output(path: Path, lr: Image.Image, name: str | None = None) -> None:
-    """Raise CommandError unless ``path`` can be written and its format, or that named, holds what ``lr`` becomes."""
-    name = name or format_of(path)
-    format = FORMATS[name]
+def check_output(path: Path, size: tuple[int, int], mode: str, format: str | None = None) -> None:
+    """Raise CommandError unless an image of this (width, height) and mode can be written to ``path``."""
+    name = format or format_of(path)
+    limits = FORMATS[name]
     if path != STANDARD and not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
         raise CommandError(f"cannot write {path}: no such folder, or no permission to write to it")
-    width, height, channels = SCALE * lr.width, SCALE * lr.height, 2 if lr.mode == "I;16" else len(lr.mode)
-    if lr.mode in ("LA", "RGBA") and not format.alpha:
+    (width, height), pixel_bytes = size, 2 if mode == "I;16" else len(mode)
+    if mode in ("LA", "RGBA") and not limits.alpha:
         problem = f"{name} does not support transparency"
-    elif lr.mode == "I;16" and not format.sixteen_bits:
+    elif mode == "I;16" and not limits.sixteen_bits:
         problem = f"{name} does not support 16-bit gray"
-    elif max(width, height) > format.max_side or width * height * channels >= format.max_bytes:
+    elif max(size) > limits.max_side or width * height * pixel_bytes >= limits.max_bytes:
         problem = f"{width}x{height} pixels are too many for {name}"
     else:
         return
     raise CommandError(f"{path}: {problem}; use --output=NAME.png")
 
 
-def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None) -> None:
-    """Write an image with the metadata of the input, whose Pillow ``info`` is given. Raises CommandError."""
+def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None, scale: int = 1) -> None:
+    """Write an image with the metadata in ``info``, Pillow's of the input. Raises CommandError.
+
+    ``scale``, the factor from the input's size to the output's, multiplies the resolution in the metadata.
+    """
     format = format or format_of(path)
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
         image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))
-    options = FORMATS[format].options | metadata(info, format, image.mode)
+    options = FORMATS[format].options | metadata(info, format, image.mode, scale)
     try:
         with standard_output() if path == STANDARD else atomic_write(path) as file:
             image.save(file, format, **options)
@@ -257,10 +296,10 @@ def write_image(image: Image.Image, path: Path, info: dict, format: str | None =
 
 @contextlib.contextmanager
 def standard_output() -> Iterator[io.BytesIO]:
-    """A file that goes to standard output when it is complete, even where sys.stdout is redirected."""
+    """Yield a file that is copied to standard output when complete, even where sys.stdout is redirected."""
     content = io.BytesIO()
     yield content
     if not sys.__stdout__ or sys.__stdout__.isatty():
-        raise CommandError("standard output is closed, or a terminal; redirect it, or use --output=FILE")
+        raise CommandError("standard output is closed or a terminal; redirect it, or use --output=FILE")
     sys.__stdout__.buffer.write(content.getvalue())
     sys.__stdout__.buffer.flush()

@@ -55,7 +55,7 @@ def test_a_file_that_fails_is_reported_at_the_end_and_the_others_are_done(cli, p
     status, out, err = cli(*COMMAND, "lr.bmp", "in", "--output=o/p")
     assert status == 1
     warning, failure, end = err.splitlines()
-    assert warning.startswith("WARNING: in: skipping 1 files")
+    assert warning.startswith("WARNING: in: skipping 1 file ")
     assert failure.startswith("error: in/aa.png: not an image")
     assert end == "error: 1 of 4 images failed"
     names = ["lr_srcnn_x3.bmp", "a_srcnn_x3.jpg", "b_srcnn_x3.png"]

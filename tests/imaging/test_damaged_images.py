@@ -1,4 +1,4 @@
-"""Image files that are damaged, too large, or none."""
+"""Files that are damaged, too large, or no images."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from PIL import Image
 from imaging.images import check_output, read_image, write_image
 from utils import CommandError
 
-pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach the user
+pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach t
     [
         ("missing.bmp", None, "no such file"),
         ("text.bmp", lambda path: path.write_text("not an image"), "not an image that can be read"),
-        ("cut.bmp", lambda path: path.write_bytes(file_of(random_image(), "BMP")[:500]), "not an image .*: .+"),
         ("cut.png", lambda path: path.write_bytes(file_of(random_image(), "PNG")[:500]), "not an image .*truncated.*"),
         ("a.eps", lambda path: path.write_bytes(file_of(random_image(), "EPS")), "not an image that can be read"),
         ("f.tif", lambda path: Image.new("F", (9, 9)).save(path), "not an image .*32 bits, whose range is unknown.*"),
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # none of Pillow's may reach t
         ("folder.png", Path.mkdir, "not a file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(name, make, reason):
+def test_unreadable_file_is_refused_with_its_name(name, make, reason):
     if make:
         make(Path(name))
     with pytest.raises(CommandError) as refusal:
@@ -43,16 +42,16 @@ def test_a_file_that_cannot_be_read_is_named(name, make, reason):
     assert re.fullmatch(f"{name}: {reason}", str(refusal.value))
 
 
-def test_an_image_has_at_most_max_pixels():
+def test_image_larger_than_max_pixels_is_refused():
     random_image(size=(30, 30)).save("a.png")
     assert read_image(Path("a.png"), max_pixels=900).size == (30, 30)
-    for limit in (899, 449):
-        with pytest.raises(CommandError, match=r"a\.png: 30x30 pixels are too many; .*with --max-pixels=N"):
+    for limit in (899, 449):  # Pillow refuses only images of more than twice the limit
+        with pytest.raises(CommandError, match=r"^a\.png: 30x30 .*--max-pixels"):
             read_image(Path("a.png"), max_pixels=limit)
 
 
-def test_an_image_inside_of_a_file_is_limited_too():
-    """An icon whose directory says 16x16 pixels of a PNG of 64x64. Pillow refuses more than twice the limit."""
+def test_image_inside_a_file_is_also_limited():
+    """An icon whose directory announces 16x16 pixels, but whose PNG has 64x64."""
     png = file_of(random_image(size=(64, 64)), "PNG")
     Path("a.icns").write_bytes(b"icns" + struct.pack(">I4sI", len(png) + 16, b"icp4", len(png) + 8) + png)
     with pytest.raises(CommandError, match=r"a\.icns: .*4096 pixels.*--max-pixels"):
@@ -60,7 +59,7 @@ def test_an_image_inside_of_a_file_is_limited_too():
 
 
 def samples():
-    """A small valid file of each format, as bytes."""
+    """Return a small valid file of each format, as bytes."""
     image, exif = random_image(size=(12, 10)).resize((24, 20)), Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
     return {
@@ -74,11 +73,11 @@ def samples():
     }
 
 
-@pytest.mark.parametrize("ending", ["bmp", "png", "jpg", "webp", "tif", "gif", "ppm"])
-def test_damaged_files_end_in_an_image_or_in_a_command_error(ending):
-    """Random flips and cuts; for more of them set SRCNN_FUZZ."""
-    whole, rng, limit = samples()[ending], np.random.default_rng(list(ending.encode())), Image.MAX_IMAGE_PIXELS
-    path, output, errors = Path(f"d.{ending}"), Path(f"o.{ending}"), 0
+@pytest.mark.parametrize("extension", ["bmp", "png", "jpg", "webp", "tif", "gif", "ppm"])
+def test_damaged_file_becomes_an_image_or_a_command_error(extension):
+    """Random flips and cuts; set SRCNN_FUZZ for more of them."""
+    whole, rng, limit = samples()[extension], np.random.default_rng(list(extension.encode())), Image.MAX_IMAGE_PIXELS
+    path, output, errors = Path(f"d.{extension}"), Path(f"o.{extension}"), 0
     for _ in range(MORE or 40):
         damaged = np.frombuffer(whole, np.uint8).copy()
         for _ in range(rng.integers(1, 5)):
@@ -90,12 +89,12 @@ def test_damaged_files_end_in_an_image_or_in_a_command_error(ending):
             image = read_image(path, max_pixels=5000)
             assert image.mode in ("L", "LA", "RGB", "RGBA", "I;16")
             assert 1 <= image.width * image.height <= 5000
-            check_output(output, image)
+            check_output(output, image.size, image.mode)
             write_image(image, output, image.info)
             assert read_image(output).size == image.size
             output.unlink()
         except CommandError as error:
-            assert str(error).startswith((f"d.{ending}: ", f"o.{ending}: "))  # noqa: PT017
+            assert str(error).startswith((f"{path}: ", f"{output}: "))  # noqa: PT017
             errors += 1
         assert [file.name for file in Path().iterdir()] == [path.name]
         assert limit == Image.MAX_IMAGE_PIXELS
