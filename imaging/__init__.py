@@ -1,1 +1,1 @@
-"""Images: files, formats, metrics, comparisons, the published and the generated sets."""
+"""Image files, formats and metadata, metrics, comparison pictures, published and generated images."""

@@ -1,4 +1,4 @@
-"""LR, bicubic, SRCNN and ground truth side by side, with an enlarged detail."""
+"""Comparison pictures: LR, bicubic, SRCNN and ground truth side by side, with an enlarged detail."""
 
 import math
 
@@ -10,42 +10,42 @@ from imaging.images import bicubic, to_tensor
 from imaging.metrics import Scores, psnr
 from utils import warn
 
-PANEL = 512  # the longer side of a panel, at most
+PANEL = 512  # maximum side of a panel in pixels
 GAP = 8  # pixels between panels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Scores]:
-    """The picture, and the PSNR of bicubic interpolation and of the network.
+    """Return the comparison picture, and the PSNR of bicubic interpolation and of the network.
 
-    Images are gray or RGB. All are converted to the mode of the ground truth.
+    Images are gray or RGB, and are converted to the mode of the ground truth.
     """
-    panels, row = labeled_panels(lr, sr, hr)
+    panels, scores = labeled_panels(lr, sr, hr)
     _, upscaled, sr, hr = panels.values()
     detail = most_different(upscaled, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
-    return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), row
+    return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), scores
 
 
 def labeled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Scores]:
-    """The four images in the size and mode of the ground truth, by their labels; and the PSNR of two of them."""
+    """Return the four images by label, in the size and mode of the ground truth, and the PSNR of two of them."""
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
     if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3
-        warn(f"the ground truth has {hr.width}x{hr.height} pixels; everything is resized to that")
+        warn(f"the ground truth has {hr.width}x{hr.height} pixels; the other images are resized to match")
         sr = bicubic(sr, hr.size)
     upscaled, truth = bicubic(lr, hr.size), to_tensor(hr)
-    row = Scores(psnr(to_tensor(upscaled), truth), psnr(to_tensor(sr), truth))
+    scores = Scores(psnr(to_tensor(upscaled), truth), psnr(to_tensor(sr), truth))
     panels = {
         f"LR {lr.width} x {lr.height}\n(enlarged)": lr.resize(hr.size, Image.Resampling.NEAREST),
-        f"bicubic\n{row.bicubic.y:.2f} dB Y": upscaled,
-        f"SRCNN\n{row.srcnn.y:.2f} dB Y": sr,
+        f"bicubic\n{scores.bicubic.y:.2f} dB Y": upscaled,
+        f"SRCNN\n{scores.srcnn.y:.2f} dB Y": sr,
         f"ground truth\n{hr.width} x {hr.height}": hr,
     }
-    return panels, row
+    return panels, scores
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
-    """Pictures of one size in a row, each below its label of two lines."""
+    """Draw pictures of one size in a row, each below its label of two lines."""
     width, height = next(iter(panels.values())).size
     size = max(10, min(18, width // 14))
     font, top = ImageFont.load_default(size), round(2.8 * size)
@@ -61,16 +61,16 @@ def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
 
 
 def most_different(a: Image.Image, b: Image.Image, side: int) -> Box:
-    """The square where two images of one mode differ most."""
+    """Return the square of this side in which two images of the same mode differ most."""
     difference = (to_tensor(a).sum(0, dtype=torch.float32) - to_tensor(b).sum(0)).abs()  # (h, w)
     step = max(1, side // 8)
-    means = F.avg_pool2d(difference[None, None], side, step)[0, 0]
+    means = F.avg_pool2d(difference[None, None], side, step)[0, 0]  # (rows, columns)
     top, left = (step * n for n in divmod(int(means.argmax()), means.shape[1]))
     return left, top, left + side, top + side
 
 
 def with_detail(image: Image.Image, detail: Box) -> Image.Image:
-    """An image, reduced if it is large, above an enlarged detail of it, which is marked in red."""
+    """Draw an image, reduced if it is large, above an enlarged detail, which is framed in red in the image."""
     scale = min(1.0, PANEL / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     whole = image if scale == 1 else bicubic(image, size)

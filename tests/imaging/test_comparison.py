@@ -11,13 +11,11 @@ def red_pixels(pixels):
     return (pixels == (255, 0, 0)).all(2)
 
 
-def test_four_labeled_panels_each_with_a_detail(pictures):
+def test_comparison_has_four_labeled_panels_each_with_a_detail(pictures):
     lr, hr, _ = pictures
     sr = hr.point(lambda value: value // 2)
-    sheet, row = compare(lr, sr, hr)
     up = bicubic(lr, (90, 90))
-    assert row == Scores(psnr(to_tensor(up), to_tensor(hr)), psnr(to_tensor(sr), to_tensor(hr)))
-    pixels = np.asarray(sheet)
+    pixels = np.asarray(compare(lr, sr, hr)[0])
     assert pixels.shape[1] == 4 * 90 + 3 * 8
     label_height = pixels.shape[0] - 90 - 8 - 88
     top, left = (places.min() for places in red_pixels(pixels[label_height:, :98]).nonzero())
@@ -28,32 +26,39 @@ def test_four_labeled_panels_each_with_a_detail(pictures):
         frame = red_pixels(picture)
         assert frame.sum() == 4 * 21
         assert np.array_equal(picture[~frame], np.asarray(panel)[~frame])
-        assert (label < 128).any()  # there is text above it
+        assert (label < 128).any()  # text
         assert (label > 128).mean() > 0.7
         assert np.array_equal(detail[:, :88], np.asarray(panel.crop(window)).repeat(4, 0).repeat(4, 1))
         assert (gap == 255).all()
-    # In the detail bicubic and SRCNN differ nearly as much as they do anywhere.
+    # In the detail, bicubic and SRCNN differ nearly as much as they do anywhere.
     difference = abs(np.asarray(up).astype(int) - np.asarray(sr)).sum(2)
     sums = np.lib.stride_tricks.sliding_window_view(difference, (22, 22)).sum((2, 3))
     assert sums[top, left] > 0.98 * sums.max()
 
 
-def test_a_large_comparison_is_made_smaller_except_for_its_detail():
+def test_comparison_reports_psnr_of_bicubic_and_network(pictures):
+    lr, hr, _ = pictures
+    sr = hr.point(lambda value: value // 2)
+    _, scores = compare(lr, sr, hr)
+    assert scores == Scores(psnr(to_tensor(bicubic(lr, (90, 90))), to_tensor(hr)), psnr(to_tensor(sr), to_tensor(hr)))
+
+
+def test_large_comparison_is_reduced_except_for_its_detail():
     hr = Image.new("RGB", (1500, 600), "gray")
     up, sr = hr.copy(), hr.copy()
-    up.paste("white", (1210, 410, 1260, 460))  # this is where they differ
+    up.paste("white", (1210, 410, 1260, 460))  # where they differ
     sheet, _ = compare(up.resize((500, 200), Image.Resampling.BOX), sr, up)
     pixels = np.asarray(sheet).astype(int)
     assert sheet.width == 4 * 512 + 3 * 8
     left = red_pixels(pixels)[:, :512].any(0).argmax()
     assert 1170 <= left * 1500 / 512 <= 1215
-    detail = pixels[-192:, 512 + 8 :][:, :192]  # of bicubic; 205 // 64 times enlarged
+    detail = pixels[-192:, 512 + 8 :][:, :192]  # bicubic, enlarged 205 // 64 times
     assert (detail > 200).mean() == pytest.approx((50 / 64) ** 2, abs=0.05)
-    assert abs(pixels[-192:, 2 * 520 :][:, :192] - 128).max() == 0  # of what stands for SRCNN
+    assert abs(pixels[-192:, 2 * 520 :][:, :192] - 128).max() == 0  # SRCNN
 
 
 @pytest.mark.parametrize("width", [30, 300])
-def test_a_label_is_never_cut_off(width):
+def test_label_is_never_cut_off(width):
     image = Image.new("RGB", (width, 40), "black")
     sheet = np.asarray(side_by_side({"ground truth\n9999 x 9999": image, "LR": image}))
     panel = (sheet.shape[1] - 8) // 2
@@ -62,7 +67,7 @@ def test_a_label_is_never_cut_off(width):
     assert (label[:, panel:] == 255).all()
 
 
-def test_the_frame_of_a_detail_may_be_a_single_pixel():
-    """As in a picture that is thousands of times as high as wide."""
+def test_frame_of_detail_can_be_a_single_pixel():
+    """As in a picture that is hundreds of times as high as wide."""
     column = np.asarray(with_detail(Image.new("RGB", (30, 12000)), (0, 0, 9, 9)))
     assert red_pixels(column)[0, 0]
