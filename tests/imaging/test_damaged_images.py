@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import MORE, SRGB, file_of, random_image
 from PIL import Image
+from PIL.ExifTags import Base
 
 from imaging.images import check_output, read_image, write_image
 from utils import CommandError
@@ -58,25 +59,24 @@ def test_image_inside_a_file_is_also_limited():
         read_image(Path("a.icns"), max_pixels=2000)
 
 
-def samples():
-    """Return a small valid file of each format, as bytes."""
+def sample(extension):
+    """Return a small valid file, as bytes."""
     image, exif = random_image(size=(12, 10)).resize((24, 20)), Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "a camera"
-    return {
-        "bmp": file_of(image, "BMP"),
-        "png": file_of(image, "PNG", exif=exif, icc_profile=SRGB, dpi=(72, 72)),
-        "jpg": file_of(image, "JPEG", exif=exif, icc_profile=SRGB, dpi=(72, 72)),
-        "webp": file_of(image, "WEBP", exif=exif, icc_profile=SRGB),
-        "tif": file_of(image, "TIFF", compression="tiff_lzw", dpi=(72, 72)),
-        "gif": file_of(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
-        "ppm": file_of(image, "PPM"),
+    exif[Base.Orientation], exif[Base.Make] = 6, "a camera"
+    options = {
+        "png": {"exif": exif, "icc_profile": SRGB, "dpi": (72, 72)},
+        "jpg": {"exif": exif, "icc_profile": SRGB, "dpi": (72, 72)},
+        "webp": {"exif": exif, "icc_profile": SRGB},
+        "tif": {"compression": "tiff_lzw", "dpi": (72, 72)},
+        "gif": {"save_all": True, "append_images": [image.rotate(90)]},
     }
+    return file_of(image, Image.registered_extensions()[f".{extension}"], **options.get(extension, {}))
 
 
 @pytest.mark.parametrize("extension", ["bmp", "png", "jpg", "webp", "tif", "gif", "ppm"])
 def test_damaged_file_becomes_an_image_or_a_command_error(extension):
     """Random flips and cuts; set SRCNN_FUZZ for more of them."""
-    whole, rng, limit = samples()[extension], np.random.default_rng(list(extension.encode())), Image.MAX_IMAGE_PIXELS
+    whole, rng, limit = sample(extension), np.random.default_rng(list(extension.encode())), Image.MAX_IMAGE_PIXELS
     path, output, errors = Path(f"d.{extension}"), Path(f"o.{extension}"), 0
     for _ in range(MORE or 40):
         damaged = np.frombuffer(whole, np.uint8).copy()

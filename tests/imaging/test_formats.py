@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers import SRGB, file_of, random_image
 from PIL import Image, JpegImagePlugin
+from PIL.ExifTags import IFD, Base
+from PIL.TiffImagePlugin import IFDRational
 
 from imaging.formats import EXTENSIONS, FORMATS, metadata
 from imaging.images import check_output, read_image, write_image
@@ -53,27 +55,23 @@ def test_format_refuses_mode_that_it_does_not_support(extension, mode, problem):
         check_output(Path(f"o.{extension}"), (9, 9), mode)
 
 
-@pytest.mark.parametrize(
-    ("extension", "mode", "longest"),
-    [
-        ("webp", "RGBA", 16383),
-        ("jpg", "RGB", 65500),
-        ("gif", "LA", 65535),
-        ("bmp", "RGB", 2**32 // 3),
-        ("tif", "I;16", 2**31 - 1),
-    ],
-)
+LIMITS = [("webp", "RGBA", 16383), ("jpg", "RGB", 65500), ("gif", "LA", 65535)]
+LIMITS += [("bmp", "RGB", 2**32 // 3), ("tif", "I;16", 2**31 - 1)]
+
+
+@pytest.mark.parametrize(("extension", "mode", "longest"), LIMITS)
 def test_format_refuses_size_beyond_its_limit(extension, mode, longest):
     path = Path(f"o.{extension}")
-    for size, too_large in (((longest, 1), (longest + 1, 1)), ((1, longest), (1, longest + 1))):
-        check_output(path, size, mode)
-        with pytest.raises(CommandError, match="{}x{} pixels are too many".format(*too_large)):
-            check_output(path, too_large, mode)
+    check_output(path, (longest, 1), mode)
+    check_output(path, (1, longest), mode)
+    with pytest.raises(CommandError, match=f"{longest + 1}x1 pixels are too many"):
+        check_output(path, (longest + 1, 1), mode)
+    with pytest.raises(CommandError, match=f"1x{longest + 1} pixels are too many"):
+        check_output(path, (1, longest + 1), mode)
 
 
-@pytest.mark.parametrize("name", ["o.PNG", "o.pgm"])
-def test_16_bit_gray_of_any_size_is_accepted(name):
-    check_output(Path(name), (299997, 299997), "I;16")
+def test_png_accepts_16_bit_gray_of_any_size():
+    check_output(Path("o.PNG"), (299997, 299997), "I;16")
 
 
 def test_unknown_extension_is_refused():
@@ -111,66 +109,58 @@ def copied(name, output="", mode="RGB", **options):
         return copy
 
 
+def exif(**tags):
+    """Return EXIF data with these tags, by Pillow's names."""
+    data = Image.Exif()
+    data.update({Base[name]: value for name, value in tags.items()})
+    return data
+
+
 @pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.webp", "e.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_once(name, orientation):
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = orientation, "a camera"
-    copy = copied(name, exif=exif, **({"lossless": True} if name == "e.webp" else {}))
+    options = {"lossless": True} if name == "e.webp" else {}
+    kept = copied(name, exif=exif(Orientation=orientation, Make="a camera"), **options).getexif()
     with Image.open(name) as file:  # pixels as stored; Pillow itself turns TIFF
         stored = np.asarray(random_image() if name == "e.tif" else file.convert("RGB"))
     turned = [stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.swapaxes(0, 1)]
     turned += [np.rot90(stored, -1), stored[::-1, ::-1].swapaxes(0, 1), np.rot90(stored)]
     assert np.array_equal(read_image(Path(name)), [stored, *turned][orientation - 1])
-    assert copy.getexif().get(0x0112, 1) == 1
-    if name != "e.tif":
-        assert copy.getexif()[0x010F] == "a camera"
+    assert kept.get(Base.Orientation, 1) == 1
+    assert name == "e.tif" or kept[Base.Make] == "a camera"
 
 
 @pytest.mark.parametrize("name", ["m.jpg", "m.png", "m.tif", "m.webp", "m.bmp"])
 def test_icc_profile_and_print_size_are_kept(name):
     info = copied(name, icc_profile=SRGB, dpi=(96, 72)).info
-    if name != "m.bmp":
-        assert info["icc_profile"] == SRGB
-    if name != "m.webp":
-        assert info["dpi"] == pytest.approx((288, 216), abs=0.05)
+    assert name == "m.bmp" or info["icc_profile"] == SRGB
+    assert name == "m.webp" or info["dpi"] == pytest.approx((288, 216), abs=0.05)
 
 
 def test_exif_data_keep_resolution_but_not_size():
-    exif = Image.Exif()
-    exif[0x011A], exif[0x011B], exif[0x0128] = 96.0, 72.0, 2
-    exif.get_ifd(0x8769).update({0xA002: 24, 0xA003: 15, 0x8827: 100})
-    kept = copied("m.webp", exif=exif).getexif()
-    assert (kept[0x011A], kept[0x011B]) == (288, 216)
-    assert kept.get_ifd(0x8769) == {0x8827: 100}
+    data = exif(XResolution=96.0, YResolution=72.0, ResolutionUnit=2)
+    data.get_ifd(IFD.Exif).update({Base.ExifImageWidth: 24, Base.ExifImageHeight: 15, Base.ISOSpeedRatings: 100})
+    kept = copied("m.webp", exif=data).getexif()
+    assert (kept[Base.XResolution], kept[Base.YResolution]) == (288, 216)
+    assert kept.get_ifd(IFD.Exif) == {Base.ISOSpeedRatings: 100}
 
 
 @pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.tif"])
-@pytest.mark.parametrize("orientation", [1, 4, 5, 8])
-def test_resolutions_are_swapped_when_axes_are(name, orientation):
-    exif = Image.Exif()
-    exif[0x0112], exif[0x011A], exif[0x011B], exif[0x0128] = orientation, 300.0, 150.0, 2
-    copy = copied(name, dpi=(300, 150), exif=exif)
-    expected = (450, 900) if orientation > 4 else (900, 450)
-    assert copy.info["dpi"] == pytest.approx(expected, abs=0.05)
-    if name != "e.tif":
-        assert (copy.getexif()[0x011A], copy.getexif()[0x011B]) == expected
+@pytest.mark.parametrize(("orientation", "dpi"), [(1, (900, 450)), (4, (900, 450)), (5, (450, 900)), (8, (450, 900))])
+def test_resolutions_are_swapped_when_axes_are(name, orientation, dpi):
+    data = exif(Orientation=orientation, XResolution=300.0, YResolution=150.0, ResolutionUnit=2)
+    copy = copied(name, dpi=(300, 150), exif=data)
+    assert copy.info["dpi"] == pytest.approx(dpi, abs=0.05)
+    assert name == "e.tif" or (copy.getexif()[Base.XResolution], copy.getexif()[Base.YResolution]) == dpi
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_invalid_resolution_costs_no_other_exif_data(orientation):
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F], exif[0x011A], exif[0x011B] = orientation, "a camera", 123.0, 72.0
-    content = exif.tobytes()
-    good = struct.pack("<2I", 123, 1) if content[6:8] == b"II" else struct.pack(">2I", 123, 1)
-    assert content.count(good) == 1
-    random_image().save("e.jpg", exif=content.replace(good, good[:4] + bytes(4)))  # 123/0
-    size, info = read_image(Path("e.jpg")).size, read_image(Path("e.jpg")).info
-    assert size == ((24, 15) if orientation == 1 else (15, 24))
-    write_image(random_image(size=size), Path("o.jpg"), info, scale=3)
-    with Image.open("o.jpg") as image:
-        kept = image.getexif()
-    assert (kept.get(0x010F), kept.get(0x0112, 1), kept.get(0x011A), kept.get(0x011B)) == ("a camera", 1, None, 216)
+    data = exif(Orientation=orientation, Make="a camera", XResolution=IFDRational(123, 0), YResolution=72.0)
+    copy = copied("e.jpg", exif=data)
+    assert read_image(Path("e.jpg")).size == ((24, 15) if orientation == 1 else (15, 24))
+    kept = {tag: copy.getexif().get(tag) for tag in (Base.Make, Base.Orientation, Base.XResolution, Base.YResolution)}
+    assert list(kept.values()) == ["a camera", None, None, 216]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from helpers import random_image
 from PIL import Image
 
-from imaging.images import flatten, list_images, read_hr, read_image, write_image
+from imaging.images import flatten, list_images, read_image, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
@@ -151,13 +151,6 @@ def test_folder_without_images_is_refused(folder):
         image.unlink()
     with pytest.raises(CommandError, match=r"^in: "):
         list_images(folder)
-
-
-def test_ground_truth_has_a_minimum_size():
-    Image.new("LA", (20, 9), (50, 51)).save("a.png")
-    assert_equal(read_hr(Path("a.png"), 9), Image.new("L", (20, 9), 214))
-    with pytest.raises(CommandError, match=r"^a\.png: 20x9 .* 10x10$"):
-        read_hr(Path("a.png"), 10)
 
 
 @pytest.mark.parametrize(

@@ -69,24 +69,15 @@ def test_psnr_leaves_out_the_border():
     assert max(psnr(spoilt, NOISE, shave=0)) < 20
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "problem"),
-    [
-        (NOISE[:2], NOISE[:2], "images are needed"),
-        (NOISE[..., 1:], NOISE, "images are needed"),
-        (NOISE[:1], NOISE, "images are needed"),
-        (NOISE[:, :6], NOISE[:, :6], "nothing is left"),
-    ],
-    ids=["two channels", "other size", "other channels", "too small"],
-)
-def test_psnr_refuses_images_that_it_cannot_compare(a, b, problem):
-    with pytest.raises(ValueError, match=problem):
+@pytest.mark.parametrize(("a", "b"), [(NOISE[:2], NOISE[:2]), (NOISE[..., 1:], NOISE), (NOISE[:1], NOISE)])
+def test_psnr_refuses_images_of_different_or_unknown_shape(a, b):
+    with pytest.raises(ValueError, match=r"\(3, 30, 36\)|\(2, 30, 36\)"):
         psnr_y(a, b)
 
 
-def test_scores_survive_conversion_to_dict_and_back():
-    assert A.to_dict() == {"bicubic_y": 30.0, "bicubic_rgb": 28.0, "psnr_y": 31.5, "psnr_rgb": 27.75}
-    assert Scores.from_dict(A.to_dict()) == A
+def test_psnr_refuses_image_without_interior():
+    with pytest.raises(ValueError, match=r"\(3, 6, 36\)"):
+        psnr_y(NOISE[:, :6], NOISE[:, :6])
 
 
 def test_fingerprint_distinguishes_test_sets_but_not_networks():
