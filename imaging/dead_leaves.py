@@ -1,7 +1,7 @@
 """Generated images of random overlapping shapes, for training where no photos are available.
 
 Occlusion makes edges of every contrast, direction and curvature, and radii distributed as r^-3
-make the statistics those of natural images at every scale (Lee, Mumford and Huang, "Occlusion
+give them the statistics of natural images at every scale (Lee, Mumford and Huang, "Occlusion
 models for natural images", 2001). Restoration networks trained on such images come close to
 networks trained on photos (Achddou et al., 2021).
 """

@@ -16,7 +16,7 @@ RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
 
 @dataclass(frozen=True)
 class Format:
-    """What a format supports beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
+    """Features of a format beyond 8-bit gray and RGB, its limits, and Pillow's options for writing it."""
 
     alpha: bool = False
     sixteen_bits: bool = False

@@ -1,4 +1,4 @@
-"""Files that are damaged, too large, or no images."""
+"""Files that are damaged, too large, or not images."""
 
 import os
 import re
