@@ -32,7 +32,7 @@ class SRCNN(nn.Module):
 
     The initial weights pass the upscaled image through and add something small and random,
     so an untrained network is already (nearly) bicubic interpolation. Training begins by
-    whitening the random filters of conv1 (optim.py).
+    whitening the random filters of conv1 (training/optimizer.py).
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from imaging.formats import FORMATS, format_of, metadata, swap_dpi, swaps_axes, turn_upright
-from utils import CommandError, atomic_write, warn
+from utils import CommandError, atomic_write, plural, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
@@ -162,7 +162,7 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     if not images:
         raise CommandError(f"{folder}: this folder contains no images")
     if skipped := len(files) - len(images):
-        warn(f"{folder}: skipping {skipped} {'file' if skipped == 1 else 'files'} without an image extension")
+        warn(f"{folder}: skipping {plural(skipped, 'file')} without an image extension")
     return images
 
 

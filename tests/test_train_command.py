@@ -87,7 +87,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
             "--recipe=assignment computes in fp32; leave out --precision",
         ),
         ("train --train-data=missing", 1, "missing: no such folder of images\n"),
-        ("train --test-data=empty", 1, "empty: this folder holds no images"),
+        ("train --test-data=empty", 1, "empty: this folder contains no images"),
         ("train --batch-size=2000000000", 1, "a batch has at most 67,108,864 pixels"),
         ("train --patch-size=2147483646", 1, "a batch has at most 67,108,864 pixels"),
         ("train --output=file", 1, "cannot make the folder file: File exists"),
