@@ -12,7 +12,7 @@
 # Student ID:
 # Email Addr:
 #
-"""Who hands this in. Fill it in before training, since it is saved into each checkpoint."""
+"""Name, id and email of the author. Fill them in before training, since they are saved in each checkpoint."""
 
 from dataclasses import dataclass
 

@@ -51,7 +51,7 @@ try:
     from upscaling.fast_srcnn import FastSRCNN
     from upscaling.upscaler import Upscaler
     from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, printable, run_command, warn
-except ImportError as error:  # as beside the course's own data.py and utils.py
+except ImportError as error:  # for example if the course's own data.py and utils.py are beside this file
     sys.exit(
         f"error: {error}; train.py needs all files and folders of this project beside it, in place of files "
         "with the same names, and the packages in requirements.txt"
@@ -76,11 +76,12 @@ def weighted_mse_loss(output: Tensor, batch: Batch) -> Tensor:
     return (batch.weight * squares).mean() / 255**2
 
 
-def constant_learning_rate(peak: float, step: float, total: float) -> float:
+def constant_schedule(peak: float, step: float, total: float) -> float:
+    """Return the same learning rate at each step."""
     return peak
 
 
-def linear_learning_rate(peak: float, step: float, total: float) -> float:
+def linear_schedule(peak: float, step: float, total: float) -> float:
     """Return the learning rate at a step: linear warm-up, and a linear decay to zero after ``total`` steps."""
     return peak * min(1.0, step / max(WARMUP_SHARE * total, WARMUP_STEPS)) * (1 - step / total)
 
@@ -92,7 +93,7 @@ RECIPES = {
         network=FastSRCNN,  # the same function as SRCNN, computed several times as fast
         loss=weighted_mse_loss,
         penalty=penalty,  # keeps plain colors plain and gray gray
-        learning_rate=linear_learning_rate,
+        schedule=linear_schedule,
     ),
     "assignment": Recipe(
         patches=GridPatches,  # 33x33 pixels at every 14th
@@ -100,7 +101,7 @@ RECIPES = {
         network=zero_padded_srcnn,  # SRCNN.convolve after bicubic interpolation
         loss=mse_loss,
         penalty=lambda model, network, lr: 0,
-        learning_rate=constant_learning_rate,
+        schedule=constant_schedule,
     ),
 }
 
@@ -154,7 +155,7 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     for step, batch in enumerate(bar):
         raise_interrupt()
         done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps
-        run.optimizer.param_groups[0]["lr"] = run.recipe.learning_rate(options.learning_rate, done, total)
+        run.optimizer.param_groups[0]["lr"] = run.recipe.schedule(options.learning_rate, done, total)
         losses[step] = train_one_step(run, batch)
         if step % 20 == 0 and not bar.disable:  # not at each step, since reading the loss waits for a GPU
             bar.set_postfix(loss=f"{losses[step].item():.5f}")

@@ -127,7 +127,7 @@ def raw_mode(file: ImageFile) -> str:
     """Return how a PNG or TIFF file stores its pixels, such as "RGB;16B", before they are decoded."""
     if file.format not in ("PNG", "TIFF") or not file.tile:
         return ""
-    arguments = file.tile[0][3]  # of the tile's decoder
+    arguments = file.tile[0][3]  # arguments of the decoder
     return arguments if isinstance(arguments, str) else arguments[0]  # type: ignore[index]
 
 

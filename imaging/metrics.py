@@ -13,8 +13,8 @@ from utils import printable
 
 LUMA = 65.481 / 255, 128.553 / 255, 24.966 / 255  # weights of R, G and B in Y
 SHAVE = SCALE  # pixels that the protocol leaves out on each side of an image
-MIN_SIDE = 2 * SHAVE + SCALE  # of an HR image: one LR pixel must be left to measure
-SCORE_NAMES = ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")  # in checkpoints and JSON
+MIN_SIDE = 2 * SHAVE + SCALE  # minimum side of an HR image: one LR pixel must be left to measure
+SCORE_NAMES = ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")  # names in checkpoints and JSON
 
 
 class Psnr(NamedTuple):
@@ -41,7 +41,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The PSNR of a network on a test set."""
+    """PSNR of a network on a test set."""
 
     set: str  # name of the test set
     images: dict[str, Scores]

@@ -11,7 +11,7 @@ from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
 from imaging.metrics import Scores, psnr, summary, table
 from model import SRCNN, crop
-from train import RECIPES, evaluate, linear_learning_rate, train_one_epoch
+from train import RECIPES, evaluate, linear_schedule, train_one_epoch
 from training.checkpoints import load_checkpoint
 from training.progress import check_finite
 from upscaling.upscaler import Upscaler
@@ -39,7 +39,7 @@ def test_the_schedule_goes_on_from_the_share_that_is_done(train_set, monkeypatch
     monkeypatch.setattr("train.train_one_step", lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]) or 0)
     train_one_epoch(run, train_set, 3, lambda: None)
     steps = {2: 3, 1: 6}[batch_size]
-    assert rates == [linear_learning_rate(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
+    assert rates == [linear_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
 
 
 def test_the_first_step_that_is_not_finite_is_named():

@@ -1,4 +1,4 @@
-"""What a training run prints, and what stops it."""
+"""Output of a training run on the terminal, and checks that warn or stop it."""
 
 import contextlib
 import shlex

@@ -45,7 +45,7 @@ class RandomPatches:
         self.hr.freeze(device)
         self.sampler = ImportanceSampler(errors, patch_size // SCALE)
         self.last_corners = torch.tensor([view[1:3] for view in self.lr.views]) - patch_size // SCALE  # (9 * count, 2)
-        self.pixels = SCALE**2 * sum(error.numel() for error in errors)  # of the images, cropped to multiples of 3
+        self.pixels = SCALE**2 * sum(error.numel() for error in errors)  # in images cropped to multiples of 3
 
     def steps(self, batch_size: int) -> int:
         """Return the number of batches in an epoch, which draws as many pixels as the set has."""

@@ -1,4 +1,4 @@
-"""The default recipe's numbers, and the parts of its loss that photos alone do not give. The loop is in train.py."""
+"""Numbers of the default recipe, and its penalty for changing colors. The loop and the losses are in train.py."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""A training run: its recipe, its state, new or restored from a checkpoint, and its output folder."""
+"""Training run: its recipe, its state, new or restored from a checkpoint, and its output folder."""
 
 import contextlib
 import math
@@ -29,19 +29,19 @@ Patches = RandomPatches | GridPatches
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the ways to train. train.py has the loop, and the two recipes."""
+    """Parts of the training loop that differ between recipes. The loop and both recipes are in train.py."""
 
     patches: Callable[[ImageSet, int, torch.device], Patches]
-    optimizer: Callable[..., Adam]  # of (model, patches, generator); also sets the initial weights
+    optimizer: Callable[..., Adam]  # (model, patches, generator) -> optimizer; sets the initial weights
     network: Callable[[SRCNN, torch.dtype], Network]
     loss: Callable[[Tensor, Batch], Tensor]
     penalty: Callable[[SRCNN, Network, Tensor], Tensor | float]
-    learning_rate: Callable[[float, float, float], float]  # of (peak, step, total number of steps)
+    schedule: Callable[[float, float, float], float]  # (peak, step, number of steps) -> learning rate
 
 
 @dataclass
 class Run:
-    """The state of a training run."""
+    """State of a training run."""
 
     options: Options
     recipe: Recipe

@@ -12,7 +12,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data import ImageSet, TestSet
 from imaging.images import to_tensor
-from train import linear_learning_rate
+from train import linear_schedule
 from training.log import Log, filters
 from training.options import Options
 from upscaling.upscaler import Upscaler
@@ -153,7 +153,7 @@ def test_training_logs_every_epoch_and_goes_on_without_overlap_or_gap(train_smal
     steps, psnr = zip(*values(found, f"{name}/psnr_y"), strict=True)
     assert steps == (1, 2, 3)
     assert psnr[-1] == pytest.approx(mean["psnr_y"])
-    rates = [linear_learning_rate(0.003, 4 * epoch - 0.5, 12) for epoch in (1, 2, 3)]  # of each epoch's last step
+    rates = [linear_schedule(0.003, 4 * epoch - 0.5, 12) for epoch in (1, 2, 3)]  # of each epoch's last step
     assert [rate for _, rate in values(found, "train/learning_rate")] == pytest.approx(rates)
     assert all([event.step for event in found.Images(tag)] == [1, 2, 3] for tag in found.Tags()["images"])
     assert values(events(run / "end-3"), "final/psnr_y")[0][1] == pytest.approx(mean["psnr_y"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model import SRCNN
-from train import linear_learning_rate
+from train import linear_schedule
 from training.optimizer import WhitenedAdam, whitening_matrix
 
 
@@ -20,7 +20,7 @@ from training.optimizer import WhitenedAdam, whitening_matrix
     ],
 )
 def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
-    assert linear_learning_rate(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
+    assert linear_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_whitening_whitens():

@@ -128,7 +128,7 @@ def test_the_assignment_trains_as_plain_pytorch_does(patches):
     plain[0].forward = lambda x: nn.functional.interpolate(x, scale_factor=3, mode="bicubic", antialias=True)
     optimizer, criterion = torch.optim.Adam(plain.parameters(), lr=0.0001), nn.MSELoss()
     for step, batch in enumerate(patches.batches(2, 5, torch.Generator())):
-        run.optimizer.param_groups[0]["lr"] = ASSIGNMENT.learning_rate(0.0001, step + 0.5, 2)
+        run.optimizer.param_groups[0]["lr"] = ASSIGNMENT.schedule(0.0001, step + 0.5, 2)
         optimizer.zero_grad()
         loss = criterion(plain(batch.lr / 255), batch.hr / 255)
         loss.backward()
