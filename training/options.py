@@ -19,7 +19,8 @@ RECIPE_DEFAULTS: dict[str, Args] = {
     "default": {},
     "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
 }
-RECIPE_NAMES, RECIPE_HELP = tuple(RECIPE_DEFAULTS), "assignment follows its text, with its learning rate and batch size"
+RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
+RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
 PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
 
@@ -34,7 +35,7 @@ class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
-    num_epoch:     int   = option(100,             integer(),         "epochs, each of as many pixels as the set")
+    num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
     patch_size:    int   = option(33,              integer(1, SCALE), "side of a patch in HR pixels, a multiple of 3")
@@ -53,11 +54,11 @@ class Options:
         args = RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
-
     def folders(self) -> dict[str, str]:
         """Return the folders of the sets in use by the names of their options."""
         folders = {"train_data": self.train_data}
         return folders if self.hold_out else folders | {"test_data": self.test_data}
+
     def with_folders(self, folders: dict[str, str]) -> "Options":
         return Options.from_args(self.to_args() | folders)
 
@@ -66,7 +67,7 @@ FIELDS = {field.metadata.get("name", field.name): field for field in dataclasses
 
 
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
-    """Add the options to a parser, which sets only the options that are given on the command line."""
+    """Add the options to a parser. The namespace gets only the options that are given on the command line."""
     for name, field in FIELDS.items():
         if resume and name in ("recipe", "seed"):  # the optimizer and the random state depend on them
             continue

@@ -33,7 +33,7 @@ def test_what_is_not_given_has_its_default():
 def test_the_help_tells_the_defaults_except_for_resume_which_has_no_seed():
     text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
     assert "peak learning rate of Adam (default: 0.003)" in text
-    assert "as the set (default: 100)" in text
+    assert "as the training set (default: 100)" in text
     assert "patches in a batch (default: 32)" in text
     assert "a multiple of 3 (default: 33)" in text
     assert "default" not in text_of_resume
