@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -21,18 +22,18 @@ except ImportError:  # Windows
 
 # Windows has no SIGHUP.
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-PART = ".srcnn.part"  # how temporary files end
+TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
 
 
 class CommandError(Exception):
-    """What went wrong and what to do about it, in one line for the user."""
+    """An error that the user can do something about. The message is one line that says what."""
 
 
 # ---------------------------------------------------------------------------- arguments
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, with examples below the help, and one line per mistake instead of the whole usage."""
+    """argparse's parser with examples below the help, and with usage errors in one line."""
 
     def __init__(self, examples: str = "", **options: Any) -> None:
         epilog = f"examples:\n{examples}" if examples else None
@@ -40,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, epilog=epilog, **options)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Refuse what is unknown here, so that an unknown option of a subcommand names that subcommand's help."""
+        """Report unknown arguments here, so that the error names the help of the subcommand."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -51,7 +52,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def integer(minimum: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
-    """An argparse type for integers from ``minimum`` up to 2^31 that are multiples of ``multiple_of``."""
+    """Return an argparse type for multiples of ``multiple_of`` from ``minimum`` to 2^31 - 1."""
     kind = "a positive integer" if minimum == 1 else f"an integer, {minimum} or greater"
     kind = f"a positive multiple of {multiple_of}" if multiple_of > 1 else kind
 
@@ -68,7 +69,7 @@ def integer(minimum: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
 
 
 def positive_float(text: str) -> float:
-    """An argparse type for finite numbers greater than zero."""
+    """Parse a positive number below 2^31: an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -79,7 +80,7 @@ def positive_float(text: str) -> float:
 
 
 def path(text: str) -> Path:
-    """An argparse type for paths. An empty text, as of an unset variable, would stand for the current folder."""
+    """Parse a path: an argparse type. An empty one, as from an unset variable, would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     if "\0" in text:
@@ -91,17 +92,17 @@ def path(text: str) -> Path:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: status 0 when done, 1 with one line on stderr, 128 and its number after a signal."""
+    """Run a command and exit: with status 0, with 1 and an error in one line, or with 128 + the number of a signal."""
     for name in ("stdout", "stderr"):
         if not getattr(sys, name):  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # the terminal may not support all characters
     status, message = 0, ""
     try:
         with handle_signals(TERMINATION_SIGNALS, interrupt):
             main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head or less, has seen enough
+    except BrokenPipeError:  # the reader, such as head or less, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (CommandError, OSError, MemoryError, RuntimeError) as error:
@@ -109,13 +110,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         status, message = 128 + number, "interrupted\n"
-    with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-        sys.stderr.write(message)  # in one call, since several processes may write here
+    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+        sys.stderr.write(message)  # in one call, since other processes may write to the same terminal
     sys.exit(status)
 
 
 def describe_error(error: Exception) -> str:
-    """One line for the user. Raises the error again if it is a bug of ours."""
+    """Return one line for the user. Raises the error again if it is a bug."""
     if isinstance(error, CommandError | OSError):
         return printable(error)
     if is_out_of_memory(error):
@@ -124,22 +125,23 @@ def describe_error(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a lack of memory, of the CPU's or of a GPU's, is the reason of an error.
+    """Return whether the CPU or a GPU ran out of memory.
 
-    cuDNN, when it has no room to work in, only says that it found no way to compute, and cuBLAS fails to start.
+    Without memory for its workspace, cuDNN says that it found no engine, and cuBLAS fails to initialize.
     """
     reasons = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
-    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return lacks_memory or (isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons))
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
 
 
 def warn(message: str) -> None:
-    """Print a warning to stderr, above any progress bar."""
+    """Print a warning to stderr, above progress bars."""
     tqdm.write(f"WARNING: {printable(message)}", file=sys.stderr)
 
 
 def printable(text: object) -> str:
-    """Text of unknown origin with control characters escaped, since terminals interpret them."""
+    """Escape control characters, which a terminal would interpret, in text of unknown origin."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -149,15 +151,15 @@ def plural(number: int, noun: str) -> str:
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler: end as Ctrl-C does, so that temporary files are removed."""
+    """Handle a signal as Ctrl-C, so that temporary files are removed."""
     raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals, except for those that are ignored, as SIGHUP is under nohup."""
-    heeded = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    previous = {number: signal.signal(number, handler) for number in heeded}
+    """Handle signals within the context, except for signals that are ignored, such as SIGHUP under nohup."""
+    handled = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
@@ -188,60 +190,64 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
 # -------------------------------------------------------------------------------- files
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[SimpleNamespace]:
-    """A file to write that replaces ``path`` when it is complete, so that at any moment either is there in full.
+class FileWithoutDescriptor(io.BufferedRandom):
+    """A file without a descriptor, since Pillow would write to it directly and miss that a disk is full."""
 
-    It has no ``fileno``: Pillow would use that to write past Python, and miss that a disk is full.
-    """
-    part = path.with_name(f".{path.name[:30]}.{os.getpid()}{PART}")  # no longer than a name may be
+    def fileno(self) -> NoReturn:
+        raise io.UnsupportedOperation("fileno")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[FileWithoutDescriptor]:
+    """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file."""
+    temporary = path.with_name(f".{path.name[:30]}.{os.getpid()}{TEMPORARY_SUFFIX}")  # [:30]: names are limited
     try:
-        with open(part, "w+b") as file, locked(part):
-            yield SimpleNamespace(**{name: getattr(file, name) for name in ("read", "write", "seek", "tell", "flush")})
+        with io.FileIO(temporary, "w+") as raw, FileWithoutDescriptor(raw) as file, locked(temporary):
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-            file.close()  # since Windows renames no open file
-            os.replace(part, path)
+            os.fsync(raw.fileno())
+            file.close()  # since Windows does not rename an open file
+            os.replace(temporary, path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder, and yield whether that worked: Windows and some network drives have no locks.
+    """Lock a file or folder, and yield whether that is possible: Windows and some network drives have no locks.
 
     Raises BlockingIOError if another process has locked it.
     """
     if not fcntl:
         yield False
         return
-    number, works = os.open(path, os.O_RDONLY | os.O_NONBLOCK), True  # a pipe would block
+    descriptor, supported = os.open(path, os.O_RDONLY | os.O_NONBLOCK), True  # a pipe would block
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:
-            works = False
-        yield works
+            supported = False
+        yield supported
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def remove_stale_files(folder: Path, pattern: str = f".*{PART}") -> None:
-    """Remove the temporary files, or folders, of processes that were killed. Those in use are locked."""
-    for left in folder.glob(pattern):
-        with contextlib.suppress(OSError), locked(left) as works:
-            if works:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+def remove_stale_files(folder: Path, pattern: str = f".*{TEMPORARY_SUFFIX}") -> None:
+    """Remove temporary files and folders that killed processes left. Locked ones are in use and stay."""
+    for stale in folder.glob(pattern):
+        with contextlib.suppress(OSError), locked(stale) as supported:
+            if supported:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, unless it exists. Raises CommandError if it cannot be made."""
+    """Create a folder and its parents if they do not exist. Raises CommandError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise CommandError(f"cannot create folder {folder}: {error.strerror}") from error

@@ -90,7 +90,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
         ("train --test-data=empty", 1, "empty: this folder contains no images"),
         ("train --batch-size=2000000000", 1, "a batch has at most 67,108,864 pixels"),
         ("train --patch-size=2147483646", 1, "a batch has at most 67,108,864 pixels"),
-        ("train --output=file", 1, "cannot make the folder file: File exists"),
+        ("train --output=file", 1, "cannot create folder file: File exists"),
         *[("train --cuda", 1, "no CUDA device was found; run without --cuda")] * (not torch.cuda.is_available()),
     ],
 )

@@ -9,12 +9,12 @@ import torch
 from helpers import ROOT, assert_one_line
 
 import utils
-from utils import CommandError, atomic_write, deferred_interrupts, run_command
+from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, deferred_interrupts, locked, remove_stale_files
 
 # ------------------------------------------------------------------- errors and interrupts
 
 
-def test_text_from_elsewhere_cannot_steer_the_terminal(capsys):
+def test_control_characters_are_escaped(capsys):
     assert utils.printable("a\x1b[31m\nb\u202e é") == "a\\x1b[31m\\nb\\u202e é"
     utils.warn("a\x1b[31m\nb")
     assert capsys.readouterr() == ("", "WARNING: a\\x1b[31m\\nb\n")
@@ -31,42 +31,41 @@ def test_text_from_elsewhere_cannot_steer_the_terminal(capsys):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_a_failure_is_one_line(capsys, problem, status, message):
+def test_failure_is_reported_in_one_line(capsys, problem, status, message):
     def main():
         raise problem
 
     with pytest.raises(SystemExit) as end:
-        run_command(main)
+        utils.run_command(main)
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (status, "")
     assert err.startswith(message)
     assert_one_line(err)
 
 
-def test_our_own_mistakes_keep_their_traceback():
+def test_bug_keeps_its_traceback():
     def main():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        run_command(main)
+        utils.run_command(main)
 
 
 @pytest.mark.parametrize(
-    ("error", "lacks_memory"),
+    ("error", "out_of_memory"),
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("out of memory"), False),
     ],
     ids=str,
 )
-def test_a_lack_of_memory_is_told_from_other_errors(error, lacks_memory):
-    assert utils.is_out_of_memory(error) is lacks_memory
+def test_lack_of_memory_is_recognized(error, out_of_memory):
+    assert utils.is_out_of_memory(error) is out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -76,33 +75,31 @@ def test_a_lack_of_memory_is_told_from_other_errors(error, lacks_memory):
         ("{} 2>&-", r"\xe9 \udcff", ""),
         ("({}; echo status $? >&3) 3>&2 | true", "", r"\xe9 \udcff" + "\nstatus 1"),
     ],
-    ids=["stdout is closed", "stderr is closed", "nobody reads"],
+    ids=["stdout is closed", "stderr is closed", "pipe is closed"],
 )
-def test_any_kind_of_output_will_do(shell, out, err):
-    """Even one that cannot show all characters."""
-    code = (
-        "import sys, utils; utils.run_command(lambda: [print('é \\udcff', file=f) for f in (sys.stderr, sys.stdout)])"
-    )
-    command = ["sh", "-c", shell.format(f'{sys.executable} -c "{code}"')]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    end = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1200)
+def test_command_prints_to_limited_outputs(shell, out, err):
+    """The outputs may also lack characters."""
+    script = ROOT / "tests" / "scripts" / "print_unusual_characters.py"
+    command = ["sh", "-c", shell.format(f'"{sys.executable}" "{script}"')]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    end = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert (end.returncode, end.stdout.strip(), end.stderr.strip()) == (0, out, err)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_a_command_without_leaving_a_half_written_file(capsys, number, status):
+def test_signal_leaves_no_temporary_file(capsys, number, status):
     def main():
         with atomic_write(Path("file")) as file:
             file.write(b"half")
             signal.raise_signal(number)
 
     with pytest.raises(SystemExit) as end:
-        run_command(main)
+        utils.run_command(main)
     assert (end.value.code, capsys.readouterr().err, os.listdir()) == (status, "interrupted\n", [])
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
-def test_under_nohup_commands_and_trainings_go_on(monkeypatch):
+def test_hangup_is_ignored_under_nohup():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with utils.handle_signals([signal.SIGHUP], utils.interrupt), deferred_interrupts() as raise_deferred:
@@ -114,7 +111,7 @@ def test_under_nohup_commands_and_trainings_go_on(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_is_deferred_and_a_second_ctrl_c_is_not(number):
+def test_first_interrupt_is_deferred_and_second_is_not(number):
     before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)]
     with deferred_interrupts() as raise_deferred:
         raise_deferred()
@@ -129,27 +126,30 @@ def test_an_interrupt_is_deferred_and_a_second_ctrl_c_is_not(number):
 # -------------------------------------------------------------------------------- files
 
 
-def test_a_file_is_replaced_when_it_is_complete_and_never_written_over(monkeypatch):
-    """Whoever holds the old file, here by a second link, keeps it whole."""
+def test_file_is_replaced_and_not_overwritten():
+    """A second link to the old file keeps its content."""
     path, link = Path("file"), Path("link")
-    path.write_bytes(b"the first")
+    path.write_bytes(b"old")
     os.link(path, link)
     with atomic_write(path) as file:
-        file.write(b"the next")
-        assert path.read_bytes() == b"the first"
-    assert (path.read_bytes(), link.read_bytes()) == (b"the next", b"the first")
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert (path.read_bytes(), link.read_bytes()) == (b"new", b"old")
 
-    def disk_full(fd):
+
+def test_full_disk_keeps_existing_file(monkeypatch):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(CommandError, match=r"^cannot write file: No space left on device$"), atomic_write(path) as file:
-        file.write(b"half of another")
-    assert path.read_bytes() == b"the next"
-    assert sorted(os.listdir()) == ["file", "link"]
+    Path("file").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CommandError, match=r"^cannot write file: No space left"), atomic_write(Path("file")) as file:
+        file.write(b"half")
+    assert os.listdir() == ["file"]
+    assert Path("file").read_bytes() == b"old"
 
 
-def test_a_name_may_be_as_long_as_the_file_system_allows():
+def test_file_name_may_have_the_maximum_length():
     name = 63 * "\N{GRINNING FACE}" + "abc"
     assert len(name.encode()) == 255
     with atomic_write(Path(name)) as file:
@@ -157,19 +157,27 @@ def test_a_name_may_be_as_long_as_the_file_system_allows():
     assert os.listdir() == [name]
 
 
-def test_what_killed_processes_left_is_swept_and_what_is_in_use_stays(monkeypatch):
-    for name in (f".a.1{utils.PART}", ".b.part", f"c{utils.PART}"):
+def test_stale_files_are_removed():
+    for name in (f".a.1{TEMPORARY_SUFFIX}", ".b.part", f"c{TEMPORARY_SUFFIX}"):
         Path(name).touch()
-    Path(".set-1").mkdir()
-    Path(".set-1/file").touch()
-    os.mkfifo(f".pipe{utils.PART}")
-    with atomic_write(Path("d")) as file:
-        utils.remove_stale_files(Path())
-        assert sorted(os.listdir()) == [".b.part", f".d.{os.getpid()}{utils.PART}", ".set-1", f"c{utils.PART}"]
+    os.mkfifo(f".pipe{TEMPORARY_SUFFIX}")
+    remove_stale_files(Path())
+    assert sorted(os.listdir()) == [".b.part", f"c{TEMPORARY_SUFFIX}"]
+
+
+def test_file_in_use_is_not_removed():
+    with atomic_write(Path("file")) as file:
+        remove_stale_files(Path())
         file.write(b"content")
-    assert Path("d").read_bytes() == b"content"
-    with utils.locked(Path(".set-1")):
-        utils.remove_stale_files(Path(), ".set-*")
-        assert Path(".set-1/file").exists()
-    utils.remove_stale_files(Path(), ".set-*")
-    assert not Path(".set-1").exists()
+    assert Path("file").read_bytes() == b"content"
+
+
+def test_stale_folder_is_removed_unless_in_use():
+    folder = Path(".set-1")
+    folder.mkdir()
+    Path(folder, "file").touch()
+    with locked(folder):
+        remove_stale_files(Path(), ".set-*")
+        assert Path(folder, "file").exists()
+    remove_stale_files(Path(), ".set-*")
+    assert not folder.exists()

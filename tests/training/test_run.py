@@ -12,7 +12,7 @@ from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
 from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
-from utils import PART
+from utils import TEMPORARY_SUFFIX
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
         assert_one_line(err, f"another run is writing to {folder}; use another --output")
         with lock_output_dir(tmp_path / "c"):
             pass
-    folder.joinpath(f".checkpoint.best.1{PART}").touch()  # which a killed training left
+    folder.joinpath(f".checkpoint.best.1{TEMPORARY_SUFFIX}").touch()  # which a killed training left
     with lock_output_dir(folder):
         assert not list(folder.iterdir())
 

@@ -111,7 +111,7 @@ def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
         ("lr.bmp", "x.png", "x_comparison.png", None, "x_comparison.png is an input"),
         ("lr.bmp", "new", None, None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "x.y", None, None, f"x.y: use one of the endings {EXTENSIONS}; for a folder, type --output=x.y/"),
-        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot make the folder lr.bmp: File exists"),
+        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot create folder lr.bmp: File exists"),
         ("-", None, None, None, "standard output needs a format; add --format=png"),
         ("lr.bmp -", None, None, "png", "- stands for a single image"),
         ("in", "-", None, "png", "- stands for a single image"),
