@@ -12,8 +12,8 @@
 # Student ID:
 # Email Addr:
 #
-"""SRCNN 9-1-5 for upscaling RGB images by 3 (Dong et al., "Image Super-Resolution Using
-Deep Convolutional Networks", TPAMI 2015). This file is the network alone and needs only torch.
+"""SRCNN 9-1-5, which upscales RGB images by a factor of 3 (Dong et al., "Image Super-Resolution
+Using Deep Convolutional Networks", TPAMI 2015). This module needs only torch.
 """
 
 import torch
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE = 3
-# The receptive field of an output pixel reaches 6 HR pixels (9 // 2 + 5 // 2) to each side,
-# and those are interpolated from 4 LR pixels to each side.
+# An output pixel depends on 6 interpolated HR pixels (9 // 2 + 5 // 2) on each side,
+# and these depend on 4 LR pixels on each side.
 HALO_HR = 6
 HALO_LR = 4
 
@@ -30,9 +30,9 @@ HALO_LR = 4
 class SRCNN(nn.Module):
     """Bicubic upscaling followed by three convolutions; 20,099 parameters.
 
-    The initial weights pass the upscaled image through and add something small and random,
-    so an untrained network is already (nearly) bicubic interpolation. Training begins by
-    whitening the random filters of conv1 (training/optimizer.py).
+    The initial weights pass the upscaled image through and add small random values,
+    so an untrained network is close to bicubic interpolation. Training begins by whitening
+    the random filters of conv1 (training/optimizer.py).
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class SRCNN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial weights: He-normal, except that three channels of each layer pass the image.
+        """Initialize with He-normal weights, except for three channels per layer that pass the image through.
 
-        The image is never negative, so both ReLUs leave it unchanged. The last layer's random
-        weights are small, and so is what they add at first.
+        The image is not negative, so both ReLUs leave it unchanged. The random weights of conv3
+        are small, so the network adds little to the image at first.
         """
         for conv in (self.conv1, self.conv2, self.conv3):
             weight, bias = conv.parameters()
@@ -59,7 +59,7 @@ class SRCNN(nn.Module):
         self.conv3.weight[range(3), range(3), 2, 2] = 1
 
     def forward(self, lr: Tensor) -> Tensor:
-        """Super-resolve whole images. Edges are continued by replication.
+        """Upscale images. Edges are padded by replication.
 
         Parameters
         ----------
@@ -70,16 +70,19 @@ class SRCNN(nn.Module):
         Tensor of shape (N, 3, 3h, 3w), nominally in [0, 1], not clamped
         """
         x = bicubic_x3(F.pad(lr, (HALO_LR,) * 4, mode="replicate"))  # (N, 3, 3h + 12, 3w + 12)
-        return crop(self.convolve(x), HALO_HR)  # (N, 3, 3h, 3w), without all that the zero padding reached
+        # The cropped border is all that the zero padding of the convolutions can affect.
+        return crop(self.convolve(x), HALO_HR)  # (N, 3, 3h, 3w)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The three convolutions with their zero padding, on upscaled images of shape (N, 3, H, W)."""
+        """Apply the three zero-padded convolutions to upscaled images of shape (N, 3, H, W)."""
         x = F.relu(self.conv1(x))  # (N, 64, H, W)
         x = F.relu(self.conv2(x))  # (N, 32, H, W)
         return self.conv3(x)  # (N, 3, H, W)
 
     def dc_response(self, colors: Tensor) -> Tensor:
-        """Output on areas of one color, where a convolution is the sum of its weights.
+        """Return the output for uniform images, each of one color.
+
+        There, each convolution reduces to a linear layer whose weights are summed over the kernel.
 
         Parameters
         ----------
@@ -96,13 +99,13 @@ class SRCNN(nn.Module):
 
 
 def bicubic_x3(lr: Tensor) -> Tensor:
-    """Bicubic interpolation by 3 with Pillow's kernel (a = -0.5), which antialias=True selects.
+    """Upscale by bicubic interpolation with Pillow's kernel (a = -0.5), which antialias=True selects.
 
-    The outermost 2 LR pixels are context only: (N, 3, h + 4, w + 4) to (N, 3, 3h, 3w).
+    The outermost 2 LR pixels are only context: (N, 3, h + 4, w + 4) becomes (N, 3, 3h, 3w).
     """
     return crop(F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True), 2 * SCALE)
 
 
 def crop(images: Tensor, border: int) -> Tensor:
-    """Cut ``border`` pixels off each side of images of shape (..., height, width)."""
+    """Crop ``border`` pixels from each side of images of shape (..., height, width)."""
     return images[..., border:-border, border:-border]

@@ -1,4 +1,4 @@
-"""The network as it is defined: its layers, its function, its initial weights."""
+"""Layers, function and initial weights of the network."""
 
 import math
 
@@ -16,7 +16,7 @@ from model import HALO_LR, SRCNN
 
 
 def cubic_matrix(n):
-    """Bicubic x3 upscaling of n samples, edges replicated, from the formula (Keys, 1981; a = -0.5)."""
+    """Return the matrix of bicubic x3 upscaling of n samples with replicated edges (Keys, 1981; a = -0.5)."""
     matrix = np.zeros((3 * n, n))
     for i in range(3 * n):
         center = (i + 0.5) / 3 - 0.5
@@ -27,7 +27,7 @@ def cubic_matrix(n):
     return torch.from_numpy(matrix)
 
 
-def test_the_layers_are_those_of_the_specification():
+def test_layers_match_assignment():
     convs = {name: m for name, m in SRCNN().named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert {n: (c.in_channels, c.out_channels, c.kernel_size, c.padding) for n, c in convs.items()} == {
         "conv1": (3, 64, (9, 9), (4, 4)),
@@ -37,10 +37,10 @@ def test_the_layers_are_those_of_the_specification():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 6), (1, 3, 7, 2), (3, 3, 10, 13)], ids=str)
-def test_forward_is_bicubic_and_three_convolutions_on_the_continued_image(shape):
+def test_forward_is_bicubic_and_three_convolutions_of_padded_image(shape):
     model = random_model()
     lr = torch.rand(shape, dtype=torch.float64)
-    far = 12  # much more than the receptive field, so that no zero padding is near
+    far = 12  # beyond the receptive field, so zero padding has no effect
     x = F.pad(lr, (far,) * 4, mode="replicate")
     x = cubic_matrix(x.shape[-2]) @ x @ cubic_matrix(x.shape[-1]).T
     x = F.relu(F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=4))
@@ -51,26 +51,28 @@ def test_forward_is_bicubic_and_three_convolutions_on_the_continued_image(shape)
     assert torch.allclose(sr, x[..., 3 * far : -3 * far, 3 * far : -3 * far], atol=1e-12, rtol=0)
 
 
-def test_an_area_of_one_color_becomes_its_dc_response_up_to_the_edge():
+def test_uniform_image_becomes_its_dc_response():
     model, colors = random_model(5), torch.rand(9, 3, dtype=torch.float64)
     sr = model(colors[:, :, None, None].expand(-1, -1, 5, 9))
     assert torch.allclose(sr, model.dc_response(colors)[:, :, None, None].expand_as(sr), atol=1e-12, rtol=0)
 
 
-def test_a_pixel_depends_on_four_lr_pixels_to_each_side_and_on_no_more():
+def test_four_lr_pixels_of_context_suffice():
     model, lr = random_model(), torch.rand(1, 3, 23, 23, dtype=torch.float64)
-    whole = model(lr)
-    middle = model(lr[..., 6:17, 6:17])  # 11 pixels; its own middle 3 have their full context
+    whole, middle = model(lr), model(lr[..., 6:17, 6:17])
     assert torch.allclose(middle[..., 12:21, 12:21], whole[..., 30:39, 30:39], atol=1e-12, rtol=0)
-    for distance, seen in ((HALO_LR, True), (HALO_LR + 1, False)):
-        changed = lr.clone()
-        changed[..., 11 - distance, 11] += 0.5
-        same = torch.equal(model(changed)[..., 33:36, 33:36], whole[..., 33:36, 33:36])
-        assert same is not seen
+
+
+@pytest.mark.parametrize(("distance", "affected"), [(HALO_LR, True), (HALO_LR + 1, False)])
+def test_output_depends_on_four_lr_pixels_on_each_side(distance, affected):
+    model, lr = random_model(), torch.rand(1, 3, 23, 23, dtype=torch.float64)
+    changed = lr.clone()
+    changed[..., 11 - distance, 11] += 0.5
+    assert torch.equal(model(changed)[..., 33:36, 33:36], model(lr)[..., 33:36, 33:36]) is not affected
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_untrained_network_is_nearly_bicubic(seed):
+def test_untrained_network_is_nearly_bicubic(seed):
     torch.manual_seed(seed)
     model = SRCNN().requires_grad_(False)
     for image in dead_leaves("test", 2, 120).values():
