@@ -1,1 +1,1 @@
-"""Programs beside the assignment's: `python -m tools.hand_in` and `python -m tools.bench`."""
+"""Programs that the assignment does not ask for: `python -m tools.hand_in` and `python -m tools.bench`."""

@@ -1,4 +1,7 @@
-"""Measure the speed and memory of plain PyTorch and of the fast network."""
+"""Measure the speed and memory of plain PyTorch and of the fast network.
+
+Run it as `python -m tools.bench`.
+"""
 
 import multiprocessing
 import statistics

@@ -1,4 +1,7 @@
-"""Pack what the assignment asks for: <id>_<lastname>_<firstname>.zip with the programs and a checkpoint."""
+"""Pack the programs and a checkpoint into <id>_<lastname>_<firstname>.zip.
+
+Fill in info.py and train first, then run `python -m tools.hand_in`.
+"""
 
 import re
 import zipfile
@@ -12,38 +15,39 @@ from utils import ArgumentParser, CommandError, atomic_write, path, run_command,
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train.py", "super_resolve.py", "model.py", "data.py", "utils.py", "info.py")
 FOLDERS = ("imaging", "training", "upscaling")
-SIGNED = ("train.py", "model.py", "info.py")  # they begin with the declaration
+SIGNED = ("train.py", "model.py", "info.py")  # begin with the declaration
 
 
-def archive_name(who: Info) -> str:
-    """The archive's name for a name like "Tai Man Chan" or "Chan, Tai Man"."""
-    last, comma, first = who.name.partition(",")
+def archive_name(student: Info) -> str:
+    """Return the name of the archive. A student's name is written as "Tai Man Chan" or "Chan, Tai Man"."""
+    last, comma, first = student.name.partition(",")
     if not comma:
-        first, _, last = who.name.strip().rpartition(" ")
-    parts = (re.sub(r"\W+", "-", str(part)).strip("-") for part in (who.id, last, first))
+        first, _, last = student.name.strip().rpartition(" ")
+    parts = (re.sub(r"\W+", "-", str(part)).strip("-") for part in (student.id, last, first))
     return "_".join(part for part in parts if part) + ".zip"
 
 
 def program_files() -> list[str]:
-    """The six files of the assignment and the folders that they import from, as paths in the project."""
+    """Return the paths of the assignment's six files and of the modules in the folders that they import."""
     modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.hand_in", description=__doc__, examples="  python -m tools.hand_in")
-    text = "to hand in as checkpoint.pth (default: %(default)s)"
+    command = "python -m tools.hand_in"
+    parser = ArgumentParser(prog=command, description=__doc__, examples=f"  {command} --checkpoint=checkpoint.100")
+    text = "checkpoint to hand in, packed as checkpoint.pth (default: %(default)s)"
     parser.add_argument("--checkpoint", type=path, default=Path("checkpoint.pth"), help=text)
     args = parser.parse_args()
     if not is_filled_in(info):
         raise CommandError("info.py is not filled in; enter your name, id and email, then train")
     checkpoint = load_checkpoint(args.checkpoint)
-    if checkpoint.info != Info(**{key: str(value) for key, value in asdict(info).items()}):
+    if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
         warn(f"{args.checkpoint} was saved with another info.py (name: {checkpoint.info.name}); train with yours")
     for name in SIGNED:
         if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
-            warn(f"the head of {name} is not filled in")
-    target, files = Path(archive_name(info)), program_files()
+            warn(f"the declaration in {name} is not filled in")
+    target, files = Path(archive_name(info)), [*program_files(), "requirements.txt"]
     with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in files:
             archive.write(ROOT / name, name)
