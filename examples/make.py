@@ -1,7 +1,7 @@
-"""Make the pictures and charts of the README and the docs again: `python examples/make.py`, in the project's folder.
+"""Regenerate the pictures and charts of the README and the docs: `python examples/make.py`.
 
-The training curves are those of examples/training.csv; `python examples/make.py --runs runs/A runs/B` first takes
-them from TensorBoard's logs of runs just finished. The speeds are those of the table in docs/speed.md.
+The training curves come from examples/training.csv. `python examples/make.py --runs runs/A runs/B` first writes
+that file from the TensorBoard logs of these runs. The speeds come from the table in docs/speed.md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ DETAILS = (((272, 100, 407, 162), 2), ((54, 112, 144, 172), 3))  # box in the gr
 
 
 def comparison(folder: Path) -> tuple[Image.Image, float]:
-    """The scene as LR image, by bicubic, by SRCNN and as drawn, with two details; and the gain in dB of luma."""
+    """Save the scene as lr.bmp and hr.png. Return its comparison, with details, and the gain in dB on luma."""
     lr, hr = degrade(draw_scene())
     lr.save(folder / "lr.bmp")
     hr.save(folder / "hr.png")
@@ -39,7 +39,7 @@ def comparison(folder: Path) -> tuple[Image.Image, float]:
 
 
 def with_details(image: Image.Image) -> Image.Image:
-    """An image at half its size above its details."""
+    """Stack an image at half its size and its details."""
     rows = [image.reduce(2)]
     for box, zoom in DETAILS:
         detail = image.crop(box)
@@ -56,7 +56,7 @@ def with_details(image: Image.Image) -> Image.Image:
 
 
 def read_runs(folders: list[Path]) -> None:
-    """PSNR on Y of the test set over the seconds since the log was opened, from TensorBoard's logs."""
+    """Write training.csv from TensorBoard logs: PSNR on Y of the test set, and the seconds since the log was opened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with open(HERE / "training.csv", "w", newline="") as file:
@@ -72,7 +72,7 @@ def read_runs(folders: list[Path]) -> None:
 
 
 def training_chart() -> Figure:
-    """The curves of training.csv, with the levels of bicubic interpolation and of the paper."""
+    """Plot the curves of training.csv, with the levels of bicubic interpolation and the paper."""
     with open(HERE / "training.csv", newline="") as file:
         rows = [(row["training"], float(row["seconds"]), float(row["psnr_y"])) for row in csv.DictReader(file)]
     figure, axes = chart("seconds of training on two CPU cores", "Set5 x3, mean PSNR on Y (dB)", height=3.4)
@@ -88,16 +88,16 @@ def training_chart() -> Figure:
 
 
 def speed_chart() -> Figure:
-    """Plain PyTorch, fp32 and bf16 in training and in inference, from the table in docs/speed.md."""
+    """Plot the speed of plain PyTorch, fp32 and bf16 in training and inference, from the table in docs/speed.md."""
     table = (HERE.parent / "docs" / "speed.md").read_text()
     figure, axes = chart("HR megapixels per second", "", height=2.6)
     bars = []
-    for job in ("training", "inference, 512 x 512"):
-        for how, color in (("plain", GRAY), ("fp32", ORANGE), ("bf16", GREEN)):
-            row = re.search(rf"^\| {job} \| {how} \| ([\d.]+) \| ([\d.]+) \|", table, re.M)
-            assert row, f"docs/speed.md has no row {job}, {how}"
-            label = "plain PyTorch" if how == "plain" else how
-            bars.append((f"{job}, {label}", float(row[1]), color, float(row[2])))
+    for task in ("training", "inference, 512 x 512"):
+        for variant, color in (("plain", GRAY), ("fp32", ORANGE), ("bf16", GREEN)):
+            row = re.search(rf"^\| {task} \| {variant} \| ([\d.]+) \| ([\d.]+) \|", table, re.M)
+            assert row, f"docs/speed.md has no row {task}, {variant}"
+            label = "plain PyTorch" if variant == "plain" else variant
+            bars.append((f"{task}, {label}", float(row[1]), color, float(row[2])))
     for place, (_, speed, color, ratio) in enumerate(bars):
         axes.barh(place, speed, color=color)
         axes.text(speed, place, f" {speed:.1f}" + (f"  ({ratio:.1f} times as fast)" if ratio > 1 else ""), va="center")
@@ -109,7 +109,7 @@ def speed_chart() -> Figure:
 
 
 def chart(x: str, y: str, height: float) -> tuple:
-    """An empty chart in the one style of all."""
+    """Return an empty figure and its axes in the style of all charts."""
     figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
@@ -121,7 +121,7 @@ def chart(x: str, y: str, height: float) -> tuple:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", help="logs to take the curves from")
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="TensorBoard logs to read the curves from")
     runs = parser.parse_args().runs
     if runs:
         read_runs(runs)
