@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, resume each, compare the ends: `python tests/killing.py 100`."""
+"""Kill training runs at random moments, resume them, and compare their results: `python tests/killing.py 100`."""
 
 import os
 import random
@@ -8,10 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a process that has threads cannot be forked
+os.environ["OMP_NUM_THREADS"] = "1"  # since a process with threads cannot be forked safely
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch.utils.tensorboard  # noqa: F401  imported here once instead of in each training
+import torch.utils.tensorboard  # noqa: F401  imported once here instead of in each run
 import torchvision.utils  # noqa: F401
 from helpers import same
 
@@ -24,7 +24,7 @@ EPOCHS = 6
 
 
 def start(*arguments: object) -> int:
-    """Run train.py in a process of its own, which needs no time for its imports; returns its number."""
+    """Run train.py in a new process, which is forked so that it need not import anything; return its id."""
     if number := os.fork():
         return number
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -38,11 +38,12 @@ def start(*arguments: object) -> int:
 
 
 def load_all(folder: Path) -> dict[str, Checkpoint]:
-    """All checkpoints that are there, each of which must be whole."""
+    """Load all checkpoints in a folder, none of which may be damaged."""
     return {path.name: load_checkpoint(path) for path in folder.glob("checkpoint.*")}
 
 
 def check_end(folder: Path, wanted: Checkpoint) -> None:
+    """Check that a folder contains the checkpoints of an uninterrupted run, and no temporary files."""
     checkpoints = load_all(folder)
     for name in ("last", EPOCHS):
         end = checkpoints[f"checkpoint.{name}"]
@@ -86,7 +87,7 @@ def main(kills: int) -> None:
                 break
         check_end(folder, wanted)
         runs += 1
-    print(f"{killed} kills, {halves} of them in a file; {resumed} times resumed; {runs} runs with the same end")
+    print(f"{killed} kills, {halves} while writing a file; resumed {resumed} times; {runs} runs with the same result")
 
 
 if __name__ == "__main__":
