@@ -81,15 +81,14 @@ def inference(width: int, height: int, dtype: torch.dtype | None) -> Workload:
     model = SRCNN()
     pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
 
-    def plain() -> int:
-        with torch.inference_mode():
-            return model(pixels.permute(2, 0, 1).unsqueeze(0).float() / 255)[:, 0].numel()
-
-    def fast(dtype: torch.dtype) -> int:
+    def upscale() -> int:
+        if dtype is None:
+            with torch.inference_mode():
+                return model(pixels.permute(2, 0, 1).unsqueeze(0).float() / 255)[:, 0].numel()
         sr = Upscaler(model, dtype)(Image.fromarray(pixels.numpy()))
         return sr.width * sr.height
 
-    return partial(fast, dtype) if dtype else plain
+    return upscale
 
 
 def workloads(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[tuple[str, str], Callable[[], Workload]]:
@@ -99,9 +98,10 @@ def workloads(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[tuple[str, s
     for name, dtype in dtypes.items():
         prepare["training", name] = partial(training, folder, "default", dtype, 12)
     for side in SIZES:
-        for name, inference_dtype in {"plain": None, **dtypes}.items():
-            prepare[f"inference, {side} x {side}", name] = partial(inference, side, side, inference_dtype)
-    name, dtype = list(dtypes.items())[-1]
+        prepare[f"inference, {side} x {side}", "plain"] = partial(inference, side, side, None)
+        for name, dtype in dtypes.items():
+            prepare[f"inference, {side} x {side}", name] = partial(inference, side, side, dtype)
+    name, dtype = list(dtypes.items())[-1]  # the fastest
     prepare[f"inference, {PHOTO[0]} x {PHOTO[1]}", name] = partial(inference, *PHOTO, dtype)
     return prepare
 
@@ -145,6 +145,7 @@ def measure(folder: Path) -> tuple[dict[str, float], list[Measurement]]:
     dtypes = {"fp32": torch.float32}
     if in_child(partial(select_dtype, "auto", CPU)) == torch.bfloat16:
         dtypes["bf16"] = torch.bfloat16
+    ceilings = {name: in_child(partial(matrix_product, dtype)) for name, dtype in dtypes.items()}
     prepare = workloads(folder, dtypes)
     *repeated, photo = prepare
     # In turns, since the speed of many machines changes all the time.
@@ -152,10 +153,7 @@ def measure(folder: Path) -> tuple[dict[str, float], list[Measurement]]:
     results: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in prepare}
     for key in tqdm(turns, "measuring", leave=False, disable=None, unit="workload"):
         results[key].append(in_child(partial(measure_once, prepare[key])))
-
-    ceilings = {name: in_child(partial(matrix_product, dtype)) for name, dtype in dtypes.items()}
-    measurements = []
-    first: dict[str, float] = {}
+    measurements, first = [], dict[str, float]()
     for (task, variant), figures in results.items():
         speed, memory = map(statistics.median, zip(*figures, strict=True))
         gflops = 2 * speed * MULTIPLICATIONS[task.split(",")[0]] / 1000
