@@ -87,7 +87,7 @@ def main(kills: int) -> None:
                 break
         check_end(folder, wanted)
         runs += 1
-    print(f"{killed} kills, {halves} while writing a file; resumed {resumed} times; {runs} runs with the same result")
+    print(f"{killed} kills, {halves} of them in a file; {resumed} times resumed; {runs} runs with the same end")
 
 
 if __name__ == "__main__":
