@@ -52,10 +52,10 @@ try:
     from upscaling.upscaler import Upscaler
     from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, printable, run_command, warn
 except ImportError as error:  # for example if the course's own data.py and utils.py are beside this file
-    sys.exit(
-        f"error: {error}; train.py needs all files and folders of this project beside it, in place of files "
-        "with the same names, and the packages in requirements.txt"
-    )
+    folders = ("imaging/", "training/", "upscaling/")
+    missing = [name for name in folders if not Path(__file__).parent.joinpath(name).is_dir()]
+    reason = f"{', '.join(missing)} missing beside train.py" if missing else error
+    sys.exit(f"error: {reason}; copy the whole project, replace existing files, and install requirements.txt")
 
 # ------------------------------------------------------- loss, learning rate and optimizer
 
