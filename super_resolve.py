@@ -30,11 +30,10 @@ from imaging.images import (
 from imaging.metrics import MIN_SIDE, Report, Scores, table
 from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
-from training.options import PRECISION_HELP, PRECISIONS
-from upscaling.device import dtype_name, select_device, select_dtype
+from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
 from upscaling.distributed import gather, process_group, rank_and_world_size
 from upscaling.jobs import SUFFIX, Job, find_jobs
-from upscaling.upscaler import TILE, Upscaler
+from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
 
 T = TypeVar("T", Image.Image, np.ndarray)
@@ -91,7 +90,7 @@ def load_upscaler(
     model = SRCNN()
     model.load_state_dict(load_checkpoint(Path(checkpoint)).model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Upscaler(model, select_dtype(precision, device, model), tile, self_ensemble)
+    return Upscaler(model, select_accurate_dtype(precision, model), tile, self_ensemble)
 
 
 @lru_cache

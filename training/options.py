@@ -9,6 +9,7 @@ from typing import Any
 
 from data import TEST_DATA, TRAIN_DATA
 from model import SCALE
+from upscaling.device import PRECISION_HELP, PRECISIONS
 from utils import CommandError, integer, positive_float
 
 MAX_STEP = 2**26  # HR pixels in a batch; the features of more would take over 16 GB
@@ -21,7 +22,6 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
-PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from imaging.images import bicubic, to_image, to_tensor
 from imaging.metrics import psnr_y
 from model import SRCNN
 from upscaling.fast_srcnn import FastSRCNNBf16
-from upscaling.upscaler import Upscaler
+from upscaling.upscaler import Upscaler, select_accurate_dtype
 
 LUMA = [0.299, 0.587, 0.114]
 NOISE = 0.02  # of weights, with which most of the output is in [0, 1]
@@ -169,3 +169,26 @@ def test_bf16_costs_no_quality(real_data):
     assert abs(fp32_psnr - bf16_psnr) < 0.005
     far = [abs(np.subtract(a, b, dtype=int)).max(2) > 1 for a, b in zip(fp32, bf16, strict=True)]
     assert sum(map(np.sum, far)) <= 1e-4 * sum(map(np.size, far))
+
+
+def image_carried_by_other_channels():
+    """Return a model of the trained function whose last channels carry the image; only the first are exact in bf16."""
+    model = trained_model()
+    for first, second in ((model.conv1, model.conv2), (model.conv2, model.conv3)):
+        first.weight.data, first.bias.data = first.weight.data.flip(0), first.bias.data.flip(0)
+        second.weight.data = second.weight.data.flip(1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "model", "selected"),
+    [
+        ("auto", True, trained_model, torch.bfloat16),
+        ("auto", True, image_carried_by_other_channels, torch.float32),
+        ("auto", False, trained_model, torch.float32),
+        ("bf16", True, image_carried_by_other_channels, torch.bfloat16),
+    ],
+)
+def test_auto_selects_bf16_if_fast_and_accurate(monkeypatch, precision, fast, model, selected):
+    monkeypatch.setattr("upscaling.device.bf16_is_fast", lambda device: fast)
+    assert select_accurate_dtype(precision, model()) == selected
