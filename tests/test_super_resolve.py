@@ -40,7 +40,7 @@ def test_it_writes_the_networks_output_beside_the_input(cli, pictures):
 def test_the_shipped_checkpoint_is_the_default_and_the_format_is_free(cli, pictures):
     pictures[0].save("lr.jp2", irreversible=False)
     status, _, err = cli("super_resolve.py", "--precision=fp32", "lr.jp2")
-    assert (status, err) == (0, "WARNING: .jp2: such files are not written; their outputs are PNG\n")
+    assert (status, err) == (0, "WARNING: cannot write .jp2; writing PNG instead\n")
     assert_same(Image.open("lr_srcnn_x3.png"), expected(trained_model(), pictures[0]))
     assert cli("super_resolve.py", "lr.jp2", "--format=webp", "-o", "new/")[0] == 0
     assert Image.open("new/lr_srcnn_x3.webp").format == "WEBP"

@@ -1,4 +1,4 @@
-"""Which file goes where: LR images, the outputs and their formats, ground truths."""
+"""Jobs: LR images with their outputs and ground truths."""
 
 import os
 from pathlib import Path
@@ -6,25 +6,29 @@ from typing import NamedTuple
 
 from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD, list_images
-from utils import CommandError, make_folder, remove_stale_files, warn
+from utils import CommandError, make_folder, plural, remove_stale_files, warn
 
 SUFFIX = "_srcnn_x3"
-OURS = (SUFFIX, f"{SUFFIX}_comparison")  # how the names of our own files end
+OUTPUT_SUFFIXES = (SUFFIX, f"{SUFFIX}_comparison")
 
 
 class Job(NamedTuple):
     lr: Path
     sr: Path
     hr: Path | None  # ground truth
-    format: str  # of sr, as Pillow calls it
+    format: str  # Pillow's name of the format to write sr in
 
     @property
     def comparison(self) -> Path:
         return self.sr.with_name(f"{self.sr.stem}_comparison.png")
 
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.sr, self.comparison] if self.hr else [self.sr]
+
     def is_done(self) -> bool:
-        """Whether an earlier run wrote all of it, which it does in one go."""
-        return self.sr.exists() and (not self.hr or self.comparison.exists())
+        """Return whether all outputs exist. Each is complete, since files are written atomically."""
+        return all(output.exists() for output in self.outputs)
 
 
 def find_jobs(
@@ -32,159 +36,172 @@ def find_jobs(
     output: str | None,
     ground_truth: Path | None,
     checkpoint: Path,
-    ending: str | None = None,
+    extension: str | None = None,
     recursive: bool = False,
 ) -> list[Job]:
-    """What to do, in order. Output folders are made, and what killed runs left in them is removed.
+    """Return the jobs in order. Create output folders, and remove temporary files that killed runs left.
 
     Parameters
     ----------
     inputs : images and folders of images, or STANDARD alone
-    output : a file for one image, or "-", or a folder; by default each output is put beside its input
+    output : a file for a single image, a folder, or "-"; by default each output is put beside its input
     ground_truth : an image, or a folder of images with the names of the inputs
-    checkpoint : not to be replaced
-    ending : of the names that outputs get; by default that of the input
-    recursive : take the folders in folders, too; an output folder gets the same tree
+    checkpoint : a file that no output may replace
+    extension : the format of outputs that ``output`` does not name; by default the format of the input
+    recursive : search subfolders, and create the same tree in an output folder
 
     Raises
     ------
-    CommandError if there is nothing to do, a ground truth is missing, an output has no known format, or an
+    CommandError if there are no images, a ground truth is missing, an output has no supported format, or an
     output would replace an input or another output
     """
     if STANDARD in inputs or output == str(STANDARD):
-        return [standard_job(inputs, output, ground_truth, checkpoint, ending)]
+        return [pipe_job(inputs, output, ground_truth, checkpoint, extension)]
     several = len(inputs) > 1 or inputs[0].is_dir()
     if ground_truth and several and not ground_truth.is_dir():
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
     truths = GroundTruths(ground_truth, recursive)
-    found: dict[str, Found] = {}  # each file once
-    for image in (image for input in inputs for image in find_images(input, truths, recursive)):
-        found.setdefault(os.path.realpath(image.path), image)
-    images = list(found.values())
-    folder = Path(output) if output and (several or output.endswith("/") or Path(output).is_dir()) else None
-    if output and not folder:
-        check_file_name(output, ending)
-        outputs = [Path(output)]
-    else:
-        outputs = [(folder or image.base) / image.place / output_name(image.path, ending) for image in images]
+    images = find_images(inputs, truths, recursive)
+    file = Path(output) if output and not several and not names_folder(output) else None
+    folder = Path(output) if output and not file else None
+    if file:
+        check_file_name(file, extension)
+    outputs = [file or output_path(image, folder, extension) for image in images]
     jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
-    check_overwriting(jobs, [checkpoint, *(job.lr for job in jobs)])
-    if not (ending or (output and not folder)):
-        warn_of_fallback([job.lr for job in jobs])
-    for place in {sr.parent for sr in outputs}:
+    check_overwrites(jobs, [checkpoint, *(job.lr for job in jobs)])
+    if not file and not extension:
+        warn_of_png([job.lr for job in jobs])
+    for parent in {job.sr.parent for job in jobs}:
         if folder:
-            make_folder(place)
-        remove_stale_files(place)
+            make_folder(parent)
+        remove_stale_files(parent)
     return jobs
 
 
-def standard_job(
-    inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path, ending: str | None
+def pipe_job(
+    inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path, extension: str | None
 ) -> Job:
-    """The job that reads standard input, or writes standard output. Raises CommandError as :func:`find_jobs` does."""
+    """Return the job that reads standard input or writes standard output; see :func:`find_jobs`."""
     if len(inputs) > 1 or inputs[0].is_dir():
         raise CommandError("- stands for a single image; give one input")
     if output not in (None, str(STANDARD)):
-        check_file_name(output, ending)
-        job = Job(inputs[0], Path(output), ground_truth, format_of(Path(output)))
-        check_overwriting([job], [checkpoint])
+        file = Path(output)
+        check_file_name(file, extension)
+        job = Job(inputs[0], file, ground_truth, format_of(file))
+        check_overwrites([job], [checkpoint])
         return job
-    if not ending:
-        raise CommandError("standard output needs a format; add --format=png, or another")
+    if not extension:
+        raise CommandError("standard output needs a format, such as --format=png")
     if ground_truth:
-        raise CommandError("--ground-truth also saves a picture, and needs --output=FILE")
-    return Job(inputs[0], STANDARD, None, format_of(Path(f"x.{ending}")))
-
-
-class Found(NamedTuple):
-    """An image, and the folder on the command line that it was found in or below."""
-
-    path: Path
-    base: Path
-
-    @property
-    def place(self) -> Path:
-        return self.path.parent.relative_to(self.base)
-
-
-class GroundTruths:
-    """The ground truths of images: one file, or a folder in which they are found by name, in the same tree."""
-
-    def __init__(self, place: Path | None, recursive: bool) -> None:
-        self.place, self.files = place, {}
-        if place and place.is_dir():
-            self.files = {file.relative_to(place).with_suffix(""): file for file in list_images(place, recursive)}
-        elif place and not place.exists():
-            raise CommandError(f"{place}: no such file or folder")
-
-    def find(self, image: Found) -> Path | None:
-        """The ground truth of an image, if there is one. The course's endings _lr and _GT are ignored."""
-        if not self.files:
-            found = self.place
-        else:
-            name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
-            names = [image.place / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
-            found = next((self.files[name] for name in names if name in self.files), None)
-        return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
+        raise CommandError("--ground-truth also writes a comparison, and needs --output=FILE")
+    return Job(inputs[0], STANDARD, None, format_of(Path(f"x.{extension}")))
 
 
 # ------------------------------------------------------------------------------- inputs
 
 
-def find_images(input: Path, truths: GroundTruths, recursive: bool) -> list[Found]:
-    """The image itself, or the images in a folder, except for outputs and those that are no LR images.
+class InputImage(NamedTuple):
+    path: Path
+    root: Path  # folder of the command line in which the image was found, or its parent
 
-    With ground truths these are the images without one; or else, if a folder has names in _lr, all other names.
+    @property
+    def subfolder(self) -> Path:
+        return self.path.parent.relative_to(self.root)
+
+
+class GroundTruths:
+    """One ground truth, or a folder with the same tree as the inputs, in which ground truths are found by name."""
+
+    def __init__(self, path: Path | None, recursive: bool) -> None:
+        self.path, self.files = path, {}
+        if path and path.is_dir():
+            self.files = {file.relative_to(path).with_suffix(""): file for file in list_images(path, recursive)}
+        elif path and not path.exists():
+            raise CommandError(f"{path}: no such file or folder")
+
+    def find(self, image: InputImage) -> Path | None:
+        """Return the ground truth of an image, if there is one. Names match without the course's _lr and _GT."""
+        found = self.find_by_name(image) if self.files else self.path
+        return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
+
+    def find_by_name(self, image: InputImage) -> Path | None:
+        name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
+        keys = [image.subfolder / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
+        return next((self.files[key] for key in keys if key in self.files), None)
+
+
+def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> list[InputImage]:
+    """Return the images to upscale, each once."""
+    images: dict[str, InputImage] = {}
+    for input in inputs:
+        found = images_in_folder(input, truths, recursive) if input.is_dir() else [single_image(input, truths)]
+        for image in found:
+            images.setdefault(os.path.realpath(image.path), image)
+    return list(images.values())
+
+
+def single_image(path: Path, truths: GroundTruths) -> InputImage:
+    image = InputImage(path, path.parent)
+    if truths.path and not truths.find(image):
+        raise CommandError(f"{truths.path}: no ground truth for {path.name}")
+    return image
+
+
+def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> list[InputImage]:
+    """Return the LR images in a folder, without earlier outputs.
+
+    With ground truths, these are the images that have one; otherwise, in a folder with names in _lr, only those.
     """
-    if not input.is_dir():
-        image = Found(input, input.parent)
-        if truths.place and not truths.find(image):
-            raise CommandError(f"{truths.place}: it holds no ground truth for {input.name}")
-        return [image]
-    images = [Found(file, input) for file in list_images(input, recursive) if not file.stem.endswith(OURS)]
+    files = [file for file in list_images(folder, recursive) if not file.stem.endswith(OUTPUT_SUFFIXES)]
+    images = [InputImage(file, folder) for file in files]
     if not images:
-        raise CommandError(f"{input}: this folder holds no images, apart from earlier outputs")
-    if truths.place:
-        chosen, others = [image for image in images if truths.find(image)], "without a ground truth"
-        if not chosen:
-            raise CommandError(f"{input}: this folder holds no images with a ground truth in {truths.place}")
+        raise CommandError(f"{folder}: this folder contains no images other than earlier outputs")
+    if truths.path:
+        selected, others = [image for image in images if truths.find(image)], "a ground truth"
     else:
-        marked = {image.place for image in images if image.path.stem.endswith("_lr")}
-        chosen = [image for image in images if image.place not in marked or image.path.stem.endswith("_lr")]
-        others = "whose names do not end in _lr"
-    if len(chosen) < len(images):
-        warn(f"{input}: skipping {len(images) - len(chosen)} images {others}")
-    return chosen
+        marked = {image.subfolder for image in images if image.path.stem.endswith("_lr")}
+        selected = [image for image in images if image.subfolder not in marked or image.path.stem.endswith("_lr")]
+        others = "the suffix _lr"
+    if not selected:
+        raise CommandError(f"{folder}: this folder contains no images with a ground truth in {truths.path}")
+    if len(selected) < len(images):
+        warn(f"{folder}: skipping {plural(len(images) - len(selected), 'image')} without {others}")
+    return selected
 
 
 # ------------------------------------------------------------------------------ outputs
 
 
-def output_name(image: Path, ending: str | None) -> str:
-    """The name of an image's output; PNG where the image's own format is not written."""
-    if ending:
-        return f"{image.stem}{SUFFIX}.{ending}"
-    return f"{image.stem}{SUFFIX}{image.suffix if writable(image) else '.png'}"
+def names_folder(output: str) -> bool:
+    return output.endswith("/") or Path(output).is_dir()
 
 
-def warn_of_fallback(images: list[Path]) -> None:
-    others = sorted({image.suffix for image in images if not writable(image)})
-    if others:
-        warn(f"{', '.join(others) or 'files without an ending'}: such files are not written; their outputs are PNG")
+def output_path(image: InputImage, folder: Path | None, extension: str | None) -> Path:
+    """Return the path of an image's output, a PNG file if the image's own format cannot be written."""
+    suffix = f".{extension}" if extension else image.path.suffix if writable(image.path) else ".png"
+    return (folder or image.root) / image.subfolder / f"{image.path.stem}{SUFFIX}{suffix}"
 
 
-def check_file_name(output: str, ending: str | None) -> None:
-    """Raise CommandError unless --output ends as a file of a known format does, and as --format says."""
-    if not writable(Path(output)):
-        raise CommandError(f"{output}: use one of the endings {EXTENSIONS}; for a folder, type --output={output}/")
-    if ending and format_of(Path(output)) != format_of(Path(f"x.{ending}")):
-        raise CommandError(f"--format={ending} contradicts --output={output}; leave out one of them")
+def warn_of_png(images: list[Path]) -> None:
+    """Warn if outputs are PNG because the format of an image cannot be written."""
+    extensions = sorted({image.suffix for image in images if not writable(image)})
+    if extensions:
+        warn(f"cannot write {', '.join(extensions) or 'files without an extension'}; writing PNG instead")
 
 
-def check_overwriting(jobs: list[Job], inputs: list[Path]) -> None:
+def check_file_name(file: Path, extension: str | None) -> None:
+    """Raise CommandError unless the extension of --output is supported and agrees with --format."""
+    if not writable(file):
+        raise CommandError(f"{file}: use one of the extensions {EXTENSIONS}; for a folder, use --output={file}/")
+    if extension and format_of(file) != format_of(Path(f"x.{extension}")):
+        raise CommandError(f"--format={extension} contradicts --output={file}; leave out one of them")
+
+
+def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
+    """Raise CommandError if an output would replace an input, a ground truth or another output."""
     taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
     for job in jobs:
-        for file in (job.sr, job.comparison) if job.hr else (job.sr,):
+        for file in job.outputs:
             if os.path.realpath(file) in taken:
                 raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
             taken[os.path.realpath(file)] = f"also the output of {job.lr}"

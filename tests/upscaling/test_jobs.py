@@ -1,12 +1,10 @@
-"""Which file goes where."""
+"""Pairing of LR images with outputs and ground truths."""
 
-import re
 from pathlib import Path
 
 import pytest
 from helpers import contents
 
-from imaging.formats import EXTENSIONS
 from upscaling.jobs import find_jobs
 from utils import CommandError
 
@@ -22,14 +20,14 @@ FILES = """
 
 @pytest.fixture
 def find():
-    """find_jobs with empty files, since it does not look inside, and all names as text."""
+    """Call find_jobs with names as text. The files are empty, since it does not open them."""
     for path in map(Path, FILES.split()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def call(inputs, output, truth=None, ending=None, recursive=False):
+    def call(inputs, output=None, truth=None, **options):
         files = [Path(name) for name in inputs.split()]
-        return find_jobs(files, output, truth and Path(truth), Path("net.png"), ending, recursive)
+        return find_jobs(files, output, truth and Path(truth), Path("net.png"), **options)
 
     return call
 
@@ -38,8 +36,11 @@ def pairs(text):
     return [tuple(map(Path, pair.split())) for pair in text.split(", ")]
 
 
+# ------------------------------------------------------------------------------ outputs
+
+
 @pytest.mark.parametrize(
-    ("inputs", "output", "wanted"),
+    ("inputs", "output", "expected"),
     [
         ("deep/a.b.jpg", None, "deep/a.b.jpg deep/a.b_srcnn_x3.jpg"),
         ("lr.bmp", "big.png", "lr.bmp big.png"),
@@ -50,97 +51,119 @@ def pairs(text):
         ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
     ],
 )
-def test_outputs(find, inputs, output, wanted):
-    assert [(job.lr, job.sr) for job in find(inputs, output, None)] == pairs(wanted)
+def test_output_is_named_file_or_in_named_folder_or_beside_input(find, inputs, output, expected):
+    assert [(job.lr, job.sr) for job in find(inputs, output)] == pairs(expected)
     assert output in (None, "big.png") or Path(output).is_dir()
 
 
+def test_output_is_png_if_format_of_input_cannot_be_written(find, capsys):
+    assert [job.sr.suffix for job in find("mixed")] == [".png", ".png", ".tif", ".png"]
+    assert capsys.readouterr().err == "WARNING: cannot write .JP2, .psd; writing PNG instead\n"
+
+
+def test_extension_applies_to_all_outputs(find, capsys):
+    assert {job.sr.suffix for job in find("mixed", extension="jpg")} == {".jpg"}
+    assert capsys.readouterr().err == ""
+
+
+def test_earlier_outputs_are_recognized_by_the_end_of_their_names(find):
+    assert [job.lr.name for job in find("mixed")] == ["a.psd", "b.JP2", "c.tif", "d_srcnn_x3_.png"]
+
+
+def test_recursive_search_mirrors_subfolders_in_output_folder(find):
+    jobs = find("tree", "o", recursive=True)
+    assert [(job.lr, job.sr) for job in jobs] == pairs(
+        "tree/a.png o/a_srcnn_x3.png, tree/b/b.png o/b/b_srcnn_x3.png, tree/sub/c_lr.bmp o/sub/c_lr_srcnn_x3.bmp"
+    )
+    assert Path("o/sub").is_dir()
+
+
+def test_subfolders_are_ignored_by_default(find):
+    assert [job.sr for job in find("tree")] == [Path("tree/a_srcnn_x3.png")]
+
+
 @pytest.mark.parametrize(
-    ("ending", "endings", "warning"),
+    ("inputs", "output", "truth", "extension", "job"),
     [
-        (None, "png png tif png", "WARNING: .JP2, .psd: such files are not written; their outputs are PNG\n"),
-        ("jpg", "jpg jpg jpg jpg", ""),
+        ("-", None, None, "tif", ("-", "-", None, "TIFF")),
+        ("lr.bmp", "-", None, "jpg", ("lr.bmp", "-", None, "JPEG")),
+        ("-", "a.png", "hr.png", None, ("-", "a.png", "hr.png", "PNG")),
     ],
 )
-def test_outputs_have_a_format_that_is_written(find, capsys, ending, endings, warning):
-    """Only names that end in _srcnn_x3 or _srcnn_x3_comparison are outputs of earlier runs."""
-    jobs = find("mixed", None, ending=ending)
-    stems = ("a_srcnn_x3", "b_srcnn_x3", "c_srcnn_x3", "d_srcnn_x3__srcnn_x3")
-    assert [job.sr.name for job in jobs] == [".".join(name) for name in zip(stems, endings.split(), strict=True)]
-    assert capsys.readouterr().err == warning
+def test_dash_is_standard_input_or_output(find, inputs, output, truth, extension, job):
+    lr, sr, hr, format = job
+    assert find(inputs, output, truth, extension=extension) == [(Path(lr), Path(sr), hr and Path(hr), format)]
 
 
-def test_of_the_courses_images_those_in_lr_alone_are_taken(find, capsys):
-    assert [job.lr.name for job in find("course", None)] == ["a_lr.bmp", "b_lr.bmp"]
-    assert capsys.readouterr().err == "WARNING: course: skipping 3 images whose names do not end in _lr\n"
+def test_extension_may_repeat_format_of_named_output(find):
+    assert find("lr.bmp", "a.jpeg", extension="jpg") == [(Path("lr.bmp"), Path("a.jpeg"), None, "JPEG")]
+
+
+# ------------------------------------------------------------------------ ground truths
+
+
+def test_folder_with_lr_suffixes_is_reduced_to_them(find, capsys):
+    assert [job.lr.name for job in find("course")] == ["a_lr.bmp", "b_lr.bmp"]
+    assert capsys.readouterr().err == "WARNING: course: skipping 3 images without the suffix _lr\n"
 
 
 @pytest.mark.parametrize(
-    ("inputs", "truth", "wanted"),
+    ("inputs", "truth", "expected", "skipped"),
     [
-        ("lr.bmp", "hr.png", "lr.bmp hr.png"),
-        ("course", "./course", "course/a_lr.bmp course/a_GT.bmp, course/b_lr.bmp course/b_GT.bmp"),
-        # The truth with the ending _GT is preferred; the same name in both folders is no obstacle.
-        ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png"),
-        ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp"),
+        ("lr.bmp", "hr.png", "lr.bmp hr.png", ""),
+        ("course", "./course", "course/a_lr.bmp course/a_GT.bmp, course/b_lr.bmp course/b_GT.bmp", "course: 3 images"),
+        # A name in _GT is preferred. Both folders may contain the same name.
+        ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png", "lr: 1 image"),
+        ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp", ""),
     ],
 )
-def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, wanted):
-    jobs = find(inputs, "o/", truth)
-    assert [(job.lr, job.hr) for job in jobs] == pairs(wanted)
-    assert [job.comparison for job in jobs] == [Path("o", f"{job.lr.stem}_srcnn_x3_comparison.png") for job in jobs]
-    warnings = {"course": "WARNING: course: skipping 3 images without a ground truth\n"}
-    warnings["lr/a.png lr"] = "WARNING: lr: skipping 1 images without a ground truth\n"
-    assert capsys.readouterr().err == warnings.get(inputs, "")
+def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, expected, skipped):
+    assert [(job.lr, job.hr) for job in find(inputs, "o/", truth)] == pairs(expected)
+    folder, _, images = skipped.partition(": ")
+    warning = f"WARNING: {folder}: skipping {images} without a ground truth\n"
+    assert capsys.readouterr().err == (warning if skipped else "")
+
+
+def test_ground_truths_are_found_in_same_subfolder(find):
+    jobs = find("tree", truth="twin", recursive=True)
+    assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
+
+
+def test_comparison_is_saved_beside_output(find):
+    (job,) = find("lr.bmp", "o/", "hr.png")
+    assert job.comparison == Path("o/lr_srcnn_x3_comparison.png")
+
+
+# ------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
-    ("inputs", "output", "truth", "ending", "problem"),
+    ("inputs", "output", "truth", "extension", "problem"),
     [
-        ("lr.bmp", None, "missing.png", None, "missing.png: no such file or folder"),
-        ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images need a folder of ground truths"),
-        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: it holds no ground truth for lr.bmp"),
-        ("lr.bmp", None, "hr", None, "hr: it holds no ground truth for lr.bmp"),
-        ("in", None, "in", None, "in: this folder holds no images with a ground truth in in"),
-        ("done", None, None, None, "done: this folder holds no images, apart from earlier outputs"),
+        ("lr.bmp", None, "missing.png", None, "missing.png: no such file"),
+        ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images"),
+        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: no ground truth for lr.bmp"),
+        ("lr.bmp", None, "hr", None, "hr: no ground truth for lr.bmp"),
+        ("in", None, "in", None, "in: this folder contains no images with a ground truth in in"),
+        ("done", None, None, None, "done: this folder contains no images"),
         ("lr.bmp", "lr.bmp", None, None, "lr.bmp is an input"),
         ("lr.bmp", "net.png", None, None, "net.png is an input"),
         ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
         ("lr.bmp hr_srcnn_x3.png hr.png", None, None, None, "hr_srcnn_x3.png is an input"),
         ("lr/b.png in", "in", None, None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
         ("lr.bmp", "x.png", "x_comparison.png", None, "x_comparison.png is an input"),
-        ("lr.bmp", "new", None, None, "new: use one of the endings .bmp, .gif, .jpeg, .png"),
-        ("lr.bmp", "x.y", None, None, f"x.y: use one of the endings {EXTENSIONS}; for a folder, type --output=x.y/"),
-        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot create folder lr.bmp: File exists"),
-        ("-", None, None, None, "standard output needs a format; add --format=png"),
+        ("lr.bmp", "new", None, None, "new: use one of the extensions .bmp, .gif, .jpeg, .png"),
+        ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg"),
+        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot .* lr.bmp: File exists"),
+        ("-", None, None, None, "standard output needs a format"),
         ("lr.bmp -", None, None, "png", "- stands for a single image"),
         ("in", "-", None, "png", "- stands for a single image"),
-        ("-", "-", "hr.png", "png", "--ground-truth also saves a picture, and needs --output=FILE"),
+        ("-", "-", "hr.png", "png", "--ground-truth .* needs --output=FILE"),
         ("-", "net.png", None, None, "net.png is an input"),
     ],
 )
-def test_what_does_not_fit_is_refused(find, inputs, output, truth, ending, problem):
+def test_conflicting_arguments_are_refused_and_write_nothing(find, inputs, output, truth, extension, problem):
     before = contents()
-    with pytest.raises(CommandError, match=f"^{re.escape(problem)}"):
-        find(inputs, output, truth, ending)
+    with pytest.raises(CommandError, match=f"^{problem}"):
+        find(inputs, output, truth, extension=extension)
     assert contents() == before
-
-
-def test_the_tree_is_kept_below_the_output(find):
-    jobs = find("tree", "o", recursive=True)
-    assert [(job.lr, job.sr) for job in jobs] == pairs(
-        "tree/a.png o/a_srcnn_x3.png, tree/b/b.png o/b/b_srcnn_x3.png, tree/sub/c_lr.bmp o/sub/c_lr_srcnn_x3.bmp"
-    )
-    assert Path("o/sub").is_dir()
-    assert [job.sr for job in find("tree", None)] == [Path("tree/a_srcnn_x3.png")]
-    jobs = find("tree", None, "twin", recursive=True)
-    assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
-
-
-def test_a_dash_stands_for_standard_input_and_output_and_a_format_may_be_given(find):
-    assert find("-", None, ending="tif") == [(Path("-"), Path("-"), None, "TIFF")]
-    assert find("lr.bmp", "-", ending="jpg") == [(Path("lr.bmp"), Path("-"), None, "JPEG")]
-    assert find("-", "a.png", "hr.png") == [(Path("-"), Path("a.png"), Path("hr.png"), "PNG")]
-    assert find("lr.bmp", "a.jpeg", ending="jpg") == [(Path("lr.bmp"), Path("a.jpeg"), None, "JPEG")]
-    with pytest.raises(CommandError, match=r"^--format=png contradicts --output=a\.jpg; leave out one of them$"):
-        find("lr.bmp", "a.jpg", ending="png")
