@@ -1,1 +1,1 @@
-"""Upscaling images: the network in its fast form, tiles, devices, which file goes where."""
+"""Upscaling of images: fast network, tiles, device and precision, input and output files, processes."""

@@ -1,8 +1,8 @@
-"""Several processes under torchrun. Without it, there is one process and these functions do nothing.
+"""Communication between processes of torchrun. With a single process these functions do nothing.
 
-Gradients are averaged by gloo, for GPUs too: NCCL waits for minutes when a process has died, and then ends
-the others without a checkpoint. DistributedDataParallel is not used, since it works on what `forward`
-computes, which folded.py bypasses, and on shares of equal size.
+Gradients are averaged by gloo, even on GPUs: when a process dies, NCCL waits for minutes and then ends the
+others without a checkpoint. DistributedDataParallel does not fit: it needs calls of `forward`, which FastSRCNN
+bypasses, and it weights all processes equally, even if their shares of a batch differ.
 """
 
 import contextlib
@@ -21,43 +21,44 @@ T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Rank and world size under torchrun; (0, 1) otherwise."""
+    """Return the rank and the world size under torchrun, otherwise (0, 1)."""
     if not os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"}:  # other launchers set the last two
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def local_rank() -> int:
-    """The index of this process among those on its node."""
+    """Return the index of this process on its node, which is also the index of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if rank_and_world_size()[1] > 1 else 0
 
 
 def node_rank() -> int:
-    """The index of this process's node, which is a machine."""
+    """Return the index of the node, or machine, of this process."""
     return int(os.environ["GROUP_RANK"]) if rank_and_world_size()[1] > 1 else 0
 
 
 @contextlib.contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[None]:
-    """Connect the processes for as long as the context lasts."""
+    """Connect the processes within this context."""
     if rank_and_world_size()[1] == 1:
         yield
         return
     dist.init_process_group("gloo", timeout=timeout)
     yield
-    dist.destroy_process_group()  # not after an error: the other processes may be gone
+    dist.destroy_process_group()  # skipped after an error, since other processes may be gone
 
 
 @contextlib.contextmanager
 def report_lost_process() -> Iterator[None]:
+    """Raise CommandError if communication fails."""
     try:
         yield
     except RuntimeError as error:
-        raise CommandError("another process has ended; its own message says why") from error
+        raise CommandError("another process has ended; see its own message") from error
 
 
 def broadcast(value: T) -> T:
-    """The value that rank 0 has. Raises CommandError if a process has ended."""
+    """Return the value of rank 0. Raise CommandError if a process has ended."""
     values = [value]
     if rank_and_world_size()[1] > 1:
         with report_lost_process():
@@ -66,7 +67,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, by rank."""
+    """Return the values of all processes by rank. Raise CommandError if a process has ended."""
     values = [value] * rank_and_world_size()[1]
     if len(values) > 1:
         with report_lost_process():
@@ -75,12 +76,12 @@ def gather(value: T) -> list[T]:
 
 
 def all_reduce_mean(tensors: list[Tensor], weight: float) -> None:
-    """Replace tensors in place by their weighted mean over all processes.
+    """Replace tensors in place with their weighted means over all processes.
 
     Parameters
     ----------
-    tensors : reduced together, since each call takes about a millisecond
-    weight : of this process; the weights of all processes add up to one
+    tensors : tensors to reduce in a single call, since each call takes about a millisecond
+    weight : weight of this process; the weights of all processes sum to one
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Images of any mode through the network, tile by tile."""
+"""Upscaling of images of any mode, tile by tile."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -17,21 +17,22 @@ from upscaling.device import select_dtype
 from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16
 from utils import is_out_of_memory
 
-# Side of a tile in LR pixels. On a CPU its features, 5 or 11 MB, are about what the caches hold.
+# Side of a tile in LR pixels. On a CPU the features of a tile, 5 or 11 MB, just about fit into the caches.
 TILE = {"cpu": 66, "cuda": 256}
-# Alpha, upscaled by bicubic interpolation, reaches 2 LR pixels beyond what is visible, and the network looks 4 further.
+# LR pixels around visible pixels to fill with color: bicubic interpolation of alpha makes 2 of them visible, and the
+# receptive field of the network adds 4.
 FILL = 6
 
 
 class Upscaler:
-    """Upscale images by 3. Memory for the network's features does not grow with the image.
+    """Upscale images by 3. The memory for features does not depend on the size of the image.
 
     Parameters
     ----------
-    model : SRCNN, on the device to compute on
-    dtype : torch.float32 or torch.bfloat16; gray images of 16 bits are computed in float32 all the same
-    tile : side of a tile in LR pixels; TILE of the device by default. It is halved whenever memory runs out.
-    self_ensemble : take the mean over the eight flips and rotations, at eight times the cost
+    model : SRCNN on the device to compute on
+    dtype : torch.float32 or torch.bfloat16. 16-bit gray images are always computed in float32.
+    tile : side of a tile in LR pixels, by default TILE of the device. It is halved whenever memory runs out.
+    self_ensemble : average over the eight flips and rotations, at eight times the cost
     """
 
     @torch.inference_mode()
@@ -49,8 +50,8 @@ class Upscaler:
         self.network = FastSRCNNBf16(model) if dtype == torch.bfloat16 else FastSRCNN(model)
 
     @cached_property
-    def exact(self) -> FastSRCNN:
-        """The network in float32, for images of 16 bits."""
+    def float32_network(self) -> FastSRCNN:
+        """Network in float32, for 16-bit images."""
         return FastSRCNN(self.model)
 
     def __call__(self, lr: Image.Image, label: str = "") -> Image.Image:
@@ -58,12 +59,12 @@ class Upscaler:
 
         Parameters
         ----------
-        lr : of mode L, LA, RGB, RGBA or I;16
-        label : of the progress bar
+        lr : image of mode L, LA, RGB, RGBA or I;16
+        label : label of the progress bar, or "" for no bar
 
         Returns
         -------
-        Image of the same mode, three times as wide and high. Alpha is upscaled by bicubic interpolation.
+        Image of the same mode, three times as wide and high, whose alpha is upscaled by bicubic interpolation
         """
         while True:
             try:
@@ -72,7 +73,7 @@ class Upscaler:
                 if self.tile == 1 or not is_out_of_memory(error):
                     raise
                 self.tile //= 2
-                torch.cuda.empty_cache()  # cuDNN and cuBLAS also take memory that PyTorch does not manage
+                torch.cuda.empty_cache()  # leaves it to cuDNN and cuBLAS, whose own memory PyTorch does not manage
 
     @torch.inference_mode()
     def upscale(self, lr: Image.Image, label: str) -> Image.Image:
@@ -86,7 +87,7 @@ class Upscaler:
             rows, columns = (
                 torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
                 for start, size in ((top, lr.height), (left, lr.width))
-            )  # clamped, so that the image's edges are continued by replication
+            )  # clamped, which replicates the edges of the image
             tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
             sr.paste(self.upscale_tile(tile, lr.mode), (SCALE * left, SCALE * top))
         if has_alpha(lr.mode):
@@ -94,13 +95,13 @@ class Upscaler:
         return sr
 
     def upscale_tile(self, tile: Tensor, mode: str) -> Image.Image:
-        """A tile with its context to an image without alpha."""
+        """Upscale a tile with context, (1, C, h', w'), to an image without alpha."""
         if has_alpha(mode):
             tile = crop(fill_transparent(tile[:, :-1], tile[:, -1:]), FILL)
         channels = tile.shape[1]
         lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 8, w + 8)
-        network = self.exact if mode == "I;16" else self.network
-        sr = (eightfold(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
+        network = self.float32_network if mode == "I;16" else self.network
+        sr = (self_ensemble(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
         values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (3h, 3w, 3) or (3h, 3w)
         if mode == "I;16":
             return Image.fromarray((257 * values).round_().to(torch.uint16).cpu().numpy())
@@ -112,33 +113,33 @@ def has_alpha(mode: str) -> bool:
 
 
 def to_array(image: Image.Image) -> Tensor:
-    """The pixels of an image, (h, w, C), with values from 0 to 255: uint8, or float32 for 16 bits."""
+    """Return the pixels of an image, (h, w, C), on the scale [0, 255]: uint8, or float32 for 16-bit images."""
     array = np.atleast_3d(np.array(image))
     return torch.from_numpy(np.float32(array) / 257 if image.mode == "I;16" else array)
 
 
-def eightfold(network: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
-    """The self-ensemble: the mean of the outputs for the eight flips and rotations of the input, each turned back.
+def self_ensemble(network: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
+    """Return the mean of the outputs for the eight flips and rotations of the input (self-ensemble).
 
     Timofte et al., "Seven ways to improve example-based single image super resolution", CVPR 2016.
     """
     outputs = []
     for turns in range(4):
         x = lr.rot90(turns, (2, 3))
-        outputs.append((network(x) + network(x.flip(3)).flip(3)).rot90(-turns, (2, 3)))
+        outputs.append((network(x) + network(x.flip(3)).flip(3)).rot90(-turns, (2, 3)))  # (1, 3, 3h, 3w)
     return torch.stack(outputs).sum(0) / 8
 
 
 def luma(rgb: Tensor) -> Tensor:
-    """(3, h, w) to (h, w), by ITU-R BT.601 as Pillow converts to gray."""
+    """Convert RGB, (3, h, w), to gray, (h, w), by ITU-R BT.601 as Pillow does."""
     red, green, blue = rgb
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
-    """Give transparent pixels, up to FILL of them, the mean color of the visible pixels beside them.
+    """Give transparent pixels within FILL of visible ones the mean color of their visible neighbors.
 
-    Files have any color there, often black, which the network would turn into a fringe.
+    In files they have any color, often black, which the network would turn into a fringe.
 
     Parameters
     ----------
@@ -156,7 +157,7 @@ def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
     for _ in range(FILL):
         known = weight > 0
         total, weight = (torch.where(known, x, F.avg_pool2d(x, 3, 1, padding=1)) for x in (total, weight))
-    filled = (total / weight).round().nan_to_num(0).to(torch.uint8)  # 0 / 0 where nothing visible is near
+    filled = (total / weight).round().nan_to_num(0).to(torch.uint8)  # 0 / 0 far from visible pixels
     return torch.where(alpha > 0, color, filled)
 
 
