@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_devi
 from upscaling.distributed import gather, process_group, rank_and_world_size
 from upscaling.jobs import SUFFIX, Job, find_jobs
 from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
-from utils import ArgumentParser, CommandError, describe_error, integer, path, printable, run_command
+from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, printable, run_command
 
 T = TypeVar("T", Image.Image, np.ndarray)
 CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
@@ -47,30 +48,31 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
     )
-    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help="LR image, folder of LR images, or -")
-    text = "trained weights (default: checkpoint.pth beside this program)"
-    parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, help=text)
-    text = f"output file, or -, or folder for several inputs (default: NAME{SUFFIX} beside each)"
+    text = "LR image, folder of LR images, or - for standard input"
+    parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
+    text = "checkpoint file (default: checkpoint.pth beside super_resolve.py)"
+    parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, metavar="FILE", help=text)
+    text = f"output file or folder, or - for standard output (default: NAME{SUFFIX} beside each input)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
-    text = f"of outputs without a given name: {', '.join(FORMAT_CHOICES)} (default: that of the input)"
+    text = f"output format: {', '.join(FORMAT_CHOICES)} (default: same as the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
-    parser.add_argument("--recursive", action="store_true", help="take the folders in folders, too")
-    parser.add_argument("--skip-existing", action="store_true", help="leave images whose outputs are there already")
-    text = "HR image, or folder of HR images, to measure and compare with"
+    parser.add_argument("--recursive", action="store_true", help="search subdirectories recursively")
+    parser.add_argument("--skip-existing", action="store_true", help="skip images that already have an output")
+    text = "HR image, or folder of HR images, to measure PSNR against"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
-    text = "take the mean over eight flips and rotations, at eight times the cost"
+    text = "average over eight flips and rotations, at eight times the cost"
     parser.add_argument("--self-ensemble", action="store_true", help=text)
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
-    text = f"side of a tile in LR pixels (default: {TILE['cpu']}, with --cuda {TILE['cuda']})"
+    text = f"side of a tile in LR pixels (default: {TILE['cpu']}, or {TILE['cuda']} with --cuda)"
     parser.add_argument("--tile", type=integer(), metavar="N", help=text)
-    text = "refuse inputs with more pixels (default: %(default)s)"
+    text = "maximum input size in pixels (default: %(default)s)"
     parser.add_argument("--max-pixels", type=integer(), default=MAX_PIXELS, metavar="N", help=text)
     return parser.parse_args()
 
 
 def output(text: str) -> str:
-    """An argparse type for --output, whose trailing slash, which Path drops, makes it a folder."""
+    """Check --output: an argparse type. The text keeps a trailing slash, which names a folder and which Path drops."""
     path(text)
     return text
 
@@ -85,7 +87,7 @@ def load_upscaler(
     tile: int | None = None,
     self_ensemble: bool = False,
 ) -> Upscaler:
-    """The network of a checkpoint, for any number of images. The options are those of the command."""
+    """Load the network of a checkpoint, for any number of images. The parameters are options of the command."""
     device = select_device(cuda)
     model = SRCNN()
     model.load_state_dict(load_checkpoint(Path(checkpoint)).model)
@@ -99,13 +101,17 @@ def shipped_upscaler() -> Upscaler:
 
 
 def upscale(image: T, upscaler: Upscaler | None = None) -> T:
-    """Upscale a Pillow image, or a NumPy array, by 3. The same kind is returned.
+    """Upscale an image by 3.
 
     Parameters
     ----------
     image : Pillow image of any mode but I and F; or array, uint8 of shape (h, w) or (h, w, 2 to 4), or
         uint16 of shape (h, w). With 2 or 4 channels, the last is alpha.
-    upscaler : of :func:`load_upscaler`; by default that of the shipped checkpoint, which is loaded once
+    upscaler : result of :func:`load_upscaler`; by default the shipped checkpoint, which is loaded once
+
+    Returns
+    -------
+    Pillow image or array, as the input
     """
     upscaler = upscaler or shipped_upscaler()
     if isinstance(image, np.ndarray):
@@ -113,8 +119,8 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
     return upscaler(to_supported_mode(image))
 
 
-def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
-    """Read, upscale, write, and compare with the ground truth if there is one."""
+def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
+    """Read, upscale and write an image. If there is a ground truth, write a comparison and return the scores."""
     start = time.perf_counter()
     lr = read_image(job.lr, max_pixels)
     check_output(job.sr, (SCALE * lr.width, SCALE * lr.height), lr.mode, job.format)
@@ -127,59 +133,59 @@ def do_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
-    picture, row = compare(flatten(lr), flatten(sr), hr)
+    picture, scores = compare(flatten(lr), flatten(sr), hr)
     write_image(picture, job.comparison, {})
     tqdm.write(printable(job.comparison))
-    return row
+    return scores
 
 
-class Share(NamedTuple):
-    """What a process has done of the jobs."""
-
-    rows: dict[str, Scores]
-    failures: list[str]
+class Results(NamedTuple):
+    scores: dict[str, Scores]  # by LR image
+    failures: list[str]  # error messages
     skipped: int
 
 
-def do_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixels: int) -> Share:
-    """Do this process's share of the jobs. The time that is left is estimated by the size of the files."""
+def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixels: int) -> Results:
+    """Run the jobs that are this process's share. An error does not stop the other jobs."""
     rank, world_size = rank_and_world_size()
-    share, alone = jobs[rank::world_size], len(jobs) == 1
+    share = jobs[rank::world_size]
     todo = [job for job in share if not (skip_existing and job.is_done())]
-    rows, failures, sizes = {}, [], [size_of(job.lr) for job in todo]
-    hidden = alone or rank > 0 or None
-    with tqdm(total=sum(sizes), leave=False, disable=hidden, unit="B", unit_scale=True) as bar:
-        for number, (job, size) in enumerate(zip(todo, sizes, strict=True)):
-            bar.set_description(f"{number}/{len(todo)} images")
-            try:
-                row = do_job(job, upscaler, max_pixels)
-                if row:
-                    rows[str(job.lr)] = row
-            except BrokenPipeError:  # whoever reads the output has gone
+    results = Results({}, [], len(share) - len(todo))
+    for job in show_progress(todo, hidden=len(jobs) == 1 or rank > 0):
+        try:
+            scores = run_job(job, upscaler, max_pixels)
+            if scores:
+                results.scores[str(job.lr)] = scores
+        except BrokenPipeError:  # the reader of the output has ended
+            raise
+        except Exception as error:
+            if len(jobs) == 1:
                 raise
-            except Exception as error:
-                if alone:
-                    raise
-                failures.append(describe_error(error))
+            results.failures.append(describe_error(error))
+    return results
+
+
+def show_progress(jobs: list[Job], hidden: bool) -> Iterator[Job]:
+    """Yield the jobs and show a progress bar, which estimates the remaining time from file sizes."""
+    sizes = [job.lr.stat().st_size if job.lr.is_file() else 0 for job in jobs]  # bytes
+    with tqdm(total=sum(sizes), leave=False, disable=hidden or None, unit="B", unit_scale=True) as bar:
+        for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
+            bar.set_description(f"{number}/{len(jobs)} images")
+            yield job
             bar.update(size)
-    return Share(rows, failures, len(share) - len(todo))
 
 
-def size_of(path: Path) -> int:
-    """In bytes; 0 if there is no such file."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def summarize(shares: list[Share], ground_truth: Path | None, count: int, seconds: float) -> None:
-    """Print the PSNR, the failures and the numbers of all processes. Raises CommandError if there are failures."""
-    rows = dict(sorted(row for share in shares for row in share.rows.items()))
-    failures = [failure for share in shares for failure in share.failures]
-    skipped = sum(share.skipped for share in shares)
-    if rows and ground_truth:
-        print(table(Report(ground_truth.name, rows)))
+def summarize(results: list[Results], ground_truth: Path | None, count: int, seconds: float) -> None:
+    """Print PSNR, numbers of images and failures of all processes. Raise CommandError if there are failures."""
+    scores = dict(sorted(item for result in results for item in result.scores.items()))
+    failures = [failure for result in results for failure in result.failures]
+    skipped = sum(result.skipped for result in results)
+    if scores and ground_truth:
+        print(table(Report(ground_truth.name, scores)))
     if count > 1 or skipped:
-        done = f"{count - skipped - len(failures)} of {count} images upscaled in {timedelta(seconds=round(seconds))}"
-        print(done + (f", {skipped} were there already" if skipped else ""), flush=True)
+        upscaled, duration = count - skipped - len(failures), timedelta(seconds=round(seconds))
+        existing = f", {plural(skipped, 'image')} already had an output" if skipped else ""
+        print(f"{upscaled} of {plural(count, 'image')} upscaled in {duration}{existing}", flush=True)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
@@ -191,11 +197,11 @@ def main() -> None:
     upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble)
     jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format, args.recursive)
     with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
-        share = do_share(jobs, upscaler, args.skip_existing, args.max_pixels)
-    with process_group(timedelta(days=9)):  # torchrun ends all processes when one fails, so each waits here
-        shares = gather(share)
+        results = run_share(jobs, upscaler, args.skip_existing, args.max_pixels)
+    with process_group(timedelta(days=9)):  # wait for the others, since a failure makes torchrun end all processes
+        all_results = gather(results)
     if rank_and_world_size()[0] == 0:
-        summarize(shares, args.ground_truth, len(jobs), time.perf_counter() - start)
+        summarize(all_results, args.ground_truth, len(jobs), time.perf_counter() - start)
 
 
 if __name__ == "__main__":
