@@ -1,6 +1,6 @@
-"""A GPU made of the CPU's memory, for tests of --cuda without one.
+"""Emulation of a GPU on the CPU, for tests of --cuda on machines without one.
 
-Its tensors say that they are on cuda:0 and, like CUDA's, refuse to be mixed with the CPU's. What they compute is real.
+Tensors report the device cuda:0 and, as with CUDA, cannot be mixed with CPU tensors. Their values are real.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
-waits: list[str] = []  # a line for each time that the host would wait for the GPU
+waits: list[str] = []  # the operations that would make the host wait for the GPU
 
 
 class GpuTensor(torch.Tensor):
@@ -20,7 +20,7 @@ class GpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner, requires_grad=False):
-        """Make a tensor of the GPU whose values and memory are those of ``inner``, a tensor of the CPU."""
+        """Wrap ``inner``, a CPU tensor, in a GPU tensor that shares its memory."""
         options = {"strides": inner.stride(), "dtype": inner.dtype, "device": "cpu", "requires_grad": requires_grad}
         tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, **options)
         tensor.inner = inner
@@ -36,7 +36,7 @@ class GpuTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Compute an operation of PyTorch's on the inner tensors."""
+        """Compute a PyTorch operation on the inner tensors."""
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
             return function.decompose(*args, **kwargs)
@@ -51,43 +51,43 @@ class GpuTensor(torch.Tensor):
 
 
 def check_operands(name, args, kwargs):
-    """Refuse what CUDA refuses, and note what makes the host wait."""
+    """Raise the errors that CUDA would raise, and record operations that make the host wait."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    of_cpu = [x for x in tensors if not isinstance(x, GpuTensor)]
-    copied = name == "aten.copy_.default" and of_cpu
+    on_cpu = [x for x in tensors if not isinstance(x, GpuTensor)]
+    copied = name == "aten.copy_.default" and on_cpu
     if copied or name in ("aten._local_scalar_dense.default", "aten.nonzero.default"):
         waits.append(name)
-    elif any(x.ndim or "fused" in name for x in of_cpu):  # other operations take scalars from the CPU
+    elif any(x.ndim or "fused" in name for x in on_cpu):  # other operations accept CPU scalars
         raise RuntimeError(f"{name}: found at least two devices, cuda:0 and cpu")
-    if name == "aten._fused_adam_.default":  # CUDA's kernel checks that; the CPU's scrambles the values
+    if name == "aten._fused_adam_.default":  # the CUDA kernel checks this; the CPU kernel would mix up the values
         for group in zip(*args[:4], strict=True):  # a parameter, its gradient, and its two moments
             layouts = {tuple(step for n, step in zip(x.shape, x.inner.stride(), strict=True) if n > 1) for x in group}
             assert len(layouts) == 1, "params, grads, exp_avgs and exp_avg_sqs must have the same layout"
 
 
 class Transfers(TorchFunctionMode):
-    """Moves tensors between CPU and GPU, and makes them on the GPU, where that is asked for."""
+    """Move tensors between CPU and GPU, and create tensors on the GPU, when the program requests it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         if name in ("to", "cpu") and isinstance(args[0], torch.Tensor):
             return self.move(args[0], "cpu" if name == "cpu" else None, *args[1:], **kwargs)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-            assert kwargs.get("generator") is None, "a generator of the CPU on the GPU"
+            assert kwargs.get("generator") is None, "a CPU generator used on the GPU"
             return GpuTensor(function(*args, **kwargs | {"device": "cpu"}))
         return function(*args, **kwargs)
 
     def move(self, x, *targets, device=None, dtype=None, non_blocking=False, **kwargs):
-        """Tensor.to: targets are devices, dtypes, or tensors that stand for both."""
-        place = x.device
+        """Emulate Tensor.to, whose targets are devices, dtypes, or tensors with the desired device and dtype."""
+        new_device = x.device
         for target in (*targets, device, dtype):
             if isinstance(target, torch.Tensor):
-                place, kwargs["dtype"] = target.device, target.dtype
+                new_device, kwargs["dtype"] = target.device, target.dtype
             elif isinstance(target, torch.dtype):
                 kwargs["dtype"] = target
             elif isinstance(target, str | torch.device):
-                place = torch.device(target)
-        from_gpu, to_gpu = isinstance(x, GpuTensor), place.type == "cuda"
+                new_device = torch.device(target)
+        from_gpu, to_gpu = isinstance(x, GpuTensor), new_device.type == "cuda"
         if from_gpu == to_gpu:
             return torch.Tensor.to(x, **kwargs) if kwargs else x
         waits.append("from the GPU" if from_gpu else "to the GPU")
@@ -98,7 +98,7 @@ class Transfers(TorchFunctionMode):
 
 @contextlib.contextmanager
 def emulated(capability=(8, 0)):
-    """A machine with one GPU."""
+    """Emulate a machine with one GPU within this context."""
     waits.clear()
     cuda = {"device_count": 1, "set_device": None, "get_device_capability": capability}
     cuda = {name: mock.Mock(return_value=value) for name, value in cuda.items()}

@@ -1,4 +1,4 @@
-"""--cuda on an emulated GPU: it computes what the CPU does, nothing is left on the wrong device, no step waits."""
+"""--cuda on an emulated GPU: same results as on the CPU, no tensor on the wrong device, no step that waits."""
 
 from pathlib import Path
 
@@ -16,20 +16,19 @@ from training.options import Options
 from training.random_patches import RandomPatches
 from training.run import new_run
 from upscaling import distributed
-from upscaling.upscaler import Upscaler
 
 
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory):
-    """Two images as training and test set."""
+    """Return a folder with two images, the training and test set."""
     folder = tmp_path_factory.mktemp("leaves")
     for name, image in dead_leaves("train", 2, 36).items():
         image.save(folder / f"{name}.png")
     return folder
 
 
-def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
-    """To the last bit, in fp32, with resuming in both directions."""
+def test_training_gives_same_weights_as_on_cpu_and_resumes_on_either_device(cli, leaves):
+    """In fp32 they are the same to the last bit."""
 
     def train(*args):
         status, out, err = cli("train.py", *args)
@@ -43,25 +42,25 @@ def test_training_and_resuming_give_the_weights_of_the_cpu(cli, leaves):
     with emulated():
         assert "on cuda" in train("train", *options, "--cuda", "--output=gpu")
         assert torch.backends.cudnn.benchmark
-        assert "on cuda" in train("resume", "cpu/checkpoint.1", "--cuda", "--output=there")
-    assert "on cpu" in train("resume", "gpu/checkpoint.1", "--output=back")
-    for folder in ("gpu", "there", "back"):
+        assert "on cuda" in train("resume", "cpu/checkpoint.1", "--cuda", "--output=cpu-gpu")
+    assert "on cpu" in train("resume", "gpu/checkpoint.1", "--output=gpu-cpu")
+    for folder in ("gpu", "cpu-gpu", "gpu-cpu"):
         assert same(load(f"{folder}/checkpoint.2")["model"], load("cpu/checkpoint.2")["model"]), folder
 
 
-def test_no_step_waits_for_the_gpu():
+def test_training_steps_do_not_wait_for_gpu():
     with emulated():
         train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
         run = new_run(Options(patch_size=18, batch_size=1), RECIPES["default"], train_set, torch.float32)
-        train_one_epoch(run, train_set, 1, lambda: None)  # copies the constants, too
+        train_one_epoch(run, train_set, 1, lambda: None)  # the first epoch also copies the constants
         waits.clear()
         losses = train_one_epoch(run, train_set, 2, lambda: None)
         assert len(losses) == 4
-        assert waits == ["to the GPU"] * 3  # all patches that the epoch draws: places, flips, weights
+        assert waits == ["to the GPU"] * 3  # positions, flips and weights of the whole epoch's patches
 
 
-def test_gradients_travel_by_the_cpu_in_one_piece(monkeypatch):
-    """Where gloo adds them up. Here the other process has twice the gradients, and a third of the weight."""
+def test_gradients_are_reduced_on_cpu_in_one_call(monkeypatch):
+    """The other process has twice the gradients and a third of the weight."""
 
     def all_reduce(total):
         assert total.device.type == "cpu"
@@ -77,26 +76,21 @@ def test_gradients_travel_by_the_cpu_in_one_piece(monkeypatch):
         assert torch.allclose(b.cpu(), torch.full((2, 2), 4 / 3))
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
-def test_upscaling_gives_the_pixels_of_the_cpu(cli, pictures, capability, dtype):
-    """To the last bit in fp32, and within a level in bf16, which auto takes on GPUs from 8.0 on."""
+@pytest.mark.parametrize(
+    ("capability", "dtype", "options"),
+    [((7, 5), "fp32", ["--self-ensemble"]), ((8, 0), "bf16", []), ((12, 0), "bf16", [])],
+)
+def test_upscaling_gives_same_pixels_as_on_cpu(cli, pictures, capability, dtype, options):
+    """Exactly in fp32, and within a gray level in bf16, which auto selects on GPUs of capability 8.0 or more."""
     Path("in").mkdir()
     for mode in ("RGB", "L", "RGBA", "I;16"):
         random_image(mode, (14, 11)).save(f"in/{mode.replace(';', '')}.png")
-    args = ["--checkpoint=net", "in", "--tile=8"]
+    args = ["--checkpoint=net", "in", "--tile=8", *options]
     assert cli("super_resolve.py", *args, "--precision=fp32", "--output=cpu")[0] == 0
     with emulated(capability):
         status, out, _ = cli("super_resolve.py", *args, "--cuda", "--output=gpu")
     assert (status, out.count(f"on cuda, {dtype}")) == (0, 4)
     for path in Path("cpu").iterdir():
         a, b = (np.asarray(Image.open(p)).astype(int) for p in (path, Path("gpu", path.name)))
-        exact = dtype == "fp32" or path.stem.startswith("I16")  # gray of 16 bits is always computed in fp32
+        exact = dtype == "fp32" or path.stem.startswith("I16")  # 16-bit gray is always computed in fp32
         assert abs(a - b).max() <= (0 if exact else 1)
-
-
-def test_the_self_ensemble_gives_the_pixels_of_the_cpu(pictures):
-    _, _, model = pictures
-    lr = random_image("RGB", (11, 9))
-    wanted = Upscaler(model, self_ensemble=True)(lr)
-    with emulated():
-        assert Upscaler(model.to(CUDA), self_ensemble=True)(lr) == wanted

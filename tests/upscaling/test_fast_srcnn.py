@@ -1,4 +1,4 @@
-"""The folded network computes what the network does, in float32 and in bfloat16."""
+"""The fast network computes the same function as model.py, in float32 and in bfloat16."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def noise(*shape):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (32, 13), (21, 66)], ids=str)
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "no_onednn"])
-def test_it_is_the_same_function(shape, onednn):
-    """At all edges, with random weights and trained ones, with oneDNN and where it is missing."""
+def test_fast_network_computes_same_function(shape, onednn):
+    """Edges included, with random and trained weights, with oneDNN and without."""
     lr = noise(2, 3, *shape)
     context = with_context(lr)
     for model in (random_model(1), random_model(2), trained_model().double()):
@@ -35,20 +35,20 @@ def test_it_is_the_same_function(shape, onednn):
         assert (single - expected).abs().max() < 1e-5 * 255
 
 
-def test_gradients_flow_through_the_folding():
+def test_gradients_flow_through_folding():
     lr, model = noise(3, 3, 15, 19), random_model(3).requires_grad_()
     bicubic_kernel.cache_clear()
     with torch.inference_mode():
-        FastSRCNN(SRCNN())  # what inference leaves behind serves training, too
-    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # so that each pixel counts differently
+        FastSRCNN(SRCNN())  # training can use the kernel that inference has cached
+    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # a different weight for each pixel
     plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
     folded = torch.autograd.grad((FastSRCNN(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
-    """As on GPUs without cuDNN. The output and the gradients stay the same."""
+def test_memory_layout_of_convolutions_changes_no_result(monkeypatch, network):
+    """On GPUs without cuDNN, convolutions return their channels first."""
     lr, conv2d, outputs, gradients = noise(2, 3, 15, 19), F.conv2d, [], []
     for layout in (torch.channels_last, torch.contiguous_format):
 
@@ -66,24 +66,19 @@ def test_convolutions_may_leave_the_channels_first(monkeypatch, network):
 
 @torch.inference_mode()
 def differences(network, lr):
-    """Between a network and float32, in levels of 8 bits, per pixel."""
+    """Return the differences between a network and float32 for each pixel, in 8-bit levels."""
     exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (FastSRCNN(trained_model()), network))
     return (exact - other).abs().amax(1)
 
 
-def test_bf16_is_within_a_level_of_float32():
-    """Except for 1 pixel in 10,000."""
-    images = [to_tensor(image)[None] for image in dead_leaves("test", 2).values()]
-    for lr in images:
-        difference = differences(FastSRCNNBf16(trained_model()), lr)
-        assert 0 < (difference > 0).double().mean() < 0.1  # it is another arithmetic
+def test_bf16_is_within_one_level_of_float32_for_all_but_1_pixel_in_10_000():
+    for image in dead_leaves("test", 2).values():
+        difference = differences(FastSRCNNBf16(trained_model()), to_tensor(image)[None])
+        assert 0 < (difference > 0).double().mean() < 0.1
         assert (difference > 1).double().mean() <= 1e-4
-    # It would not be if the channels that carry the image were computed in bf16, too.
-    plain = torch.cat([differences(FastSRCNN(trained_model(), torch.bfloat16), lr).flatten() for lr in images])
-    assert (plain > 1).double().mean() > 1e-3
 
 
-def test_rounding_keeps_the_sum_of_each_color():
+def test_rounding_to_bf16_keeps_sum_of_weights_of_each_color():
     weight1 = fold(trained_model())[0].weight.detach()
     rounded = round_to_bf16(weight1)
     assert torch.equal(rounded.bfloat16().float(), rounded)
@@ -94,8 +89,8 @@ def test_rounding_keeps_the_sum_of_each_color():
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("height", [1, 5])
-def test_bf16_is_right_for_narrow_images(height, width):
-    """As the left part of a wider image is, and fp32. On AMX, oneDNN returns garbage for output one column wide."""
+def test_bf16_is_accurate_for_narrow_images(height, width):
+    """They match the left part of a wider image, and fp32. On AMX, oneDNN returns garbage for a single column."""
     wide = noise(2, 3, height + 2 * HALO_LR, 30).float()
     narrow = wide[..., : width + 2 * HALO_LR]
     for upscale in (FastSRCNNBf16(trained_model()), FastSRCNN(trained_model(), torch.bfloat16)):
@@ -107,15 +102,15 @@ def test_bf16_is_right_for_narrow_images(height, width):
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_the_shipped_checkpoint_keeps_plain_colors(network):
-    """All of a grid over the cube of colors, most of which no photo for training shows."""
+def test_shipped_checkpoint_keeps_plain_colors(network):
+    """The colors are a grid over the RGB cube; the training images contain few of them."""
     colors = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
     sr = network(trained_model())(colors.expand(-1, -1, 9, 9))
     assert torch.equal(sr.clamp(0, 255).round(), colors.expand_as(sr).float())
 
 
 def text_and_lines():
-    """Gray images: nine lines of text, at 9, 13 and 18 pixels in three pairs of ink and paper, and three drawings."""
+    """Yield gray images, in three pairs of ink and paper: texts of 9, 13 and 18 pixels, and drawings of lines."""
     for ink, paper in ((0, 255), (255, 0), (40, 200)):
         for size in (9, 13, 18):
             image = Image.new("L", (160, 96), paper)
@@ -131,10 +126,10 @@ def text_and_lines():
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_the_shipped_checkpoint_keeps_text_and_lines_gray(network):
-    """Few gray levels between the channels, at most and at the 99.9th percentile.
+def test_shipped_checkpoint_keeps_text_and_lines_gray(network):
+    """The spread of the channels is limited in gray levels, at its maximum and at the 99.9th percentile.
 
-    Without the gray loss: 50 and 29 for text, 80 and 58 for lines.
+    Without the gray loss, they are 50 and 29 for text, 80 and 58 for lines.
     """
     upscale, spreads = network(trained_model()), {"text": [], "lines": []}
     for kind, image in text_and_lines():

@@ -88,21 +88,18 @@ def test_subfolders_are_ignored_by_default(find):
         ("-", None, None, "tif", ("-", "-", None, "TIFF")),
         ("lr.bmp", "-", None, "jpg", ("lr.bmp", "-", None, "JPEG")),
         ("-", "a.png", "hr.png", None, ("-", "a.png", "hr.png", "PNG")),
+        ("lr.bmp", "a.jpeg", None, "jpg", ("lr.bmp", "a.jpeg", None, "JPEG")),
     ],
 )
-def test_dash_is_standard_input_or_output(find, inputs, output, truth, extension, job):
+def test_format_is_given_by_extension_or_output_name(find, inputs, output, truth, extension, job):
     lr, sr, hr, format = job
     assert find(inputs, output, truth, extension=extension) == [(Path(lr), Path(sr), hr and Path(hr), format)]
 
 
-def test_extension_may_repeat_format_of_named_output(find):
-    assert find("lr.bmp", "a.jpeg", extension="jpg") == [(Path("lr.bmp"), Path("a.jpeg"), None, "JPEG")]
+# ----------------------------------------------------------- LR images and ground truths
 
 
-# ------------------------------------------------------------------------ ground truths
-
-
-def test_folder_with_lr_suffixes_is_reduced_to_them(find, capsys):
+def test_other_images_are_skipped_if_some_have_lr_suffix(find, capsys):
     assert [job.lr.name for job in find("course")] == ["a_lr.bmp", "b_lr.bmp"]
     assert capsys.readouterr().err == "WARNING: course: skipping 3 images without the suffix _lr\n"
 
@@ -127,11 +124,6 @@ def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, expected, 
 def test_ground_truths_are_found_in_same_subfolder(find):
     jobs = find("tree", truth="twin", recursive=True)
     assert [(job.lr, job.hr) for job in jobs] == pairs("tree/a.png twin/a.png, tree/sub/c_lr.bmp twin/sub/c_GT.png")
-
-
-def test_comparison_is_saved_beside_output(find):
-    (job,) = find("lr.bmp", "o/", "hr.png")
-    assert job.comparison == Path("o/lr_srcnn_x3_comparison.png")
 
 
 # ------------------------------------------------------------------------------- errors

@@ -1,4 +1,4 @@
-"""Images of every mode through the network: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
+"""Upscaling of images of all modes: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
 
 import resource
 from itertools import product
@@ -17,11 +17,11 @@ from upscaling.fast_srcnn import FastSRCNNBf16
 from upscaling.upscaler import Upscaler, select_accurate_dtype
 
 LUMA = [0.299, 0.587, 0.114]
-NOISE = 0.02  # of weights, with which most of the output is in [0, 1]
+NOISE = 0.02  # in the weights; more would push most of the output out of [0, 1]
 
 
 def patchy_image(mode, size):
-    """Any value anywhere, and transparent in about half of the blocks of 8x8 pixels."""
+    """Return an image of random values, transparent in about half of its blocks of 8x8 pixels."""
     image, rng = random_image(mode, size), np.random.default_rng(0)
     blocks = rng.integers(0, 2, [n // 8 + 1 for n in size[::-1]]).repeat(8, 0).repeat(8, 1)
     alpha = rng.integers(1, 256, size[::-1]) * blocks[: size[1], : size[0]]
@@ -32,14 +32,14 @@ def patchy_image(mode, size):
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (5, 5), (2, 17), (33, 29)], ids=str)
 @pytest.mark.parametrize("tile", [2, 7, 16, 64])
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
-def test_tiles_leave_no_seam(mode, size, tile):
-    """In any tiles the output is that of the whole image in float64, rounded once."""
+def test_tiles_leave_no_seams(mode, size, tile):
+    """The output equals the rounded output of model.py for the whole image in float64."""
     model, lr = random_model(sum(size), NOISE), random_image(mode, size)
     unit = 257 if mode == "I;16" else 1
     values = np.array(lr, dtype=float) / unit
     color = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
     whole = (model(color[None] / 255)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
-    assert (whole > 0).mean() > 0.3  # so it is not equal for being black
+    assert (whole > 0).mean() > 0.3  # black images would be equal in any case
     whole = unit * (whole if mode == "RGB" else whole @ LUMA)
     sr = Upscaler(model.float(), tile=tile)(lr)
     assert (sr.mode, sr.size) == (mode, (3 * size[0], 3 * size[1]))
@@ -48,7 +48,7 @@ def test_tiles_leave_no_seam(mode, size, tile):
 
 @pytest.mark.parametrize("tile", [4, 11, 30])
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_tiles_leave_no_seam_where_parts_are_transparent(mode, tile):
+def test_tiles_leave_no_seams_in_transparent_images(mode, tile):
     model, lr = random_model(0, NOISE).float(), patchy_image(mode, (40, 33))
     sr, whole = (np.asarray(Upscaler(model, tile=side)(lr)) for side in (tile, 40))
     visible = whole[..., -1:] > 0
@@ -56,31 +56,41 @@ def test_tiles_leave_no_seam_where_parts_are_transparent(mode, tile):
     assert_same(visible * sr, visible * whole)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("FIND was unable to find an engine")]
-)
-def test_too_little_memory_on_the_gpu_halves_the_tile(pictures, error):
+class SmallGpu:
+    """Network that raises ``error`` for tiles whose side exceeds ``largest``, and records the sides of all tiles."""
+
+    def __init__(self, network, error, largest):
+        self.network, self.error, self.largest, self.sides = network, error, largest, []
+
+    def __call__(self, lr):
+        self.sides.append(lr.shape[3] - 8)
+        if self.sides[-1] > self.largest:
+            raise self.error
+        return self.network(lr)
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("FIND was unable to find an engine")])
+def test_lack_of_gpu_memory_halves_tiles_for_all_further_images(pictures, error):
     lr, _, model = pictures
-    upscale, sides, largest = Upscaler(model, tile=20), [], 9
-    network = upscale.network
+    upscaler = Upscaler(model, tile=20)
+    upscaler.network = gpu = SmallGpu(upscaler.network, error, largest=9)
+    for _ in range(2):
+        assert_same(upscaler(lr), expected(model, lr))
+    assert gpu.sides == [20, 10, *[5] * 72]
 
-    def small_gpu(lr):
-        sides.append(lr.shape[3] - 8)
-        if sides[-1] > largest:
-            raise error
-        return network(lr)
 
-    upscale.network = small_gpu
-    for _ in range(2):  # the second image begins with the tile that was found
-        assert_same(upscale(lr), expected(model, lr))
-    assert sides == [20, 10, *[5] * 72]
-    largest = 0
+@pytest.mark.parametrize(
+    ("error", "sides"), [(OUT_OF_MEMORY, [5, 2, 1]), (RuntimeError("CUDA error: an illegal memory access"), [5])]
+)
+def test_error_is_raised_if_smaller_tiles_do_not_help(pictures, error, sides):
+    upscaler = Upscaler(pictures[2], tile=5)
+    upscaler.network = gpu = SmallGpu(upscaler.network, error, largest=0)
     with pytest.raises(type(error), match=str(error)):
-        upscale(lr)
-    upscale.tile, error = 20, RuntimeError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match="illegal"):  # other errors are not tried again
-        upscale(lr)
-    assert sides[74:] == [5, 2, 1, 20]
+        upscaler(pictures[0])
+    assert gpu.sides == sides
 
 
 def growth_of_memory():
@@ -93,12 +103,12 @@ def growth_of_memory():
 
 
 def test_memory_does_not_grow_with_the_image():
-    """Beyond input and output, 4 bytes a pixel of Pillow's; the features of the whole would take 0.8 GB."""
+    """Input and output take 4 bytes a pixel in Pillow. The features of the whole image would take 0.8 GB."""
     assert in_new_process(growth_of_memory) < 10 * 4 * 600 * 600 / 2**20 + 30
 
 
 def cut_out(lr, hard=False):
-    """A disc in which the picture is opaque, with a soft edge or a hard one; around it all is black and transparent."""
+    """Return an image and its alpha: opaque in a disc with a soft or hard edge, black and transparent around it."""
     y, x = np.mgrid[:30, :30] - 14.5
     alpha = Image.fromarray(np.uint8((12 - np.hypot(x, y)).clip(0, 2) * 127.5))
     if hard:
@@ -109,14 +119,14 @@ def cut_out(lr, hard=False):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_upscaled_by_bicubic_and_changes_nothing_inside(pictures, mode):
+def test_alpha_is_upscaled_by_bicubic_and_keeps_opaque_pixels(pictures, mode):
     image, alpha = cut_out(pictures[0])
     lr = image.convert(mode.removesuffix("A"))
     lr.putalpha(alpha)
     sr = Upscaler(pictures[2])(lr)
     assert sr.mode == mode
     assert np.array_equal(sr.getchannel("A"), bicubic(alpha, (90, 90)))
-    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, which has other neighbors
+    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, whose neighbors differ
     assert inside.sum() > 30
     plain = expected(pictures[2], lr.convert("RGB"))[2::5, 2::5]
     plain = plain if mode == "RGBA" else plain @ LUMA
@@ -125,8 +135,8 @@ def test_alpha_is_upscaled_by_bicubic_and_changes_nothing_inside(pictures, mode)
 
 
 @pytest.mark.parametrize(("mode", "color"), [("RGBA", (210, 120, 40)), ("LA", (210, 210, 210))])
-def test_there_is_no_fringe_around_what_is_visible(pictures, mode, color):
-    """What is transparent is black in the file, what is visible has one color: so it must be in the output."""
+def test_transparent_pixels_leave_no_fringe(pictures, mode, color):
+    """Transparent pixels are black in the input. Visible ones have one color, which the output must keep."""
     image, alpha = cut_out(Image.new("RGB", (30, 30), color), hard=True)
     lr = image.convert(mode)
     lr.putalpha(alpha)
@@ -138,7 +148,7 @@ def test_there_is_no_fringe_around_what_is_visible(pictures, mode, color):
 
 
 @pytest.mark.parametrize("tile", [None, 7])
-def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(pictures, tile):
+def test_self_ensemble_averages_eight_flips_and_rotations(pictures, tile):
     lr, model, outputs = pictures[0], random_model(0, NOISE).float(), []
     for turns, flipped in product(range(4), ((), (3,))):
         sr = model(to_tensor(lr)[None].rot90(turns, (2, 3)).flip(flipped) / 255)
@@ -148,19 +158,22 @@ def test_the_self_ensemble_is_the_mean_over_the_eight_orientations(pictures, til
     assert (outputs[0] - mean).abs().max() > 1
 
 
-def test_bf16_is_computed_in_bf16_except_for_16_bits(pictures):
+def test_bf16_upscaler_uses_bf16_network(pictures):
     lr, _, model = pictures
-    upscale = Upscaler(model, torch.bfloat16)
     context = torch.from_numpy(np.pad(np.array(lr), ((4, 4), (4, 4), (0, 0)), mode="edge")).permute(2, 0, 1)
     with torch.inference_mode():
         bf16 = FastSRCNNBf16(model)(context[None])[0].clamp(0, 255).round().byte()
-    assert np.array_equal(upscale(lr), to_image(bf16))
-    assert not np.array_equal(upscale(lr), Upscaler(model)(lr))
-    deep = random_image("I;16", (30, 30))
-    assert np.array_equal(upscale(deep), Upscaler(model)(deep))
+    sr = Upscaler(model, torch.bfloat16)(lr)
+    assert np.array_equal(sr, to_image(bf16))
+    assert not np.array_equal(sr, Upscaler(model)(lr))
 
 
-def test_bf16_costs_no_quality(real_data):
+def test_bf16_upscaler_computes_16_bit_images_in_float32(pictures):
+    lr, model = random_image("I;16", (30, 30)), pictures[2]
+    assert np.array_equal(Upscaler(model, torch.bfloat16)(lr), Upscaler(model)(lr))
+
+
+def test_bf16_keeps_psnr_of_set5(real_data):
     model, images = trained_model(), data.TestSet(data.load_images(real_data / "Set5", "test")).images.values()
     fp32, bf16 = ([Upscaler(model, dtype)(image.lr) for image in images] for dtype in (torch.float32, torch.bfloat16))
     fp32_psnr, bf16_psnr = (
