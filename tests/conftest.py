@@ -1,9 +1,9 @@
-"""Fixtures. Tests on the real data find it by the environment variable SRCNN_DATA."""
+"""Fixtures. The environment variable SRCNN_DATA is the folder of the real images."""
 
 import os
 import sys
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # with threads of their own the workers would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -22,17 +22,17 @@ from utils import run_command
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own, so none finds or leaves anything."""
+def _empty_working_dir(tmp_path, monkeypatch):
+    """Run each test in an empty folder of its own, with a filled-in info.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))  # filled in
+    monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
 
 
 @pytest.fixture(scope="session")
 def real_data():
     if not os.environ.get("SRCNN_DATA"):
-        pytest.skip("needs the real images: set SRCNN_DATA to the folder that holds 91-image and Set5")
+        pytest.skip("needs the real images: set SRCNN_DATA to the folder that contains 91-image and Set5")
     folder = (ROOT / os.environ["SRCNN_DATA"]).resolve()
     assert (folder / "Set5").is_dir(), f"SRCNN_DATA is set, but {folder}/Set5 is missing"
     return folder
@@ -40,25 +40,25 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder with a small training set: images of several sizes and formats, one smaller than a patch."""
+    """Return a folder with a small training set: images of several sizes and formats, one smaller than a patch."""
     folder = tmp_path_factory.mktemp("photos")
     sizes = [(96, 90), (120, 75), (30, 41), (64, 64), (101, 83)]
-    endings = ["png", "bmp", "png", "bmp", "png"]
-    for (name, image), size, ending in zip(dead_leaves("train", 5, 128).items(), sizes, endings, strict=True):
-        image.crop((0, 0, *size)).save(folder / f"{name}.{ending}")
+    extensions = ["png", "bmp", "png", "bmp", "png"]
+    for (name, image), size, extension in zip(dead_leaves("train", 5, 128).items(), sizes, extensions, strict=True):
+        image.crop((0, 0, *size)).save(folder / f"{name}.{extension}")
     return folder
 
 
 @pytest.fixture(scope="session")
 def train_set():
-    """Patches of two images, for tests that need no files."""
+    """Return patches of two images, for tests that need no files."""
     return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """Run a command in this process: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
-    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
+    """Return a function that runs a command: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
+    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": download.main}
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
@@ -72,15 +72,22 @@ def cli(monkeypatch, capfd):
 
 @pytest.fixture
 def train_small(cli, photos):
-    """Train on the small set; --num-epoch=2, --batch-size=4 and --patch-size=48 by default."""
+    """Return a function that trains on the small set, for 2 epochs of batches of 4 patches of 48x48 by default."""
     start = ("train", f"--train-data={photos}", f"--test-data={photos}")
     start += ("--num-epoch=2", "--batch-size=4", "--patch-size=48")
     return lambda *args, command=start: cli("train.py", *command, *args)
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """Cut off the network, and draw generated images quickly."""
+    monkeypatch.setattr(download, "MIRRORS", ("http://127.0.0.1:9/archive.zip",))  # a port where nobody listens
+    monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 2, 60))
+
+
+@pytest.fixture
 def pictures(tmp_path):
-    """An LR image (lr.bmp), its ground truth (hr.png), and a network (net) that does more than bicubic."""
+    """Write an LR image (lr.bmp), its ground truth (hr.png), and a network (net) that changes bicubic clearly."""
     lr, hr = degrade(dead_leaves("test", 1, 90)["leaves1"])
     lr.save("lr.bmp")
     hr.save("hr.png")

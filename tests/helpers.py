@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Functions and values that several test modules use."""
 
 import argparse
 import io
@@ -25,7 +25,7 @@ from training.options import Options
 from training.run import Run
 
 ROOT = Path(__file__).parent.parent
-MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # examples of the fuzz tests, instead of the suite's few
+MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # number of examples in fuzz tests, in place of the suite's few
 
 
 def in_new_process(function, *arguments):
@@ -34,8 +34,14 @@ def in_new_process(function, *arguments):
         return executor.submit(function, *arguments).result(timeout=1200)
 
 
+def peak_memory_mib():
+    """Return this process's peak of resident memory. Unlike ru_maxrss, it does not begin at the parent's peak."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
+
+
 def run_python(code, *arguments):
-    """What this code prints in a process of its own, where nothing but it takes memory."""
+    """Run code in a new Python process; return what it prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.check_output(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200)
 
@@ -44,13 +50,13 @@ def run_python(code, *arguments):
 
 
 def content(**changes):
-    """The content of a checkpoint file; None leaves something out."""
+    """Return the content of a checkpoint file; a change to None removes a key."""
     base = {"model": SRCNN().state_dict(), "optimizer": {}, "args": {}, "info": {}, "epoch": 3, "psnr": 30.5}
     return {key: value for key, value in (base | changes).items() if value is not None}
 
 
 def course_content(**changes):
-    """The same as the course's skeleton writes it: layers named by the student, epochs counted from 0."""
+    """Return the content as the course's skeleton writes it: the student names the layers, and epochs count from 0."""
     base = {
         "epoch": 1,
         "model_state_dict": {f"layers.{i}": w for i, w in enumerate(SRCNN().state_dict().values())},
@@ -66,18 +72,18 @@ PATH = Path("checkpoint.3")
 
 
 def loaded(content):
-    """What load_checkpoint makes of a file with this content."""
+    """Save a file with this content, and load it as a checkpoint."""
     torch.save(content, PATH)
     return load_checkpoint(PATH)
 
 
 def load(path):
-    """The content of a checkpoint file."""
+    """Return the content of a checkpoint file."""
     return torch.load(path, weights_only=True)
 
 
 def same(a, b):
-    """Whether two checkpoints, or parts of them, are equal, their tensors to the last bit."""
+    """Return whether two checkpoints, or parts of them, are equal, with tensors equal to the last bit."""
     return bits(a) == bits(b)
 
 
@@ -89,7 +95,7 @@ def bits(value):
 
 
 class Call:
-    """Pickled, a call of a function when it is loaded."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -105,7 +111,7 @@ RUN = Call(os.system, "touch was-run")
 
 
 def random_model(seed=0, noise=0.05):
-    """A network in float64 far from the identity, with biases."""
+    """Return a network in float64, far from the identity, with biases."""
     torch.manual_seed(seed)
     model = SRCNN().double()
     for parameter in model.parameters():
@@ -120,7 +126,7 @@ def trained_model(path=ROOT / "checkpoint.pth"):
 
 
 def expected(model, lr):
-    """The network's output for an RGB image, or for values from 0 to 255 of shape (h, w, 3), before it is rounded."""
+    """Return the network's output, not rounded, for an RGB image or values from 0 to 255 of shape (h, w, 3)."""
     with torch.inference_mode():
         sr = model(torch.from_numpy(np.array(lr, dtype=np.float32)).permute(2, 0, 1)[None] / 255)[0]
     return (sr.clamp(0, 1) * 255).permute(1, 2, 0).numpy()
@@ -130,7 +136,7 @@ def expected(model, lr):
 
 
 def assert_same(image, wanted, levels=1.0):
-    """Equal except for roundings: tiles are computed in another order."""
+    """Assert that images are equal except for rounding, since tiles are computed in another order."""
     assert np.shape(image) == np.shape(wanted)
     difference = abs(np.asarray(image).astype(float) - np.asarray(wanted))
     assert difference.max() <= levels
@@ -138,7 +144,7 @@ def assert_same(image, wanted, levels=1.0):
 
 
 def assert_one_line(err, *parts):
-    """An error for the user: one line on stderr, no traceback, and it says these things."""
+    """Assert that stderr is one line, not a traceback, and contains these parts."""
     assert err.count("\n") == 1, err
     assert err.endswith("\n")
     assert "Traceback" not in err
@@ -147,49 +153,41 @@ def assert_one_line(err, *parts):
 
 
 def rows_of(out):
-    """The table in what a command prints: {first column: figures}."""
+    """Return the table that a command prints, as {first column: figures}."""
     rows = (re.match(r"(\S+)(?: mean)? +(.*dB)", line) for line in out.splitlines())
     return {row[1]: [float(x) for x in re.findall(r"[-+]?[\d.]+", row[2])] for row in rows if row}
 
 
 def dihedral(tensor):
-    """The eight flips and rotations of (..., h, w)."""
+    """Return the eight flips and rotations of a tensor of shape (..., h, w)."""
     return [t.flip(dims) for t in (tensor, tensor.transpose(-1, -2)) for dims in ((), (-1,), (-2,), (-1, -2))]
 
 
 def contents(folder="."):
-    """All files in a folder and below."""
+    """Return the bytes of all files in a folder and its subfolders, by path."""
     return {str(file): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
 
 
-# ------------------------------------------------------------------------------- trainings
+# --------------------------------------------------------------------------- training runs
 
 
 def report(y=31.0, name="photos", bicubic=30.0):
-    """A report of two images with this mean PSNR on luma."""
+    """Return a report of two images with this mean PSNR on luma."""
     rows = {"a": Scores(Psnr(bicubic, 28.0), Psnr(y - 1, 29.0)), "b": Scores(Psnr(bicubic, 28.0), Psnr(y + 1, 30.0))}
     return Report(name, rows)
 
 
 def small_run(**options):
-    """A run before its first epoch, without the search for a whitening matrix."""
+    """Return a run before its first epoch, with a simple whitening matrix."""
     torch.manual_seed(0)
     model, whitening = SRCNN(), torch.eye(243) + 0.01
     optimizer, generator = WhitenedAdam(model, whitening), torch.Generator().manual_seed(5)
-    return Run(
-        Options(**options),
-        RECIPES["default"],
-        torch.float32,
-        "photos",
-        model,
-        optimizer,
-        generator,
-        id="20250102-030405-6",
-    )
+    arguments = (Options(**options), RECIPES["default"], torch.float32, "photos", model, optimizer, generator)
+    return Run(*arguments, id="20250102-030405-6")
 
 
 def trained_checkpoint():
-    """The checkpoint of a run after one epoch of a single step."""
+    """Return the checkpoint of a run after one epoch of one step."""
     run = small_run(num_epoch=4)
     run.start(report(30.0))
     for parameter in run.model.parameters():
@@ -201,7 +199,7 @@ def trained_checkpoint():
 
 @cache
 def trained_file():
-    """That checkpoint's file, as bytes."""
+    """Return the file of that checkpoint, as bytes."""
     path = Path("trained.tmp")
     save_checkpoint(trained_checkpoint(), path)
     data = path.read_bytes()
@@ -210,7 +208,7 @@ def trained_file():
 
 
 def trained_content(**changes):
-    """The content of that file."""
+    """Return the content of that file, with changes."""
     return load(io.BytesIO(trained_file())) | changes
 
 
@@ -220,7 +218,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def random_image(mode="RGB", size=(24, 15), seed=0):
-    """Every value anywhere."""
+    """Return an image of uniform noise."""
     rng = np.random.default_rng(seed)
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
@@ -229,7 +227,7 @@ def random_image(mode="RGB", size=(24, 15), seed=0):
 
 
 def file_of(image, format, **options):
-    """The bytes of a file that Pillow writes."""
+    """Return the file that Pillow writes, as bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
