@@ -1,9 +1,10 @@
-"""train.py on the command line: inspect, the terminal, bad input, and where no data is."""
+"""train.py on the command line: its commands, its output on a terminal, and how it refuses bad input."""
 
 import contextlib
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,30 +12,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, course_content, load, report, trained_content, trained_model
+from helpers import ROOT, assert_one_line, course_content, load, report, same, trained_content, trained_model
 
-from data import TestSet, find_data, load_images
-from imaging.dead_leaves import dead_leaves
+from data import TestSet, load_images
 from info import Info
 from train import evaluate
 from training.checkpoints import load_checkpoint
 from training.grid_patches import course_psnr
 from training.inspection import course_to_json, describe, describe_course, to_json
-from training.options import Options
-from utils import CommandError
+
+# -------------------------------------------------------------------------------- inspect
 
 
-@pytest.mark.parametrize(("content", "own"), [(trained_content, report(31.0)), (course_content, None)])
-def test_inspect_prints_a_checkpoint_with_its_own_report(cli, content, own):
-    """What that is, is tested in test_inspection.py."""
+@pytest.mark.parametrize(
+    ("content", "own_report"),
+    [(trained_content, report(31.0)), (course_content, None)],
+    ids=["own checkpoint", "course's checkpoint"],
+)
+def test_inspect_prints_checkpoint_and_its_own_report(cli, content, own_report):
     torch.save(content(), "x")
     saved = load_checkpoint(Path("x"))
-    assert cli("train.py", "inspect", "x") == (0, describe(Path("x"), saved, own) + "\n", "")
-    assert cli("train.py", "inspect", "x", "--json") == (0, to_json(saved, own) + "\n", "")
+    assert cli("train.py", "inspect", "x") == (0, describe(Path("x"), saved, own_report) + "\n", "")
+    assert cli("train.py", "inspect", "x", "--json") == (0, to_json(saved, own_report) + "\n", "")
 
 
 @pytest.mark.parametrize("self_ensemble", [False, True])
-def test_inspect_measures_on_any_images(cli, photos, self_ensemble):
+def test_inspect_measures_on_given_images(cli, photos, self_ensemble):
     torch.save(trained_content(), "x")
     saved = load_checkpoint(Path("x"))
     found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test")), self_ensemble)
@@ -43,132 +46,46 @@ def test_inspect_measures_on_any_images(cli, photos, self_ensemble):
     assert json.loads(cli("train.py", "inspect", "x", *options, "--json")[1])["report"] == found.to_dict()
 
 
-def test_inspect_measures_as_the_course_does(cli, photos):
+def test_inspect_measures_by_protocol_of_course(cli, photos):
     torch.save(trained_content(), "x")
-    model, images = trained_model("x"), load_images(str(photos), "test")
-    row = course_psnr(model, images, 3)
-    options = ("--protocol=course", f"--test-data={photos}", "--batch-size=3")
-    wanted = describe_course(row, photos.name, 3) + "\n"
-    assert cli("train.py", "inspect", "x", *options) == (0, wanted, "")
-    assert cli("train.py", "inspect", "x", *options, "--json")[1] == course_to_json(row, photos.name, 3) + "\n"
+    scores = course_psnr(trained_model("x"), load_images(str(photos), "test"), 3)
+    command = ("train.py", "inspect", "x", "--protocol=course", f"--test-data={photos}", "--batch-size=3")
+    assert cli(*command) == (0, describe_course(scores, photos.name, 3) + "\n", "")
+    assert cli(*command, "--json")[1] == course_to_json(scores, photos.name, 3) + "\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_shows_a_bar_with_loss_and_speed(photos):
-    import fcntl
-    import pty
-    import termios
-
-    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"]
-    command = [sys.executable, ROOT / "train.py", "train", *options]
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm fills the width that is there
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs):
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
-            while chunk := os.read(ours, 4096):
-                shown += chunk
-    os.close(ours)
-    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+", shown)
+# ------------------------------------------------------------------------ train and resume
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        ("resume x --output=", 2, "argument --output: must not be empty (see train.py resume --help)"),
-        ("train --no-such", 2, "unrecognized arguments: --no-such (see train.py train --help)"),
-        ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
-        ("inspect x --test-data=data/Set5", 1, "data/Set5: no such folder of images; `python data.py` downloads Set5"),
-        ("resume x --num-epoch=1", 1, "error: x already has 2 epochs, more than --num-epoch=1\n"),
-        (
-            "train --recipe=assignment --precision=bf16",
-            1,
-            "--recipe=assignment computes in fp32; leave out --precision",
-        ),
-        ("train --train-data=missing", 1, "missing: no such folder of images\n"),
-        ("train --test-data=empty", 1, "empty: this folder contains no images"),
-        ("train --batch-size=2000000000", 1, "a batch has at most 67,108,864 pixels"),
-        ("train --patch-size=2147483646", 1, "a batch has at most 67,108,864 pixels"),
-        ("train --output=file", 1, "cannot create folder file: File exists"),
-        *[("train --cuda", 1, "no CUDA device was found; run without --cuda")] * (not torch.cuda.is_available()),
-    ],
-)
-def test_bad_input_is_one_clear_line(cli, photos, arguments, status, says):
-    torch.save(trained_content(epoch=2), "x")
-    Path("empty").mkdir()
-    Path("file").write_text("in the way")
-    command, *options = arguments.split()
-    sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
-    found, out, err = cli("train.py", command, *sets, *options)
-    assert (found, out) == (status, "")
-    assert_one_line(err, says)
-    assert sorted(os.listdir()) == ["empty", "file", "x"]
+def test_assignment_recipe_saves_its_defaults_and_resumes_exactly(train_small):
+    options = ("--recipe=assignment", "--patch-size=33", "--num-epoch=3", "--save-freq=1")
+    status, out, _ = train_small(*options, "--output=a")
+    assert status == 0
+    assert ", fp32, " in out
+    assert train_small("--output=b", command=("resume", "a/checkpoint.1"))[0] == 0
+    saved = load("b/checkpoint.3")
+    assert same(load("a/checkpoint.3")["model"], saved["model"])
+    assert "whiten" not in saved["optimizer"]
+    wanted = {"recipe": "assignment", "lr": 0.0001, "batch_size": 4, "num_epoch": 3, "patch_size": 33}
+    assert {name: saved["args"][name] for name in wanted} == wanted
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No folder, no network (a port that nobody listens on), and images that are made quickly."""
-    monkeypatch.setattr("imaging.published_sets.MIRRORS", ("http://127.0.0.1:9/archive.zip",))
-    monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 2, 60))
-
-
-WARNING = (
-    "WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}: 127.0.0.1:9: [Errno 111] Connection refused; "
-    "for the real ones run `python data.py` with network access, or with --from and a local copy\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("given", "replaced", "names"),
-    [
-        ({}, ("train_data", "test_data"), ("TRAIN_DATA AND TEST_DATA", "91-image and Set5")),
-        ({"test_data": "here"}, ("train_data",), ("TRAIN_DATA", "91-image")),
-        ({"train_data": "here"}, ("test_data",), ("TEST_DATA", "Set5")),
-        ({"train_data": "here", "hold_out": 2}, (), None),
-        ({"train_data": "dead-leaves", "test_data": "dead-leaves"}, (), None),
-    ],
-    ids=lambda value: str(value),
-)
-def test_generated_images_serve_as_a_default_set_that_is_missing(offline, capfd, given, replaced, names):
-    Path("here").mkdir()
-    options = Options.from_args(given)
-    found = options.folders() | dict.fromkeys(replaced, "dead-leaves")
-    assert find_data(options.folders(), given, fresh=True) == found
-    assert capfd.readouterr().err == (WARNING.format(*names) if names else "")
-
-
-@pytest.mark.parametrize(
-    ("given", "fresh", "problem"),
-    [
-        ({"train_data": "data/91-image"}, True, "data/91-image: no such folder of images"),
-        ({}, False, "cannot fetch 91-image and Set5: "),
-    ],
-    ids=["that was given", "of a run that is resumed"],
-)
-def test_a_set_is_never_replaced(offline, given, fresh, problem):
-    with pytest.raises(CommandError, match=problem):
-        find_data(Options.from_args(given).folders(), given, fresh)
-
-
-def test_a_run_on_generated_images_says_so_and_is_resumed_on_them(cli, offline):
+def test_run_on_generated_images_names_them_and_resumes_without_network(cli, offline):
     status, out, err = cli("train.py", "train", "--num-epoch=1", "--output=o")
     assert status == 0
-    assert err == WARNING.format("TRAIN_DATA AND TEST_DATA", "91-image and Set5")
+    assert_one_line(err, "WARNING: GENERATED IMAGES")
     assert "Set5" not in out
-    named = [line.split()[0] for line in out.splitlines() if "(GENERATED IMAGES)" in line]
-    assert named == ["training", "bicubic", "epoch", "epoch", "dead-leaves-test", "saved:"]
+    first_words = [line.split()[0] for line in out.splitlines() if "(GENERATED IMAGES)" in line]
+    assert first_words == ["training", "bicubic", "epoch", "epoch", "dead-leaves-test", "saved:"]
     saved = load("o/checkpoint.1")
-    assert (saved["train_set"], saved["report"]["set"]) == (
-        "dead-leaves-train (GENERATED IMAGES)",
-        "dead-leaves-test (GENERATED IMAGES)",
-    )
+    sets = ("dead-leaves-train (GENERATED IMAGES)", "dead-leaves-test (GENERATED IMAGES)")
+    assert (saved["train_set"], saved["report"]["set"]) == sets
     assert saved["args"]["train_data"] == saved["args"]["test_data"] == "dead-leaves"
-    status, out, err = cli("train.py", "resume", "o/checkpoint.1", "--num-epoch=2")
-    assert (status, err) == (0, "")  # without asking the network again
+    status, _, err = cli("train.py", "resume", "o/checkpoint.1", "--num-epoch=2")
+    assert (status, err) == (0, "")
 
 
-def test_images_held_out_serve_as_the_test_set(train_small, photos):
+def test_hold_out_tests_on_training_images(train_small, photos):
     status, out, _ = train_small("--num-epoch=1", "--hold-out=2")
     assert status == 0
     assert f"training set {photos.name} (without 1 of 2): 3 images" in out
@@ -178,18 +95,71 @@ def test_images_held_out_serve_as_the_test_set(train_small, photos):
     assert list(load("checkpoint.2")["report"]["images"]) == ["leaves2", "leaves4"]
 
 
-def test_an_info_that_is_not_filled_in_is_named_at_both_ends(train_small, monkeypatch):
+def test_info_not_filled_in_warns_at_start_and_end(train_small, monkeypatch):
     monkeypatch.setattr("train.info", Info("your name", "1155123456", "ctm@example.com"))
     status, _, err = train_small("--num-epoch=1")
     assert status == 0
-    warning = "WARNING: info.py is not filled in; its name, id and email are saved in each checkpoint\n"
-    assert err == 2 * warning
+    first, second = err.splitlines(keepends=True)
+    assert first == second
+    assert_one_line(first, "WARNING: info.py")
 
 
-def test_the_courses_folders_serve_where_the_published_ones_are_missing(offline, photos):
-    for name in ("train", "test"):
-        Path("data", name).mkdir(parents=True)
-    found = find_data(Options().folders(), {}, fresh=True)
-    assert found == {"train_data": "data/train", "test_data": "data/test"}
-    Path("data/Set5").mkdir()
-    assert find_data(Options().folders(), {}, fresh=True)["test_data"] == "data/Set5"
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
+    import fcntl
+    import pty
+    import termios
+
+    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm fills the width
+    command = [sys.executable, ROOT / "train.py", "train", *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # end of a pseudo-terminal
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+    os.close(ours)
+    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+", shown)
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "fact"),
+    [
+        ("resume x --output=", 2, "(see train.py resume --help)"),
+        ("train --no-such", 2, "--no-such"),
+        ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
+        ("inspect x --test-data=data/Set5", 1, "`python data.py` downloads Set5"),
+        ("resume x --num-epoch=1", 1, "--num-epoch=1"),
+        ("train --recipe=assignment --precision=bf16", 1, "--precision"),
+        ("train --train-data=missing", 1, "missing"),
+        ("train --test-data=empty", 1, "empty"),
+        ("train --output=file", 1, "File exists"),
+        *[("train --cuda", 1, "no CUDA device")] * (not torch.cuda.is_available()),
+    ],
+)
+def test_bad_input_prints_one_line_and_writes_nothing(cli, photos, arguments, status, fact):
+    torch.save(trained_content(epoch=2), "x")
+    Path("empty").mkdir()
+    Path("file").write_text("in the way")
+    command, *options = arguments.split()
+    sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
+    found, out, err = cli("train.py", command, *sets, *options)
+    assert (found, out) == (status, "")
+    assert_one_line(err, fact)
+    assert sorted(os.listdir()) == ["empty", "file", "x"]
+
+
+@pytest.mark.parametrize("others", [(), ("data.py", "utils.py")], ids=["alone", "beside course's files"])
+def test_train_py_without_its_modules_prints_one_line(others):
+    for name in ("train.py", "model.py", "info.py", "checkpoint.pth"):
+        shutil.copy(ROOT / name, name)
+    for name in others:
+        Path(name).write_text("class TrainDataset: ...\n")
+    end = subprocess.run([sys.executable, "train.py", "inspect", "checkpoint.pth"], capture_output=True, text=True)
+    assert (end.returncode, end.stdout) == (1, "")
+    assert_one_line(end.stderr, "error: ", "'data'", "all files and folders of this project", "requirements.txt")

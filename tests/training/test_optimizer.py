@@ -3,45 +3,53 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from data import ImageSet
+from imaging.dead_leaves import dead_leaves
 from model import SRCNN
-from train import linear_schedule
-from training.optimizer import WhitenedAdam, whitening_matrix
+from train import RECIPES
+from training.grid_patches import GridPatches
+from training.optimizer import WhitenedAdam, whitened_adam, whitening_matrix
+from training.options import Options
+from training.random_patches import RandomPatches
+from training.run import new_run
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------- whitening matrix
 
 
-@pytest.mark.parametrize(
-    ("step", "total", "wanted"),
-    [
-        (250, 10_000, 0.975),  # half-way through the warm-up of 5%
-        (500, 10_000, 1.9),
-        (7500, 10_000, 0.5),
-        (10_000, 10_000, 0),
-        (1, 8, 0.0175),  # a warm-up of 100 steps, at least
-    ],
-)
-def test_the_learning_rate_warms_up_and_falls_to_zero(step, total, wanted):
-    assert linear_schedule(2.0, step, total) == pytest.approx(wanted, abs=1e-12)
+@pytest.fixture
+def noise():
+    return torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
 
 
-def test_whitening_whitens():
-    """Inputs multiplied by P have no correlation, and unit variance where they vary at all."""
-    lr = torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
-    whitening = whitening_matrix(lr, floor=1e-9, size=1)
-    x = F.interpolate(lr.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
+def test_whitening_matrix_decorrelates_and_scales_to_unit_variance(noise):
+    whitening = whitening_matrix(noise, floor=1e-9, size=1)
+    x = F.interpolate(noise.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
     patches = F.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
     covariance = (patches @ whitening.T).T.cov()
     variances = covariance.diag()[3:]
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-6
     assert variances.max().item() == pytest.approx(1, abs=1e-3)
     assert variances.median().item() > 0.9
-    # The floor bounds what is amplified: 1e-3 allows a factor of about 30, times the size of 0.3.
-    assert torch.linalg.matrix_norm(whitening_matrix(lr), 2).item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
-    # It is blind to what all 81 pixels of a channel have in common.
+
+
+def test_whitening_matrix_amplifies_up_to_floor(noise):
+    """A floor of 1e-3 allows a factor of about 30, times the size of 0.3."""
+    assert torch.linalg.matrix_norm(whitening_matrix(noise), 2).item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
+
+
+def test_whitening_matrix_ignores_mean_of_each_channel(noise):
     plain = torch.block_diag(*[torch.ones(1, 81, dtype=torch.float64)] * 3)
-    assert (whitening @ plain.T).abs().max() < 1e-6
+    assert (whitening_matrix(noise, floor=1e-9, size=1) @ plain.T).abs().max() < 1e-6
 
 
-def test_it_is_adam_on_v_where_the_weight_is_its_start_plus_v_times_p():
+# ------------------------------------------------------------------------------ optimizers
+
+
+def test_whitened_adam_is_adam_on_v_where_weight_is_start_plus_v_p():
     torch.manual_seed(3)
     model, whitening = SRCNN().double(), torch.eye(243).double() + 0.05 * torch.randn(243, 243)
     plain, v = copy.deepcopy(model), torch.zeros(64, 243, dtype=torch.float64, requires_grad=True)
@@ -59,3 +67,46 @@ def test_it_is_adam_on_v_where_the_weight_is_its_start_plus_v_times_p():
     plain.conv1.weight.data = start + (v @ whitening).view_as(start)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [9, 63, 360])
+def test_whitening_matrix_is_computed_from_same_number_of_pixels_for_any_patch_size(monkeypatch, patch):
+    patches, counts = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
+    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr: counts.append(len(lr)) or torch.eye(243))
+    whitened_adam(SRCNN(), patches, torch.Generator())
+    (count,) = counts
+    assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
+
+
+def test_whitened_adam_uses_whitening_matrix_of_rank_0(train_set, monkeypatch):
+    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr: torch.eye(243))
+    monkeypatch.setattr("training.optimizer.broadcast", lambda matrix: 2 * matrix)  # as if rank 0 had another
+    assert torch.equal(whitened_adam(SRCNN(), train_set, torch.Generator()).whitening, 2 * torch.eye(243))
+
+
+@pytest.fixture
+def new_conv1(train_set):
+    return new_run(Options(), RECIPES["default"], train_set, torch.float32).model.conv1.requires_grad_(False)
+
+
+def test_new_filters_pass_image_or_ignore_plain_color(new_conv1):
+    assert torch.allclose(new_conv1.weight[:3].sum((2, 3)), torch.eye(3), atol=1e-6)
+    assert new_conv1.weight[3:].sum((2, 3)).abs().max() < 1e-4
+
+
+def test_features_of_new_filters_are_alike_in_size(new_conv1, train_set):
+    lr = next(train_set.batches(1, 64, torch.Generator().manual_seed(0))).lr
+    upscaled = F.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True)
+    deviations = F.conv2d(upscaled, new_conv1.weight[3:]).transpose(0, 1).flatten(1).std(1)
+    assert 0.1 < deviations.median() < 0.4  # of the order of 0.3, less what the floor takes
+    assert deviations.max() / deviations.min() < 2.5
+
+
+def test_plain_adam_starts_from_initial_weights_of_pytorch():
+    patches = GridPatches(ImageSet("leaves", dead_leaves("train", 1, 80)), 33, CPU)
+    run = new_run(Options("assignment"), RECIPES["assignment"], patches, torch.float32)
+    torch.manual_seed(0)
+    SRCNN()
+    layers = nn.Conv2d(3, 64, 9), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 3, 5)
+    initial = [parameter for layer in layers for parameter in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), initial, strict=True))

@@ -1,0 +1,69 @@
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_one_line, report
+
+from imaging.metrics import summary, table
+from model import SRCNN
+from training.checkpoints import load_checkpoint
+from training.progress import check_finite, resume_hint, warn_if_worse
+from utils import CommandError
+
+
+def test_run_prints_one_line_per_epoch_and_table_at_end(train_small, photos):
+    status, out, err = train_small()
+    assert (status, err) == (0, "")
+    assert not {"\r", "\x1b"} & set(out)  # no progress bar without a terminal
+    saved = load_checkpoint(Path("checkpoint.2")).training.report
+    lines = re.findall(r"^epoch +(\d)/2  (.*?)(?:  loss 0\.\d{6}  \d+\.\d\d Mpx/s)?$", out, re.M)
+    assert [line[0] for line in lines] == ["0", "1", "2"]
+    assert lines[2][1] == summary(saved)
+    assert f"\n\n{table(saved)}\n\nsaved: checkpoint.2; best: epoch " in out
+    mean = saved.mean.bicubic
+    assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
+    assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
+
+
+@pytest.mark.parametrize(("before", "after", "warns"), [(30, 29.4, True), (30, 29.6, False), (29.4, 29.3, False)])
+def test_fall_below_bicubic_warns_once(capfd, before, after, warns):
+    warn_if_worse(report(before, bicubic=30.0), report(after, bicubic=30.0), 3)
+    err = capfd.readouterr().err
+    if warns:
+        assert_one_line(err, "WARNING", "epoch 3", "--lr")
+    else:
+        assert err == ""
+
+
+def test_check_finite_names_first_step_that_is_not_finite():
+    losses = torch.tensor([0.1, 0.2, math.inf, math.nan])
+    with pytest.raises(CommandError, match=r"step 3 of epoch 7.*--lr"):
+        check_finite(losses, SRCNN(), 7)
+    check_finite(losses[:2], SRCNN(), 7)
+
+
+def test_check_finite_names_last_step_if_only_a_weight_is_not_finite():
+    model = SRCNN()
+    model.conv2.bias.data[5] = math.nan
+    with pytest.raises(CommandError, match="step 2 of epoch 7"):
+        check_finite(torch.tensor([0.1, 0.2]), model, 7)
+
+
+@pytest.mark.parametrize(("output", "device"), [("o", "cpu"), ("a folder", "cuda"), ("\x1b[31m", "cpu")])
+def test_resume_hint_is_command_that_resumes(capfd, output, device):
+    with pytest.raises(ZeroDivisionError), resume_hint(Path(output), torch.device(device)):
+        raise ZeroDivisionError
+    out = capfd.readouterr().out
+    assert out[:-1].isprintable()
+    if output.isprintable():
+        command = ["python", "train.py", "resume", f"{output}/checkpoint.last"]
+        assert shlex.split(out) == ["resume", "with:", *command, *["--cuda"] * (device == "cuda")]
+
+
+def test_finished_run_prints_no_resume_hint(capfd):
+    with resume_hint(Path("o"), torch.device("cpu")):
+        pass
+    assert capfd.readouterr().out == ""
