@@ -1,3 +1,6 @@
+from functools import cache
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 import torch
@@ -8,77 +11,90 @@ from data import ImageSet, degrade
 from imaging.images import to_tensor
 from training.random_patches import ImportanceSampler, RandomPatches, bicubic_error, mean_of_patches
 
+# --------------------------------------------------------------------------------- batches
 
-def mapped(width, height, blue):
-    """An image whose pixels tell their own place: red = column, green = row + 100. Red < green < blue."""
+
+def coordinates(width, height, blue):
+    """Return an image whose red is the column and whose green is the row + 100. Red < green < blue."""
     pixels = np.full((height, width, 3), blue, np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None] + 100
     return Image.fromarray(pixels)
 
 
-MAPPED = {200: mapped(60, 45, 200), 250: mapped(33, 90, 250)}
+IMAGES = {200: coordinates(60, 45, 200), 250: coordinates(33, 90, 250)}
 
 
-def draw(images, patch, count, seed, steps=1):
+def draw(images, patch, count, steps=1):
     patches = RandomPatches(ImageSet("x", images), patch, torch.device("cpu"))
-    batches = list(patches.batches(steps, count, torch.Generator().manual_seed(seed)))
+    batches = list(patches.batches(steps, count, torch.Generator().manual_seed(1)))
     assert [len(batch.hr) for batch in batches] == [count] * steps
-    return (torch.cat(side) for side in zip(*batches, strict=True))
+    return batches
 
 
-def test_patches_are_oriented_crops_and_lr_fits_hr():
-    lr, hr, _ = draw(MAPPED, 12, 200, seed=1, steps=2)
-    assert lr.shape == (400, 3, 12, 12)  # 4 and 4 pixels of context to each side
-    assert hr.shape == (400, 3, 12, 12)
-    assert lr.is_contiguous(memory_format=torch.channels_last)
-    for batch in (0, 200):  # the last eighth of each is negative
-        for side in (lr, hr):
-            side[batch + 175 : batch + 200] = 255 - side[batch + 175 : batch + 200]
-    orientations, corners, orders = set(), {200: set(), 250: set()}, []
-    for lr_patch, hr_patch in zip(lr, hr, strict=True):
-        order = hr_patch.amin((1, 2)).argsort()
-        orders.append(tuple(order.tolist()))
-        lr_patch, hr_patch = lr_patch[order], hr_patch[order]
-        left, top, blue = hr_patch.amin((1, 2)).tolist()
-        top -= 100
-        image = MAPPED[blue]
-        wanted = to_tensor(image.crop((left, top, left + 12, top + 12)))
-        (orientation,) = (i for i, patch in enumerate(dihedral(wanted)) if torch.equal(patch, hr_patch))
+@cache
+def located_patches():
+    """Return (blue, top, left, order of channels, lr, hr) of the 400 patches of two batches, in the usual colors."""
+    patches = []
+    for lr, hr, _ in draw(IMAGES, 12, 200, steps=2):
+        assert lr.is_contiguous(memory_format=torch.channels_last)
+        lr[175:], hr[175:] = 255 - lr[175:], 255 - hr[175:]  # the last eighth is negative
+        for lr_patch, hr_patch in zip(lr, hr, strict=True):
+            order = hr_patch.amin((1, 2)).argsort()
+            left, top, blue = hr_patch[order].amin((1, 2)).tolist()
+            patches.append((blue, top - 100, left, tuple(order.tolist()), lr_patch[order], hr_patch[order]))
+    return patches
+
+
+def test_patches_are_oriented_crops_with_context_in_lr():
+    orientations = set()
+    for blue, top, left, _, lr, hr in located_patches():
+        image = IMAGES[blue]
+        crop = to_tensor(image.crop((left, top, left + 12, top + 12)))
+        (orientation,) = (i for i, patch in enumerate(dihedral(crop)) if torch.equal(patch, hr))
         orientations.add(orientation)
-        corners[blue].add((top, left))
-        # The LR patch: the same place in the LR image with 4 pixels around, edges replicated.
-        part = to_tensor(degrade(image.crop((left % 3, top % 3, *image.size)))[0])
-        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, part.shape[1] - 1)
-        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, part.shape[2] - 1)
-        assert torch.equal(lr_patch, dihedral(part[:, y][..., x])[orientation])
+        # The LR patch is the same place of the LR image with 4 pixels around it, where edges are repeated.
+        whole = to_tensor(degrade(image.crop((left % 3, top % 3, *image.size)))[0])
+        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, whole.shape[1] - 1)
+        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, whole.shape[2] - 1)
+        assert torch.equal(lr, dihedral(whole[:, y][..., x])[orientation])
     assert orientations == set(range(8))
-    permuted, kept = orders[:25] + orders[200:225], orders[25:200] + orders[225:]  # the first eighth of each
-    assert set(permuted) == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+
+
+def test_first_eighth_of_batch_has_permuted_channels():
+    orders = [patch[3] for patch in located_patches()]
+    permuted, kept = orders[:25] + orders[200:225], orders[25:200] + orders[225:]
     assert set(kept) == {(0, 1, 2)}
-    for blue, image in MAPPED.items():  # all over the image, to all its edges, at all nine phases
-        assert len(corners[blue]) > 120
-        tops, lefts = zip(*corners[blue], strict=True)
-        assert (min(tops), max(tops)) == (0, image.height - 12)
-        assert (min(lefts), max(lefts)) == (0, image.width - 12)
-        assert len({(top % 3, left % 3) for top, left in corners[blue]}) == 9
+    assert set(permuted) == set(permutations(range(3))) - set(kept)
 
 
-def test_an_image_smaller_than_a_patch_is_used_whole():
+@pytest.mark.parametrize("blue", IMAGES)
+def test_patches_cover_image_to_its_edges_at_all_offsets(blue):
+    corners = {(top, left) for found, top, left, *_ in located_patches() if found == blue}
+    tops, lefts = zip(*corners, strict=True)
+    assert len(corners) > 120
+    assert (min(tops), max(tops)) == (0, IMAGES[blue].height - 12)
+    assert (min(lefts), max(lefts)) == (0, IMAGES[blue].width - 12)
+    assert len({(top % 3, left % 3) for top, left in corners}) == 9
+
+
+def test_image_smaller_than_patch_is_padded_with_its_edges():
     pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    lr, hr, _ = draw({"small": Image.fromarray(pixels)}, 15, 10, seed=0)
+    ((lr, hr, _),) = draw({"small": Image.fromarray(pixels)}, 15, 10)
     padded = torch.from_numpy(np.pad(pixels, ((0, 8), (0, 5), (0, 0)), mode="edge")).permute(2, 0, 1)
     pairs = []
-    for top in range(3):
-        for left in range(3):
-            small = to_tensor(degrade(Image.fromarray(pixels[top:, left:]))[0]).numpy()
-            pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
-            lrs = dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
-            pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
-    for lr_patch, patch in zip(lr[1:9], hr[1:9], strict=True):  # those whose colors are not changed
-        assert any(torch.equal(lr_patch, a) and torch.equal(patch, b) for a, b in pairs)
+    for top, left in product(range(3), repeat=2):
+        small = to_tensor(degrade(Image.fromarray(pixels[top:, left:]))[0]).numpy()
+        pad = ((0, 0), (4, 9 - small.shape[1]), (4, 9 - small.shape[2]))
+        lrs = dihedral(torch.from_numpy(np.pad(small, pad, mode="edge")))
+        pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
+    for lr_patch, hr_patch in zip(lr[1:9], hr[1:9], strict=True):  # the others have other colors
+        assert any(torch.equal(lr_patch, a) and torch.equal(hr_patch, b) for a, b in pairs)
 
 
-def test_places_are_drawn_by_the_root_of_their_error_and_weighted_back():
+# -------------------------------------------------------------------------------- sampling
+
+
+def test_patches_are_drawn_by_root_of_error_and_weighted_inversely():
     errors = [torch.tensor([[0.0, 5, 20]]), torch.tensor([[75.0], [0]])]  # their mean is 20
     sampler = ImportanceSampler([error.double() for error in errors], 1)
     image, corner, weight = sampler.draw(100_000, torch.Generator().manual_seed(0))
@@ -92,8 +108,8 @@ def test_places_are_drawn_by_the_root_of_their_error_and_weighted_back():
         assert weight_here == pytest.approx(1 / 5 / share)
 
 
-def test_patches_of_an_image_count_by_its_area():
-    """Of which a small image has few, and one smaller than a patch has one."""
+def test_images_count_by_their_areas():
+    """A small image has few places for a patch, and one smaller than a patch has one."""
     sampler = ImportanceSampler([torch.rand(shape).double() for shape in ((2, 3), (20, 10), (5, 4))], 4)
     image, corner, weight = sampler.draw(40_000, torch.Generator().manual_seed(0))
     for number, area in enumerate((6, 200, 20)):
@@ -102,20 +118,19 @@ def test_patches_of_an_image_count_by_its_area():
     assert set(map(tuple, corner[image == 2].tolist())) == {(0, 0), (1, 0)}
 
 
-def test_images_without_any_error_are_drawn_uniformly():
+def test_images_without_error_are_drawn_uniformly():
     image, _, weight = ImportanceSampler([torch.zeros(1, 3).double()], 1).draw(9, torch.Generator())
     assert set(image.tolist()) == {0}
     assert weight.tolist() == pytest.approx([1] * 9)
 
 
-def test_the_error_of_a_patch_is_its_mean_squared_error():
+def test_error_of_patch_is_mean_squared_error_of_bicubic():
     image = random_image("RGB", (31, 26))
     lr, hr = degrade(image)
-    up = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
-    squares = ((up - np.asarray(hr, float)) ** 2).mean(2)
+    upscaled = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
+    squares = ((upscaled - np.asarray(hr, float)) ** 2).mean(2)
     error = bicubic_error(image)
-    assert error.shape == (8, 10)
-    assert error[2, 7].item() == pytest.approx(squares[6:9, 21:24].mean())
     means = mean_of_patches(error, 3)
-    assert means.shape == (6, 8)
+    assert (error.shape, means.shape) == ((8, 10), (6, 8))
+    assert error[2, 7].item() == pytest.approx(squares[6:9, 21:24].mean())
     assert means[4, 1].item() == pytest.approx(squares[12:21, 3:12].mean())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, load, report, same, small_run, trained_checkpoint
+from helpers import ROOT, assert_one_line, contents, load, report, same, small_run, trained_checkpoint
 
 from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
@@ -22,8 +22,7 @@ def run():
     return run
 
 
-def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
-    """checkpoint.best of the epoch with the highest PSNR, numbered ones every save_freq epochs and at the end."""
+def test_checkpoints_are_saved_for_best_last_and_every_save_freq_epochs(run):
     for psnr, best, names in [
         (30.5, 1, {"best", "last"}),
         (30.4, 1, {"best", "last", "2"}),
@@ -32,101 +31,102 @@ def test_each_checkpoint_is_of_its_epoch(run, tmp_path):
         (30.1, 3, {"best", "last", "2", "4", "5"}),
     ]:
         run.finish_epoch(report(psnr))
-        run.save(tmp_path)
-        epochs = {name: load(tmp_path / f"checkpoint.{name}")["epoch"] for name in names}
+        run.save(Path())
+        assert contents().keys() == {f"checkpoint.{name}" for name in names}
+        epochs = {name: load(f"checkpoint.{name}")["epoch"] for name in names}
         assert epochs == {name: int(name) for name in names - {"best", "last"}} | {"best": best, "last": run.epoch}
-        assert len(list(tmp_path.iterdir())) == len(names)
     for name, psnr in (("best", 30.6), ("last", 30.1)):
-        saved = load(tmp_path / f"checkpoint.{name}")
+        saved = load(f"checkpoint.{name}")
         assert (saved["psnr"], saved["best"], saved["best_epoch"]) == (psnr, 30.6, 3)
 
 
 @pytest.mark.parametrize(
     ("first", "best"),
     [(report(31.0), (99.0, 1)), (report(31.0, name="renamed"), (99.0, 1)), (report(29.0, bicubic=28.0), (29.0, 1))],
-    ids=["the same test set", "under another name", "another test set"],
+    ids=["same test set", "renamed test set", "another test set"],
 )
-def test_the_best_psnr_of_before_counts_on_the_same_test_set(train_set, first, best):
+def test_best_psnr_so_far_counts_only_on_same_test_set(train_set, first, best):
     saved = trained_checkpoint()
     saved.training.best, saved.training.best_epoch = 99.0, 1
     run = restored_run(saved, Options(), RECIPES["default"], train_set, torch.float32)
     run.start(first)
-    assert (run.best, run.best_epoch) == best
-    assert run.report == first
-    assert saved.training.history == []  # the run notes its other options in a list of its own
+    assert (run.best, run.best_epoch, run.report) == (*best, first)
+    assert saved.training.history == []  # the run has its own copy, with its changed options
 
 
-def test_a_new_run_is_drawn_by_its_seed(train_set):
+def test_seed_determines_new_run(train_set):
     a, b, c = (new_run(Options(seed=seed), RECIPES["default"], train_set, torch.float32) for seed in (1, 1, 2))
-    assert same(a.model.state_dict(), b.model.state_dict())
-    assert same(a.generator.get_state(), b.generator.get_state())
-    assert not same(a.model.state_dict(), c.model.state_dict())
-    assert not same(a.generator.get_state(), c.generator.get_state())
+    for other, equal in ((b, True), (c, False)):
+        assert same(a.model.state_dict(), other.model.state_dict()) == equal
+        assert same(a.generator.get_state(), other.generator.get_state()) == equal
     assert (a.epoch, a.best, a.history) == (0, -math.inf, [])
 
 
-@pytest.mark.parametrize("name", ["best", "last"])
-def test_a_checkpoint_of_another_run_is_kept(run, capfd, name):
-    path, other = Path(f"checkpoint.{name}"), small_run()
-    save_checkpoint(run.checkpoint(), path)
-    content = path.read_bytes()
+@pytest.mark.parametrize("name", ["checkpoint.best", "checkpoint.last"])
+def test_checkpoints_of_other_runs_are_kept(run, capfd, name):
+    other = small_run()
+    save_checkpoint(run.checkpoint(), Path(name))
+    saved = contents()[name]
     other.id = "another"
     other.start(report(30.0))
-    for number in (1, 2):  # nor is it lost when that happens again
+    for number, data in ((1, saved), (2, b"not a checkpoint")):
+        Path(name).write_bytes(data)
         keep_other_checkpoints(Path(), other)
-        assert not path.exists()
-        assert capfd.readouterr().out == (
-            f"checkpoint.{name} belongs to another run or to a later epoch; it is kept as checkpoint.{name}.{number}\n"
-        )
-        path.write_bytes(b"of no training")
-    assert Path(f"checkpoint.{name}.1").read_bytes() == content
-    assert Path(f"checkpoint.{name}.2").read_bytes() == b"of no training"
+        assert_one_line(capfd.readouterr().out, f"{name} ", f" {name}.{number}\n")
+    assert contents() == {f"{name}.1": saved, f"{name}.2": b"not a checkpoint"}
 
 
-def test_the_checkpoints_that_a_run_continues_stay(run, tmp_path, capfd):
+def test_checkpoints_that_run_continues_keep_their_names(run, tmp_path):
     run.finish_epoch(report(31.0))
     run.save(tmp_path)
     keep_other_checkpoints(tmp_path, run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.best", "checkpoint.last"]
+    assert contents().keys() == {"checkpoint.best", "checkpoint.last"}
+
+
+def test_checkpoint_of_later_epoch_is_kept(run, tmp_path):
+    run.finish_epoch(report(31.0))
+    run.save(tmp_path)
     run.finish_epoch(report(30.5))
-    save_checkpoint(run.checkpoint(), tmp_path / "checkpoint.last")
-    run.epoch = 1  # resumed from the first epoch, whose best it has
+    run.save(tmp_path)
+    run.epoch = 1  # as if resumed from the first epoch, which is the best
     keep_other_checkpoints(tmp_path, run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.best", "checkpoint.last.1"]
+    assert contents().keys() == {"checkpoint.2", "checkpoint.best", "checkpoint.last.1"}
     assert load("checkpoint.last.1")["epoch"] == 2
 
 
-def test_only_one_training_writes_to_a_folder(train_small, tmp_path):
+def test_second_run_in_same_folder_is_refused(train_small, tmp_path):
     folder = tmp_path / "a" / "b"
     with lock_output_dir(folder):
         status, _, err = train_small(f"--output={folder}")
         assert status == 1
-        assert_one_line(err, f"another run is writing to {folder}; use another --output")
+        assert_one_line(err, folder, "--output")
         with lock_output_dir(tmp_path / "c"):
             pass
-    folder.joinpath(f".checkpoint.best.1{TEMPORARY_SUFFIX}").touch()  # which a killed training left
-    with lock_output_dir(folder):
-        assert not list(folder.iterdir())
+
+
+def test_partial_files_of_killed_run_are_removed(tmp_path):
+    (tmp_path / f".checkpoint.best.1{PART}").touch()
+    with lock_output_dir(tmp_path):
+        assert contents() == {}
 
 
 @pytest.mark.parametrize(("threads", "epochs"), [(1, 4), (2, 2)])
-def test_resuming_is_exact_from_every_epoch(train_small, request, threads, epochs):
+def test_resuming_from_any_epoch_is_exact(train_small, request, threads, epochs):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(threads)
     assert train_small(f"--num-epoch={epochs}", "--save-freq=1", "--output=straight")[0] == 0
     straight = load_checkpoint(Path(f"straight/checkpoint.{epochs}"))
     for epoch in range(1, epochs):
-        output = f"from{epoch}"
-        status, out, err = train_small(f"--output={output}", command=("resume", f"straight/checkpoint.{epoch}"))
+        status, out, err = train_small(f"--output={epoch}", command=("resume", f"straight/checkpoint.{epoch}"))
         assert (status, err) == (0, "")
         assert f"after epoch {epoch}\n" in out
-        resumed = load_checkpoint(Path(output, f"checkpoint.{epochs}"))
+        resumed = load_checkpoint(Path(f"{epoch}/checkpoint.{epochs}"))
         resumed.saved_at = straight.saved_at
         assert same(resumed, straight)
 
 
-def test_killed_trainings_lose_nothing():
-    """`python tests/killing.py 100` is the long form."""
+def test_killed_runs_resume_to_same_end():
+    """`python tests/killing.py 100` kills more of them."""
     command = [sys.executable, ROOT / "tests/killing.py", "5"]
     end = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert end.returncode == 0, end.stderr
