@@ -1,7 +1,8 @@
-"""Damaged and hostile checkpoints: each is refused in one line, soon, and nothing in it runs."""
+"""Damaged and hostile checkpoints: each is refused in one line, quickly, and nothing in it runs."""
 
 import codecs
 import collections
+import contextlib
 import io
 import math
 import os
@@ -13,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RUN, Call, assert_one_line, content, course_content, run_python, trained_content, trained_file
+from helpers import (
+    RUN,
+    Call,
+    assert_one_line,
+    content,
+    course_content,
+    in_new_process,
+    peak_memory_mib,
+    trained_content,
+    trained_file,
+)
 
 from model import SRCNN
 from training.checkpoints import MAX_BYTES, load_checkpoint
@@ -21,7 +32,7 @@ from utils import CommandError
 
 
 class Extra:
-    """A class that a student's checkpoint might hold."""
+    """A class that a student's checkpoint might contain."""
 
 
 def stored(content, **options):
@@ -31,7 +42,7 @@ def stored(content, **options):
 
 
 def changed(part, value):
-    """The content of a trained checkpoint with this value in place of a part; None leaves it out."""
+    """Return the content of a trained checkpoint with this value of a part; None removes the part."""
     saved = trained_content()
     optimizer = saved["optimizer"]
     places = [saved["model"]] if part.startswith("conv") else [optimizer["state"][0], optimizer, saved]
@@ -56,7 +67,7 @@ def endless():
 
 
 def with_member(name, data):
-    """A checkpoint with something more in its archive, packed."""
+    """Return a checkpoint whose archive has one more member, compressed."""
     buffer = io.BytesIO(trained_file())
     with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(archive.namelist()[0].split("/")[0] + "/" + name, data)
@@ -64,7 +75,7 @@ def with_member(name, data):
 
 
 def commented(archive):
-    """An archive whose comment ends like an archive, so that Python's zipfile does not take it for one."""
+    """Return an archive whose comment ends like an archive, so that Python's zipfile does not recognize it."""
     assert archive[-2:] == b"\0\0"  # the length of the comment
     return archive[:-2] + b"\4\0PK\5\6"
 
@@ -82,7 +93,7 @@ def hiding(mapping):
 
 
 def shortened():
-    """A checkpoint whose tensors have less memory than values."""
+    """Return a checkpoint whose tensors have less memory than values."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(stored(content()))) as archive, zipfile.ZipFile(result, "w") as other:
         for name in archive.namelist():
@@ -91,79 +102,79 @@ def shortened():
 
 
 def declared(size):
-    """A checkpoint in PyTorch's old format that says of a tensor that it has this many values."""
+    """Return a checkpoint in PyTorch's old format that declares a tensor of this many values."""
     old = stored({"model": torch.zeros(77777)}, _use_new_zipfile_serialization=False)
     return old.replace(b"J\xd1/\x01\x00", b"\x8a\x06" + size.to_bytes(6, "little"))
 
 
 def placed(offset, stride):
-    """A bias whose 32 values lie at these places of a memory of 32 values."""
+    """Return a checkpoint whose bias has this offset and stride in a memory of 32 values."""
     storage = torch.zeros(32).storage()
     arguments = (storage, offset, (32,), (stride,), False, collections.OrderedDict())
     return changed("conv2.bias", Call(torch._utils._rebuild_tensor_v2, *arguments))
 
 
 UNSAFE = "it is damaged or holds unsafe objects"
-FILES = {  # by the reason of the refusal: functions that make the content of a file, as bytes or for torch.save
+FILES = {  # {reason for refusal: {name: function that returns the content of a file, as bytes or for torch.save}}
     UNSAFE: {
         "os.system": lambda: content(model=RUN),
-        "os.system elsewhere": lambda: content(extra=RUN),
-        "os.system in a course's": lambda: course_content(opt=RUN),
+        "os.system under unknown key": lambda: content(extra=RUN),
+        "os.system in course checkpoint": lambda: course_content(opt=RUN),
         "getattr": lambda: content(info=Call(getattr, Call(__import__, "os"), "system")),
         "torch.load": lambda: content(optimizer=Call(torch.load, "other", None, None)),
-        "a bare pickle": lambda: pickle.dumps(RUN),
-        "a bare pickle of protocol 0": lambda: pickle.dumps(RUN, 0),
-        "the old format": lambda: stored(content(model=RUN), _use_new_zipfile_serialization=False),
-        "a model": SRCNN,
+        "bare pickle": lambda: pickle.dumps(RUN),
+        "bare pickle of protocol 0": lambda: pickle.dumps(RUN, 0),
+        "os.system in old format": lambda: stored(content(model=RUN), _use_new_zipfile_serialization=False),
+        "model": SRCNN,
         "another class": lambda: content(extra=Extra()),
-        "another class in a course's": lambda: course_content(info=Extra()),
-        "a set": lambda: content(extra={1, 2}),
-        "a counter": lambda: content(extra=collections.Counter("a")),
-        "a size": lambda: content(extra=torch.Size([1])),
-        "text encoded again and again": encoded,
+        "another class in course checkpoint": lambda: course_content(info=Extra()),
+        "set": lambda: content(extra={1, 2}),
+        "Counter": lambda: content(extra=collections.Counter("a")),
+        "torch.Size": lambda: content(extra=torch.Size([1])),
+        "text encoded many times": encoded,
         "many tensors in one memory": lambda: content(extra=[torch.zeros(1).view(1) for _ in range(20_000)]),
         "TorchScript": lambda: with_member("constants.pkl", b""),
-        "a zip bomb": lambda: with_member("data/99", bytes(2**28)),
-        "a zip bomb that only PyTorch unpacks": lambda: commented(with_member("data/99", bytes(2**28))),
-        "a tensor said to have 10^12 values": lambda: declared(10**12),
-        "a bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
-        "a huge number": lambda: changed("args", {"lr": 10**5000}),
-        "a bias beyond its memory": lambda: placed(1, 1),
-        "a bias far from its memory": lambda: placed(2**40, 1),
-        "a bias before its memory": lambda: placed(-1, 1),
-        "a bias with strides beyond its memory": lambda: placed(0, 2**40),
-        "a bias with negative strides": lambda: placed(31, -1),
-        "a quantized bias": lambda: changed(
+        "zip bomb": lambda: with_member("data/99", bytes(2**28)),
+        "zip bomb that only PyTorch unpacks": lambda: commented(with_member("data/99", bytes(2**28))),
+        "tensor that declares 10^12 values": lambda: declared(10**12),
+        "bytearray of 2^40": lambda: content(extra=Call(bytearray, 2**40)),
+        "huge number": lambda: changed("args", {"lr": 10**5000}),
+        "bias beyond its memory": lambda: placed(1, 1),
+        "bias far from its memory": lambda: placed(2**40, 1),
+        "bias before its memory": lambda: placed(-1, 1),
+        "bias with strides beyond its memory": lambda: placed(0, 2**40),
+        "bias with negative strides": lambda: placed(31, -1),
+        "quantized bias": lambda: changed(
             "conv2.bias", torch.quantize_per_tensor(torch.zeros(32), 1.0, 0, torch.qint8)
         ),
         "less memory than values": shortened,
         "text": lambda: b"not a checkpoint",
-        "an empty file": lambda: b"",
-        "half of one": lambda: trained_file()[:50_000],
-        "an empty archive": lambda: b"PK\5\6" + bytes(18),
-        "a broken pickle": lambda: b"\x80\x04garbage",
+        "empty file": lambda: b"",
+        "first half of checkpoint": lambda: trained_file()[:50_000],
+        "empty archive": lambda: b"PK\5\6" + bytes(18),
+        "broken pickle": lambda: b"\x80\x04garbage",
     },
     "": {
-        "a list": lambda: [1, 2, 3],
-        "a number": lambda: 5,
+        "list": lambda: [1, 2, 3],
+        "number": lambda: 5,
         "no model": lambda: content(model=None),
         "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
         "methods hidden by attributes": lambda: content(model=hiding(SRCNN().state_dict())),
-        "methods hidden by attributes in a course's": lambda: course_content(
+        "methods hidden by attributes in course checkpoint": lambda: course_content(
             model_state_dict=hiding(SRCNN().state_dict()), epoch=hiding(collections.OrderedDict())
         ),
-        "itself": lambda: changed("history", endless()),
+        "list that contains itself": lambda: changed("history", endless()),
     },
-    "it is too large": {"a large file": lambda: bytes(MAX_BYTES + 1)},
-    "its lr is damaged": {"2^60 references": lambda: changed("args", {"lr": nested()})},
-    "its epoch is missing or damaged": {"2^60 references as history": lambda: changed("history", nested())},
+    "it is too large": {"large file": lambda: bytes(MAX_BYTES + 1)},
+    "its lr is damaged": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},
+    "its epoch is missing or damaged": {"2^60 references in history": lambda: changed("history", nested())},
     "its model has other layers than SRCNN": {
-        "a layer missing": lambda: changed("conv3.bias", None),
-        "further layers": lambda: changed("conv4.bias", torch.zeros(3)),
+        "missing layer": lambda: changed("conv3.bias", None),
+        "additional layer": lambda: changed("conv4.bias", torch.zeros(3)),
     },
 }
 EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
-PARTS = {  # wrong values of a part of a checkpoint
+PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("conv1.weight", "conv1.weight should have the shape [64, 3, 9, 9], but it has [64, 1, 9, 9]"): [
         torch.zeros(64, 1, 9, 9)
     ],
@@ -242,7 +253,7 @@ def write(path, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused_and_the_reason_is_told(tmp_path, recwarn, name):
+def test_hostile_checkpoint_is_refused_with_reason(tmp_path, recwarn, name):
     write("x", name)
     recwarn.clear()
     start = time.process_time()
@@ -251,14 +262,14 @@ def test_a_hostile_checkpoint_is_refused_and_the_reason_is_told(tmp_path, recwar
     assert time.process_time() - start < 10
     reason = HOSTILE[name][1]
     assert str(refusal.value) == "x: not a valid SRCNN checkpoint" + (reason and f": {reason}")
-    assert not recwarn.list  # which would be further lines
+    assert not recwarn.list  # they would print more lines
     assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing ran
 
 
 @pytest.mark.parametrize(
     "command", ["train.py inspect x", "train.py resume x --num-epoch=9", "super_resolve.py --checkpoint=x lr.bmp"]
 )
-def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command):
+def test_every_command_refuses_hostile_checkpoint_in_one_line(cli, pictures, tmp_path, command):
     write("x", "os.system")
     before = sorted(tmp_path.iterdir())
     status, out, err = cli(*command.split())
@@ -268,7 +279,7 @@ def test_every_command_refuses_a_hostile_checkpoint_in_one_line(cli, pictures, t
 
 
 @pytest.mark.parametrize("name", ["pipe", "loop", "zeros", "folder", "missing"])
-def test_a_path_that_is_no_file_is_refused(name):
+def test_path_that_is_not_a_file_is_refused(name):
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
     os.symlink("/dev/zero", "zeros")
@@ -279,19 +290,18 @@ def test_a_path_that_is_no_file_is_refused(name):
     assert str(refusal.value) == f"{name}: {reason}"
 
 
-def test_hostile_checkpoints_take_no_memory():
-    """At most 256 MB, all of them one after another."""
+def growth_of_peak_memory(paths):
+    """Return by how many MiB loading these checkpoints raises the peak memory of this process."""
+    load_checkpoint(Path("good"))
+    before = peak_memory_mib()
+    for path in paths:
+        with contextlib.suppress(CommandError):
+            load_checkpoint(Path(path))
+    return peak_memory_mib() - before
+
+
+def test_hostile_checkpoints_take_little_memory():
     Path("good").write_bytes(trained_file())
     for i, name in enumerate(HOSTILE):
         write(f"hostile{i}", name)
-    code = """if True:
-        import contextlib, resource, sys
-        from pathlib import Path
-        from training.checkpoints import load_checkpoint
-        load_checkpoint(Path("good"))
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        before = peak()
-        for i in range(int(sys.argv[1])):
-            with contextlib.suppress(Exception): load_checkpoint(Path(f"hostile{i}"))
-        print((peak() - before) / 1024)"""
-    assert float(run_python(code, len(HOSTILE))) < 256
+    assert in_new_process(growth_of_peak_memory, [f"hostile{i}" for i in range(len(HOSTILE))]) < 256

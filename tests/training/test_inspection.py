@@ -8,13 +8,13 @@ from helpers import PATH, course_content, loaded, report, trained_checkpoint, tr
 from imaging.metrics import Psnr, Scores, table
 from training.inspection import course_to_json, describe, describe_course, to_json
 
-# What is missing has its default.
+# Options that are missing have their defaults.
 HISTORY = [(1, None), (2, {"lr": 0.001}), (4, {"num_epoch": 4}), (5, {"lr": 0.002, "num_epoch": 4})]
 
 
 @pytest.fixture
 def inspected():
-    """A checkpoint with known facts, resumed four times."""
+    """Return a checkpoint with known facts, resumed four times."""
     found = trained_checkpoint()
     found.saved_at, found.torch_version = "2025-01-02 03:04:05", "2.6.0"
     found.args = {"lr": 0.003, "num_epoch": 8}
@@ -22,7 +22,7 @@ def inspected():
     return found
 
 
-def test_a_checkpoint_as_text(inspected):
+def test_describe_own_checkpoint(inspected):
     assert describe(PATH, inspected, report()) == (
         """\
 checkpoint.3: SRCNN 9-1-5, 20,099 parameters
@@ -45,17 +45,17 @@ resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
     )
 
 
-def test_the_figures_of_the_course():
-    row = Scores(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
-    assert describe_course(row, "Set5", 8) == (
+def test_scores_by_protocol_of_course_as_text_and_json():
+    scores = Scores(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
+    assert describe_course(scores, "Set5", 8) == (
         "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:\n"
         "bicubic 30.000 dB, SRCNN 31.500 dB"
     )
     facts = {"protocol": "course", "set": "Set5", "batch_size": 8, "bicubic_rgb": 30.0, "psnr_rgb": 31.5}
-    assert json.loads(course_to_json(row, "Set5", 8)) == facts
+    assert json.loads(course_to_json(scores, "Set5", 8)) == facts
 
 
-def test_a_checkpoint_of_another_program_as_text():
+def test_describe_checkpoint_of_another_program():
     assert describe(PATH, loaded(course_content()), None) == (
         """\
 checkpoint.3: SRCNN 9-1-5, 20,099 parameters
@@ -70,7 +70,7 @@ options
     )
 
 
-def test_a_checkpoint_as_json(inspected):
+def test_json_contains_facts_of_checkpoint(inspected):
     assert json.loads(to_json(inspected, report())) == {
         "epoch": 1,
         "psnr": 31.0,
@@ -84,13 +84,13 @@ def test_a_checkpoint_as_json(inspected):
         "best_epoch": 1,
         "train_set": "dead-leaves-train",
         "run": "20250102-030405-6",
-        "history": [list(stage) for stage in HISTORY],
+        "history": [list(record) for record in HISTORY],
         "optimizer_steps": 1,
         "report": report().to_dict(),
     }
 
 
-def test_json_has_no_number_that_json_lacks(inspected):
+def test_json_has_null_for_infinity_and_nan(inspected):
     inspected.psnr, inspected.training.best = math.nan, math.inf
     text = to_json(inspected, report(math.inf))
     facts = json.loads(text, parse_constant=lambda name: pytest.fail(name))
@@ -98,7 +98,7 @@ def test_json_has_no_number_that_json_lacks(inspected):
     assert facts["report"]["mean"]["bicubic_y"] == 30.0
 
 
-def test_text_in_a_checkpoint_is_escaped():
+def test_control_characters_in_checkpoint_are_escaped():
     evil = "\x1b]0;owned\x07\r\n\u202e"
     saved = trained_content(info=dict.fromkeys(("name", "id", "email"), evil), train_set=evil, time=evil, torch=evil)
     saved["args"] |= {"train_data": evil, "test_data": evil}
