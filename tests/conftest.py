@@ -81,7 +81,9 @@ def train_small(cli, photos):
 @pytest.fixture
 def offline(monkeypatch):
     """Cut off the network, and draw generated images quickly."""
-    monkeypatch.setattr(download, "MIRRORS", ("http://127.0.0.1:9/archive.zip",))  # a port where nobody listens
+    monkeypatch.setattr(
+        "imaging.published_sets.MIRRORS", ("http://127.0.0.1:9/archive.zip",)
+    )  # a port where nobody listens
     monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 2, 60))
 
 
