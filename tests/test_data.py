@@ -146,21 +146,13 @@ def test_test_set_follows_protocol(photos):
     assert bicubic_psnr == psnr(upscaled, hr)
 
 
-@pytest.fixture
-def gray_and_color():
-    """Write the same gray image with one channel (gray/a.png) and with three (color/a.png)."""
+def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
     for folder, mode in (("gray", "L"), ("color", "RGB")):
         Path(folder).mkdir()
         random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
-
-
-def test_gray_image_is_measured_as_gray(gray_and_color):
     gray, color = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "color"))
     assert (gray.lr.mode, gray.hr.shape, color.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
     assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
-
-
-def test_gray_image_is_trained_on_as_rgb(gray_and_color):
     a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "color"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)

@@ -94,15 +94,12 @@ def test_speed_chart_shows_figures_of_its_page(make):
     assert [bar.get_width() for bar in axes.patches] == list(map(float, rows))
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files_and_to_every_page():
     for folder, page in ((ROOT, README), *((ROOT / "docs", page) for page in DOCS.values())):
         for target in re.findall(r"\]\(([^)#]+)\)", page):
             assert target.startswith("https://") or (folder / target).is_file(), target
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_readme_links_to_page(name):
-    assert f"(docs/{name})" in README
+    for name in DOCS:
+        assert f"(docs/{name})" in README
 
 
 @pytest.mark.parametrize(

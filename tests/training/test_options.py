@@ -31,16 +31,12 @@ def test_options_not_given_have_defaults_of_their_recipe():
     assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 0.0001, 128, 100, 10, "fp32", 33)
 
 
-def test_help_shows_defaults():
-    text = " ".join(parser().format_help().split())
+def test_help_shows_defaults_but_not_for_resume():
+    text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
     for name, default in (("--lr N", "0.003"), ("--batch-size N", "32"), ("--num-epoch N", "100")):
         assert f"(default: {default})" in text.partition(f" {name} ")[2].partition(" --")[0]
-
-
-def test_help_of_resume_has_no_defaults_and_no_seed():
-    text = parser(resume=True).format_help()
-    assert "default" not in text
-    assert "--seed" not in text
+    assert "default" not in text_of_resume
+    assert "--seed" not in text_of_resume
 
 
 @pytest.mark.parametrize(
@@ -90,7 +86,4 @@ def test_value_of_no_option_is_refused_in_checkpoint(name, value):
 def test_options_that_contradict_or_ask_too_much_are_refused(options, problem):
     with pytest.raises(CommandError, match=problem):
         check_options(options, world_size=3)
-
-
-def test_largest_batch_is_accepted():
     check_options(Options(batch_size=2**26 // 33**2), world_size=3)

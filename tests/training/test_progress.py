@@ -38,18 +38,15 @@ def test_fall_below_bicubic_warns_once(capfd, before, after, warns):
         assert err == ""
 
 
-def test_check_finite_names_first_step_that_is_not_finite():
+def test_check_finite_names_first_step_with_loss_or_weight_that_is_not_finite():
     losses = torch.tensor([0.1, 0.2, math.inf, math.nan])
     with pytest.raises(CommandError, match=r"step 3 of epoch 7.*--lr"):
         check_finite(losses, SRCNN(), 7)
-    check_finite(losses[:2], SRCNN(), 7)
-
-
-def test_check_finite_names_last_step_if_only_a_weight_is_not_finite():
     model = SRCNN()
+    check_finite(losses[:2], model, 7)
     model.conv2.bias.data[5] = math.nan
     with pytest.raises(CommandError, match="step 2 of epoch 7"):
-        check_finite(torch.tensor([0.1, 0.2]), model, 7)
+        check_finite(losses[:2], model, 7)
 
 
 @pytest.mark.parametrize(("output", "device"), [("o", "cpu"), ("a folder", "cuda"), ("\x1b[31m", "cpu")])

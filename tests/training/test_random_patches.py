@@ -11,8 +11,6 @@ from data import ImageSet, degrade
 from imaging.images import to_tensor
 from training.random_patches import ImportanceSampler, RandomPatches, bicubic_error, mean_of_patches
 
-# --------------------------------------------------------------------------------- batches
-
 
 def coordinates(width, height, blue):
     """Return an image whose red is the column and whose green is the row + 100. Red < green < blue."""
@@ -89,9 +87,6 @@ def test_image_smaller_than_patch_is_padded_with_its_edges():
         pairs += zip(lrs, dihedral(padded[:, top : top + 15, left : left + 15]), strict=True)
     for lr_patch, hr_patch in zip(lr[1:9], hr[1:9], strict=True):  # the others have other colors
         assert any(torch.equal(lr_patch, a) and torch.equal(hr_patch, b) for a, b in pairs)
-
-
-# -------------------------------------------------------------------------------- sampling
 
 
 def test_patches_are_drawn_by_root_of_error_and_weighted_inversely():

@@ -70,9 +70,6 @@ def test_checkpoint_of_course_is_resumed_from_its_weights(train_small, photos):
     assert load("new/checkpoint.5")["history"] == [(2, None), (4, after["args"])]
 
 
-# ----------------------------------------------------------------------- runs that end early
-
-
 def interrupt(monkeypatch):
     """Send SIGTERM in the second of the four steps of epoch 2, and allow no further step."""
     original, calls = train.train_one_step, []
