@@ -154,12 +154,22 @@ def test_bad_input_prints_one_line_and_writes_nothing(cli, photos, arguments, st
     assert sorted(os.listdir()) == ["empty", "file", "x"]
 
 
-@pytest.mark.parametrize("others", [(), ("data.py", "utils.py")], ids=["alone", "beside course's files"])
-def test_train_py_without_its_modules_prints_one_line(others):
+@pytest.mark.parametrize(
+    ("folders", "course_files", "fact"),
+    [
+        ((), (), "train.py"),
+        ((), ("data.py", "utils.py"), "train.py"),
+        (("imaging", "training", "upscaling"), ("data.py", "utils.py"), "'data'"),
+    ],
+    ids=["alone", "beside course's files", "whole project with course's files"],
+)
+def test_incomplete_project_prints_one_line(folders, course_files, fact):
     for name in ("train.py", "model.py", "info.py", "checkpoint.pth"):
         shutil.copy(ROOT / name, name)
-    for name in others:
+    for name in folders:
+        Path(name).symlink_to(ROOT / name)
+    for name in course_files:
         Path(name).write_text("class TrainDataset: ...\n")
     end = subprocess.run([sys.executable, "train.py", "inspect", "checkpoint.pth"], capture_output=True, text=True)
     assert (end.returncode, end.stdout) == (1, "")
-    assert_one_line(end.stderr, "error: ", "'data'", "all files and folders of this project", "requirements.txt")
+    assert_one_line(end.stderr, "error: ", fact, "requirements.txt")
