@@ -48,7 +48,7 @@ def pairs(text):
         ("lr.bmp", "new/", "lr.bmp new/lr_srcnn_x3.bmp"),
         ("in", None, "in/a.jpg in/a_srcnn_x3.jpg, in/b.png in/b_srcnn_x3.png"),
         ("lr.bmp in", "o/p", "lr.bmp o/p/lr_srcnn_x3.bmp, in/a.jpg o/p/a_srcnn_x3.jpg, in/b.png o/p/b_srcnn_x3.png"),
-        ("in/b.png in ./in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
+        ("in/b.png in deep/../in/b.png", "o", "in/b.png o/b_srcnn_x3.png, in/a.jpg o/a_srcnn_x3.jpg"),
     ],
 )
 def test_output_is_named_file_or_in_named_folder_or_beside_input(find, inputs, output, expected):
