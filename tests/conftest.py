@@ -58,7 +58,7 @@ def train_set():
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Return a function that runs a command: cli("train.py", "inspect", ...) -> status, stdout, stderr."""
-    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": download.main}
+    commands = {"train.py": train.main, "super_resolve.py": super_resolve.main, "data.py": data.main}
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])

@@ -4,8 +4,6 @@ import argparse
 import io
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -38,12 +36,6 @@ def peak_memory_mib():
     """Return this process's peak of resident memory. Unlike ru_maxrss, it does not begin at the parent's peak."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) / 1024
-
-
-def run_python(code, *arguments):
-    """Run code in a new Python process; return what it prints."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.check_output(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200)
 
 
 # ---------------------------------------------------------------------------- checkpoints

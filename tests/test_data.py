@@ -41,8 +41,8 @@ def test_large_files_are_not_read_to_recognize_published_set(tmp_path, monkeypat
     files = [tmp_path / "a.bmp", tmp_path / "video.mpg"]
     for file in files:
         file.write_bytes(b"ab")
-    digest = data.download.digest((file.name, b"ab") for file in files)
-    monkeypatch.setattr(data.download, "SETS", {"Set9": digest})
+    digest = data.published_sets.digest((file.name, b"ab") for file in files)
+    monkeypatch.setattr(data.published_sets, "SETS", {"Set9": digest})
     assert data.name_of_set(tmp_path, files) == "Set9"
     with files[1].open("wb") as file:
         file.truncate(data.published_sets.MAX_FILE + 1)

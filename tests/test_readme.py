@@ -157,7 +157,7 @@ def test_docs_have_psnr_by_protocol_of_literature(shipped):
 )
 def test_help_fits_terminal_and_its_examples_parse(command, monkeypatch, capsys):
     script, *words = command.split()
-    modules = {"train": train, "super_resolve": super_resolve, "data": download, "bench": bench}
+    modules = {"train": train, "super_resolve": super_resolve, "data": data, "bench": bench}
     program = "python -m tools.bench" if script == "bench" else f"{script}.py"
     start = " ".join([program, *words])
     monkeypatch.setenv("COLUMNS", "80")

@@ -15,7 +15,7 @@ from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
 from imaging.metrics import Scores, psnr
 from model import crop
-from train import RECIPES, evaluate, linear_learning_rate, mse_loss, train_one_epoch, train_one_step, weighted_mse_loss
+from train import RECIPES, evaluate, linear_schedule, mse_loss, train_one_epoch, train_one_step, weighted_mse_loss
 from training.grid_patches import GridPatches
 from training.options import Options
 from training.run import new_run
@@ -54,7 +54,7 @@ def test_mse_loss_of_no_patches_is_zero():
     ],
 )
 def test_learning_rate_warms_up_and_decays_to_zero(step, total, rate):
-    assert linear_learning_rate(2.0, step, total) == pytest.approx(rate, abs=1e-12)
+    assert linear_schedule(2.0, step, total) == pytest.approx(rate, abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------- loop
@@ -82,7 +82,7 @@ def test_learning_rate_continues_from_share_of_epochs_done(train_set, monkeypatc
     run, rates = small_run(batch_size=batch_size, patch_size=48, num_epoch=epochs), []
     monkeypatch.setattr(train, "train_one_step", lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]) or 0)
     train_one_epoch(run, train_set, 3, lambda: None)
-    assert rates == [linear_learning_rate(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
+    assert rates == [linear_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
 
 
 def test_assignment_recipe_trains_as_plain_pytorch():
@@ -96,7 +96,7 @@ def test_assignment_recipe_trains_as_plain_pytorch():
     plain = nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), conv3)
     optimizer, criterion = torch.optim.Adam(plain.parameters(), lr=0.0001), nn.MSELoss()
     for step, batch in enumerate(patches.batches(2, 5, torch.Generator())):
-        run.optimizer.param_groups[0]["lr"] = recipe.learning_rate(0.0001, step + 0.5, 2)
+        run.optimizer.param_groups[0]["lr"] = recipe.schedule(0.0001, step + 0.5, 2)
         upscaled = nn.functional.interpolate(batch.lr / 255, scale_factor=3, mode="bicubic", antialias=True)
         optimizer.zero_grad()
         loss = criterion(plain(upscaled), batch.hr / 255)

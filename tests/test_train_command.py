@@ -157,8 +157,8 @@ def test_bad_input_prints_one_line_and_writes_nothing(cli, photos, arguments, st
 @pytest.mark.parametrize(
     ("folders", "course_files", "fact"),
     [
-        ((), (), "train.py"),
-        ((), ("data.py", "utils.py"), "train.py"),
+        ((), (), "training/"),
+        ((), ("data.py", "utils.py"), "training/"),
         (("imaging", "training", "upscaling"), ("data.py", "utils.py"), "'data'"),
     ],
     ids=["alone", "beside course's files", "whole project with course's files"],

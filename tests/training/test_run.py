@@ -105,7 +105,7 @@ def test_second_run_in_same_folder_is_refused(train_small, tmp_path):
 
 
 def test_partial_files_of_killed_run_are_removed(tmp_path):
-    (tmp_path / f".checkpoint.best.1{PART}").touch()
+    (tmp_path / f".checkpoint.best.1{TEMPORARY_SUFFIX}").touch()
     with lock_output_dir(tmp_path):
         assert contents() == {}
 

@@ -1,12 +1,11 @@
 """Upscaling of images of all modes: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
 
-import resource
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, expected, in_new_process, random_image, random_model, trained_model
+from helpers import assert_same, expected, in_new_process, peak_memory_mib, random_image, random_model, trained_model
 from PIL import Image
 
 import data
@@ -98,7 +97,7 @@ def growth_of_memory():
     upscale, peaks = Upscaler(SRCNN()), []
     for side in (200, 600):
         upscale(Image.new("RGBA", (side, side)))
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        peaks.append(peak_memory_mib())
     return peaks[1] - peaks[0]
 
 
