@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
     text = "average over eight flips and rotations, at eight times the cost"
     parser.add_argument("--self-ensemble", action="store_true", help=text)
-    parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
+    parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
     text = f"side of a tile in LR pixels (default: {TILE['cpu']}, or {TILE['cuda']} with --cuda)"
     parser.add_argument("--tile", type=integer(), metavar="N", help=text)

@@ -61,14 +61,14 @@ except ImportError as error:  # for example if the course's own data.py and util
 
 
 def mse_loss(output: Tensor, batch: Batch) -> Tensor:
-    """Return the MSE of an output in [0, 1]; zero for no patches, as a process may get of the last batch."""
+    """Return the MSE of an output in [0, 1]; 0 if this process got no patches, which can happen on the last batch."""
     return F.mse_loss(output, batch.hr / 255, reduction="sum") / max(batch.hr.numel(), 1)
 
 
 def weighted_mse_loss(output: Tensor, batch: Batch) -> Tensor:
-    """Return the MSE, relative to a range of [0, 1], over RGB and luma; patches count by their weights.
+    """Return the MSE over RGB and luma of an output in [0, 255], scaled to [0, 1].
 
-    The output is in [0, 255], and it is clamped, as when an image is saved.
+    The output is clamped, as when an image is saved, and each patch is scaled by its weight.
     """
     error = (leaky_clamp(output) - batch.hr).permute(0, 2, 3, 1)  # (N, H, W, 3)
     error = error @ rgb_and_luma(error.device)  # (N, H, W, 4)
@@ -88,19 +88,19 @@ def linear_schedule(peak: float, step: float, total: float) -> float:
 
 RECIPES = {
     "default": Recipe(
-        patches=RandomPatches,  # from anywhere in the images, with their context
+        patches=RandomPatches,  # random crops with their surrounding context
         optimizer=whitened_adam,  # PyTorch's Adam in whitened coordinates of conv1
-        network=FastSRCNN,  # the same function as SRCNN, computed several times as fast
+        network=FastSRCNN,  # the same function as SRCNN, but several times faster
         loss=weighted_mse_loss,
         penalty=penalty,  # keeps plain colors plain and gray gray
         schedule=linear_schedule,
     ),
     "assignment": Recipe(
-        patches=GridPatches,  # 33x33 pixels at every 14th
+        patches=GridPatches,  # 33x33 crops with a stride of 14
         optimizer=plain_adam,  # PyTorch's Adam on the weights
         network=zero_padded_srcnn,  # SRCNN.convolve after bicubic interpolation
         loss=mse_loss,
-        penalty=lambda model, network, lr: 0,
+        penalty=lambda model, network, batch_lr: 0,
         schedule=constant_schedule,
     ),
 }
@@ -115,7 +115,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
     run.start(report)
     progress.print_start(run)
     keep_memory()
-    torch.backends.cudnn.benchmark = True  # pays where shapes repeat, which they do not in upscaling
+    torch.backends.cudnn.benchmark = True  # helps since training shapes repeat; in upscaling they vary
     if rank == 0:
         keep_other_checkpoints(output, run)
         save_checkpoint(run.checkpoint(), output / "checkpoint.last")
@@ -145,7 +145,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
 
 
 def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
-    """Train on as many pixels as the training set has. Return the loss of each step, (steps,)."""
+    """Train for one epoch, that is, on as many pixels as the training set has. Return the losses, (steps,)."""
     options = run.options
     steps = patches.steps(options.batch_size)
     losses = torch.empty(steps, device=patches.device)
@@ -154,34 +154,34 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     bar = tqdm(batches, label, steps, leave=False, disable=rank_and_world_size()[0] > 0 or None, unit="step")
     for step, batch in enumerate(bar):
         raise_interrupt()
-        done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps
+        done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps  # the middle of this step
         run.optimizer.param_groups[0]["lr"] = run.recipe.schedule(options.learning_rate, done, total)
         losses[step] = train_one_step(run, batch)
-        if step % 20 == 0 and not bar.disable:  # not at each step, since reading the loss waits for a GPU
+        if step % 20 == 0 and not bar.disable:  # not at each step, since item() waits for the GPU
             bar.set_postfix(loss=f"{losses[step].item():.5f}")
     return losses
 
 
 def train_one_step(run: Run, batch: Batch) -> Tensor:
-    """Train on a batch, which the processes share. Return the loss over the whole batch."""
+    """Take one optimizer step on a batch, split across processes. Return the loss over the whole batch."""
     model, optimizer, recipe = run.model, run.optimizer, run.recipe
     rank, world_size = rank_and_world_size()
-    share = Batch(*(tensor[rank::world_size] for tensor in batch))
+    local_batch = Batch(*(tensor[rank::world_size] for tensor in batch))
 
     optimizer.zero_grad()
-    network = recipe.network(model, run.dtype)
-    output = network(share.lr)  # (N, 3, patch, patch)
-    loss = recipe.loss(output, share)
+    network = recipe.network(model, run.dtype)  # the model with its current weights, in the form that is trained
+    output = network(local_batch.lr)  # (N, 3, patch, patch)
+    loss = recipe.loss(output, local_batch)
     (loss + recipe.penalty(model, network, batch.lr)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    all_reduce_mean([loss, *gradients], weight=len(share.lr) / len(batch.lr))
+    all_reduce_mean([loss, *gradients], weight=len(local_batch.lr) / len(batch.lr))
     optimizer.step()
     return loss
 
 
 def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Report:
-    """Measure bicubic interpolation and the network on a test set."""
+    """Evaluate bicubic interpolation and the network on a test set."""
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     scores = {
         name: Scores(image.bicubic_psnr, psnr(to_tensor(upscale(image.lr)), image.hr))
@@ -212,7 +212,7 @@ def parse_args() -> argparse.Namespace:
     add_training_arguments(resume, resume=True)
     inspect = add_command(
         "inspect",
-        "Print the contents of a checkpoint, or measure it.",
+        "Print the contents of a checkpoint, or evaluate it.",
         "inspect checkpoint.pth",
         "inspect checkpoint.pth --test-data=DIR",
         "inspect checkpoint.pth --protocol=course",
@@ -227,7 +227,7 @@ def parse_args() -> argparse.Namespace:
 def add_training_arguments(parser: ArgumentParser, resume: bool) -> None:
     if resume:
         parser.add_argument("checkpoint", type=path, help="checkpoint file, such as checkpoint.last")
-    parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
+    parser.add_argument("--cuda", action="store_true", help="use the GPU")
     add_options(parser, resume)
     default, text = (None, "folder of the checkpoint") if resume else (Path(), "current folder")
     text = f"folder for checkpoints and logs (default: {text})"
@@ -236,13 +236,13 @@ def add_training_arguments(parser: ArgumentParser, resume: bool) -> None:
 
 def add_inspection_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=path, help="checkpoint file, such as checkpoint.last")
-    parser.add_argument("--test-data", metavar="DIR", help="measure on these images, or on dead-leaves")
+    parser.add_argument("--test-data", metavar="DIR", help="evaluate on these images, or on dead-leaves")
     text = "course: PSNR of batches of patches over RGB, as the course's test program prints it"
     parser.add_argument("--protocol", choices=("literature", "course"), default="literature", help=text)
     text = "batch size for --protocol=course (default: %(default)s)"
     parser.add_argument("--batch-size", type=integer(), default=8, metavar="N", help=text)
-    parser.add_argument("--cuda", action="store_true", help="compute on the GPU")
-    parser.add_argument("--self-ensemble", action="store_true", help="measure the mean over eight flips and rotations")
+    parser.add_argument("--cuda", action="store_true", help="use the GPU")
+    parser.add_argument("--self-ensemble", action="store_true", help="average over eight flips and rotations")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -266,10 +266,10 @@ def resume_command(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace, options: Options, given: Args, resumed: Checkpoint | None = None) -> None:
-    """Check what the options ask for, connect the processes, find the data, and train."""
+    """Check the options, connect the processes, find the data, and train."""
     rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
-    if resumed and resumed.training and "precision" not in given:  # exact resuming needs the same arithmetic
+    if resumed and resumed.training and "precision" not in given:  # exact resuming needs the same precision
         precision = resumed_precision(precision, resumed.training.precision, device)
     check_options(options, world_size)
     warn_if_unsigned(rank)

@@ -78,7 +78,7 @@ class Log:
         for name, image in test_set.images.items():
             panels = [image.bicubic, to_tensor(upscale(image.lr)), image.hr]
             sheets[f"{test_set.name}/{name}: bicubic, SRCNN, ground truth"] = make_grid(panels)
-        sheets["conv1/its 64 filters"] = filters(model)
+        sheets["conv1/filters"] = filters(model)
         with self.errors_as_warning():
             for name, sheet in sheets.items():
                 self.writer.add_image(name, sheet, epoch)

@@ -1,4 +1,4 @@
-"""Adam, plain and in whitened coordinates of conv1."""
+"""Adam, plain and in whitened coordinates of conv1, with the initial weights. The schedules are in train.py."""
 
 import math
 from collections.abc import Iterable
