@@ -114,7 +114,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         content = unpickle(io.BytesIO(path.read_bytes()))
     except Exception as error:  # a damaged or hostile file can provoke any error in torch
-        raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is damaged or holds unsafe objects") from error
+        raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is damaged or contains unsafe objects") from error
     try:
         return parse(content if "model" in content else from_course(content))
     except Exception as error:  # a hostile part can provoke any error
@@ -141,7 +141,7 @@ def parse(content: Any) -> Checkpoint:
     """Check each part of a checkpoint. Raise CommandError, or whatever error a hostile part provokes."""
     model = check(content["model"], dict, "model")
     if len(model) != len(shapes()):
-        raise CommandError("its model has other layers than SRCNN")
+        raise CommandError("the model has other layers than SRCNN")
     optimizer = check(content.get("optimizer", {}), dict, "optimizer")
     args = check_args(check(content.get("args"), dict, "args"))
     ours = "whiten" in optimizer or args.get("recipe") == "assignment"
@@ -153,7 +153,7 @@ def parse(content: Any) -> Checkpoint:
         args=args,
         training=parse_training(content, whitened=args.get("recipe") != "assignment") if ours else None,
         info=Info(*(check_text(who.get(name, ""), name) for name in ("name", "id", "email"))),
-        torch_version=check_text(content.get("torch", ""), "torch version"),
+        torch_version=check_text(content.get("torch", ""), "torch"),
         saved_at=check_text(content.get("time", ""), "time"),
     )
 
@@ -161,10 +161,10 @@ def parse(content: Any) -> Checkpoint:
 def parse_training(content: Mapping[str, Any], whitened: bool) -> TrainingState:
     best, run = check(content["best"], float, "best"), check_text(content["run"], "run")
     if math.isnan(best) or not re.fullmatch(r"[\w-]{1,64}", run):
-        raise CommandError("its best PSNR or its run is damaged")
+        raise CommandError("invalid 'best' or 'run'")
     history = content.get("history", [])
     if len(history) > 10_000:
-        raise CommandError("its history is too long")
+        raise CommandError("'history' is too long")
     return TrainingState(
         optimizer=parse_optimizer(content["optimizer"], whitened),
         random_state=check_random_state(content["random_state"]),
@@ -186,7 +186,7 @@ def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, A
         whitening["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
     states = check(optimizer["state"], dict, "optimizer")
     if states and sorted(states) != list(range(len(parameters))):
-        raise CommandError("its optimizer is of another network")
+        raise CommandError("the optimizer state belongs to another network")
     return {"state": {i: check_moments(states[i], parameters[i]) for i in sorted(states)}, **whitening}
 
 
@@ -195,26 +195,26 @@ def parse_report(report: Mapping[str, Any]) -> Report:
         return Scores.from_dict({name: check(values[name], float, "report") for name in SCORE_NAMES})
 
     if not 1 <= len(report["images"]) <= 100_000:
-        raise CommandError("its report is damaged")
+        raise CommandError("invalid 'report'")
     images = {check_text(name, "report"): scores(values) for name, values in report["images"].items()}
     return Report(check_text(report["set"], "report"), images)
 
 
 def check(value: Any, kind: type, name: str) -> Any:
     if not isinstance(value, kind):
-        raise CommandError(f"its {name} is missing or damaged")
+        raise CommandError(f"missing or invalid '{name}'")
     return value
 
 
 def check_text(value: Any, name: str) -> str:
     if len(check(value, str, name)) > 1000:
-        raise CommandError(f"its {name} is too long")
+        raise CommandError(f"'{name}' is too long")
     return value
 
 
 def check_epoch(value: Any) -> int:
     if not 0 <= check(value, int, "epoch") < 2**31:
-        raise CommandError("its epoch is negative or too large")
+        raise CommandError("'epoch' is negative or too large")
     return value
 
 
@@ -223,7 +223,7 @@ def check_moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tens
     moments = {name: check_tensor(state[name], shape, "optimizer") for name in ("exp_avg", "exp_avg_sq")}
     step = check_tensor(state["step"], torch.Size(), "optimizer")
     if step < 1 or (moments["exp_avg_sq"] < 0).any():
-        raise CommandError("its optimizer is damaged")
+        raise CommandError("invalid 'optimizer'")
     return {"step": step, **moments}
 
 
@@ -247,8 +247,8 @@ def check_tensor(value: Any, shape: torch.Size, name: str) -> Tensor:
 def check_random_state(value: Any) -> Tensor:
     """Return a contiguous copy of the state of a CPU generator."""
     state = torch.Generator().get_state()
-    if check(value, Tensor, "random state").shape != state.shape or value.dtype != state.dtype:
-        raise CommandError("its random state is damaged")
+    if check(value, Tensor, "random_state").shape != state.shape or value.dtype != state.dtype:
+        raise CommandError("invalid 'random_state'")
     state.copy_(value)
     torch.Generator().set_state(state)
     return state

@@ -114,11 +114,11 @@ def check_args(args: Mapping[Any, Any]) -> Args:
         if value is None:
             continue
         if not isinstance(value, str | int | float) or (isinstance(value, str) and len(value) > 4096):
-            raise CommandError(f"its {name} is damaged")
+            raise CommandError(f"invalid '{name}'")
         try:
             checked[name] = field.metadata["type"](str(value))
         except argparse.ArgumentTypeError as error:
-            raise CommandError(f"its {name} {error}") from error
+            raise CommandError(f"'{name}' {error}") from error
         if checked[name] not in field.metadata.get("choices", [checked[name]]):
-            raise CommandError(f"its {name} is unknown")
+            raise CommandError(f"unknown '{name}'")
     return checked

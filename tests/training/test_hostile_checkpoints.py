@@ -114,7 +114,7 @@ def placed(offset, stride):
     return changed("conv2.bias", Call(torch._utils._rebuild_tensor_v2, *arguments))
 
 
-UNSAFE = "it is damaged or holds unsafe objects"
+UNSAFE = "it is damaged or contains unsafe objects"
 FILES = {  # {reason for refusal: {name: function that returns the content of a file, as bytes or for torch.save}}
     UNSAFE: {
         "os.system": lambda: content(model=RUN),
@@ -166,9 +166,9 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "list that contains itself": lambda: changed("history", endless()),
     },
     "it is too large": {"large file": lambda: bytes(MAX_BYTES + 1)},
-    "its lr is damaged": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},
-    "its epoch is missing or damaged": {"2^60 references in history": lambda: changed("history", nested())},
-    "its model has other layers than SRCNN": {
+    "invalid 'lr'": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},
+    "missing or invalid 'epoch'": {"2^60 references in history": lambda: changed("history", nested())},
+    "the model has other layers than SRCNN": {
         "missing layer": lambda: changed("conv3.bias", None),
         "additional layer": lambda: changed("conv4.bias", torch.zeros(3)),
     },
@@ -193,19 +193,19 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
         *(torch.full((32,), value) for value in (math.nan, math.inf)),
         torch.full((32,), 1e300, dtype=torch.float64),  # beyond float32
     ],
-    ("args", "its args is missing or damaged"): [None, [1]],
-    ("args", "its lr is damaged"): [{"lr": torch.zeros(5)}, {"lr": [1]}],
-    ("args", r"its lr must be a positive number (below 2^31), not '\x1b[31m'"): [{"lr": "\x1b[31m"}],
-    ("args", "its batch_size must be a positive integer (below 2^31), not '-4'"): [{"batch_size": -4}],
-    ("info", "its name is too long"): [{"name": "\x1b[2J" * 10**6}],
-    ("epoch", "its epoch is missing or damaged"): [None, "3"],
-    ("epoch", "its epoch is negative or too large"): [-1, 2**40, 10**400],
-    ("psnr", "its psnr is missing or damaged"): ["high"],
-    ("optimizer", "its optimizer is missing or damaged"): [
+    ("args", "missing or invalid 'args'"): [None, [1]],
+    ("args", "invalid 'lr'"): [{"lr": torch.zeros(5)}, {"lr": [1]}],
+    ("args", r"'lr' must be a positive number (below 2^31), not '\x1b[31m'"): [{"lr": "\x1b[31m"}],
+    ("args", "'batch_size' must be a positive integer (below 2^31), not '-4'"): [{"batch_size": -4}],
+    ("info", "'name' is too long"): [{"name": "\x1b[2J" * 10**6}],
+    ("epoch", "missing or invalid 'epoch'"): [None, "3"],
+    ("epoch", "'epoch' is negative or too large"): [-1, 2**40, 10**400],
+    ("psnr", "missing or invalid 'psnr'"): ["high"],
+    ("optimizer", "missing or invalid 'optimizer'"): [
         "whiten",
         {"whiten": EYE, "state": {i: torch.zeros(9) for i in range(6)}},
     ],
-    ("optimizer", "its optimizer is of another network"): [{"whiten": EYE, "state": {0: 7}}],
+    ("optimizer", "the optimizer state belongs to another network"): [{"whiten": EYE, "state": {0: 7}}],
     ("whiten", "whitening matrix should have the shape [243, 243], but it has nothing"): ["x"],
     ("whiten", "whitening matrix should have the shape [243, 243], but it has [0, 243]"): [torch.zeros(0, 243)],
     ("whiten", "whitening matrix has values that are not finite"): [EYE * math.inf],
@@ -214,28 +214,28 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("exp_avg", "optimizer is not an ordinary tensor"): [torch.zeros(64, 243, dtype=torch.int64)],
     ("exp_avg", UNSAFE): [torch.zeros(64, 243, dtype=torch.complex64)],
     ("exp_avg", "optimizer has values that are not finite"): [torch.full((64, 243), math.nan)],
-    ("exp_avg_sq", "its optimizer is damaged"): [torch.full((64, 243), -1.0)],
+    ("exp_avg_sq", "invalid 'optimizer'"): [torch.full((64, 243), -1.0)],
     ("step", "optimizer should have the shape [], but it has [5]"): [torch.zeros(5)],
     ("step", "optimizer should have the shape [], but it has [0]"): [torch.zeros(0)],
-    ("step", "its optimizer is damaged"): [torch.tensor(-5.0)],
-    ("random_state", "its random state is damaged"): [
+    ("step", "invalid 'optimizer'"): [torch.tensor(-5.0)],
+    ("random_state", "invalid 'random_state'"): [
         torch.zeros(3),
         torch.zeros(0, dtype=torch.uint8),
         torch.zeros(1, dtype=torch.uint8).expand(2**32),
     ],
     ("random_state", ""): [torch.full((5056,), value, dtype=torch.uint8) for value in (0, 255)],
     ("history", ""): [3, [1], [[1]], [[1, 2]], [[1, 0]]],
-    ("history", "its history is too long"): [[[1, None]] * 10_001],
-    ("history", "its epoch is missing or damaged"): [[["x", {}]]],
-    ("history", "its lr is damaged"): [[[1, {"lr": [[[]]]}]]],
-    ("run", "its run is missing or damaged"): [5],
-    ("run", "its run is too long"): ["x" * 5000],
-    ("run", "its best PSNR or its run is damaged"): ["..", "../../../elsewhere", "/tmp/elsewhere", "x\n"],
-    ("best", "its best is missing or damaged"): ["high"],
-    ("best", "its best PSNR or its run is damaged"): [math.nan],
+    ("history", "'history' is too long"): [[[1, None]] * 10_001],
+    ("history", "missing or invalid 'epoch'"): [[["x", {}]]],
+    ("history", "invalid 'lr'"): [[[1, {"lr": [[[]]]}]]],
+    ("run", "missing or invalid 'run'"): [5],
+    ("run", "'run' is too long"): ["x" * 5000],
+    ("run", "invalid 'best' or 'run'"): ["..", "../../../elsewhere", "/tmp/elsewhere", "x\n"],
+    ("best", "missing or invalid 'best'"): ["high"],
+    ("best", "invalid 'best' or 'run'"): [math.nan],
     ("report", ""): [None, {"images": 1}, ["x" * 999] * 9_000],
-    ("report", "its report is damaged"): [{"set": "x", "images": {}}],
-    ("report", "its report is too long"): [
+    ("report", "invalid 'report'"): [{"set": "x", "images": {}}],
+    ("report", "'report' is too long"): [
         {"set": "x" * 5000, "images": {"a": ROW}},
         {"set": "x", "images": {"a" * 5000: ROW}},
     ],

@@ -63,13 +63,13 @@ def test_invalid_value_is_refused_on_command_line_and_in_checkpoint(capsys, name
     assert_one_line(capsys.readouterr().err, f"--{name.replace('_', '-')}", problem)
     with pytest.raises(CommandError) as refusal:
         check_args({name: value})
-    assert f"{name} " in str(refusal.value)
+    assert f"'{name}'" in str(refusal.value)
     assert problem in str(refusal.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", [8]), ("train_data", "x" * 5000)], ids=["list", "long"])
 def test_value_of_no_option_is_refused_in_checkpoint(name, value):
-    with pytest.raises(CommandError, match=f"its {name} is"):
+    with pytest.raises(CommandError, match=f"invalid '{name}'"):
         check_args({name: value})
 
 
