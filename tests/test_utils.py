@@ -86,6 +86,17 @@ def test_command_prints_to_limited_outputs(shell, out, err):
     assert (end.returncode, end.stdout.strip(), end.stderr.strip()) == (0, out, err)
 
 
+@pytest.fixture
+def _heeded():
+    """Signals as in an interactive shell: a background job ignores SIGINT, and nohup ignores SIGHUP."""
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_heeded")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_leaves_no_temporary_file(capsys, number, status):
     def main():
@@ -110,6 +121,7 @@ def test_hangup_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, previous)
 
 
+@pytest.mark.usefixtures("_heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_interrupt_is_deferred_and_second_is_not(number):
     before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)]
