@@ -35,7 +35,7 @@ except ImportError:  # Windows, which has no fork either
 
 SIZES = (256, 512, 768)  # sides of the square LR images
 PHOTO = (4000, 3000)  # width and height of an LR image that is too large for plain PyTorch
-REPETITIONS = 3  # of each measurement except for that of the photo
+REPETITIONS = 3  # number of turns, except for the photo, which has one
 # Multiplications per HR pixel in plain PyTorch. Training needs no gradient of the input image.
 MULTIPLICATIONS = {"training": 44_448, "inference": 20_000}
 CPU = torch.device("cpu")

@@ -136,7 +136,7 @@ def test_course_programs_read_checkpoint(checkpoint, tmp_path):
     assert first == f"{saved['epoch']} {saved['psnr']} {saved['args']} {saved['info']}"
     learning_rate, change = map(float, second.split())
     assert learning_rate == saved["args"]["lr"]
-    assert 0 < change <= 20 * learning_rate  # more if the moments were not those of the weights
+    assert 0 < change <= 20 * learning_rate  # more with the moments of something else
     with torch.no_grad():
         assert torch.equal(load(folder / "sr"), trained_model(checkpoint)(lr)[0])
 
