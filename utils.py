@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -195,6 +196,22 @@ class FileWithoutDescriptor(io.BufferedRandom):
 
     def fileno(self) -> NoReturn:
         raise io.UnsupportedOperation("fileno")
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file, up to one byte more than ``max_bytes``. Raises CommandError."""
+    try:
+        with open(path, "rb", opener=open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CommandError(f"{path}: not a file")
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open a file as open() does, but do not wait until somebody writes to it if it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
 """Checkpoints: their contents, saving them, and loading them without trusting them."""
 
-import argparse
 import io
 import math
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +17,9 @@ from info import Info, info
 from model import SRCNN
 from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
-from utils import CommandError, atomic_write
+from utils import CommandError, atomic_write, read_file
+
+MAX_WEIGHT = 1e6  # larger weights could overflow float32; ours are below 10
 
 # The epoch after which options were changed, and the options until then; None if unknown.
 ResumeRecord = tuple[int, Args | None]
@@ -78,6 +78,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     content["optimizer_state_dict"] = for_plain_adam(content["optimizer"], checkpoint.args.get("lr", 0.001))
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(content, buffer)
+    load_checkpoint(paths[0], buffer.getvalue())  # raises an error if it could not be loaded later
     for path in paths:
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
@@ -98,28 +99,23 @@ def is_filled_in(who: Info) -> bool:
 # ------------------------------------------------------------------------------ loading
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
     """Read and check a checkpoint of this project or of the course's skeleton. No code in it is run.
 
-    Every tensor is copied into its own memory, and unknown items are dropped.
-
-    Raises
-    ------
-    CommandError if the file does not exist, is damaged or hostile, or contains another network
+    Every tensor is copied into its own memory, and unknown items are dropped. The content of the file is read unless
+    it is given as ``data``. Raises CommandError.
     """
-    if not path.is_file():
-        raise CommandError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}")
-    if path.stat().st_size > MAX_BYTES:
-        raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is too large")
+    data = read_file(path, MAX_BYTES) if data is None else data
     try:
-        content = unpickle(io.BytesIO(path.read_bytes()))
-    except Exception as error:  # a damaged or hostile file can provoke any error in torch
-        raise CommandError(f"{path}: not a valid SRCNN checkpoint: it is damaged or contains unsafe objects") from error
-    try:
+        if len(data) > MAX_BYTES:
+            raise CommandError("it is too large")
+        content = unpickle(data)
         return parse(content if "model" in content else from_course(content))
-    except Exception as error:  # a hostile part can provoke any error
-        reason = f": {error}" if isinstance(error, CommandError) else ""
-        raise CommandError(f"{path}: not a valid SRCNN checkpoint{reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or hostile file can provoke errors of many types
+        reason = error if isinstance(error, CommandError) else "it is damaged or contains unsafe objects"
+        raise CommandError(f"{path}: not a valid SRCNN checkpoint: {reason}") from error
 
 
 def from_course(content: Any) -> dict[str, Any]:
@@ -127,131 +123,93 @@ def from_course(content: Any) -> dict[str, Any]:
     weights, names = content["model_state_dict"], list(shapes())
     if len(weights) == len(names):
         weights = dict(zip(names, weights.values(), strict=True))
-    opt, who = content.get("opt"), content.get("info")
-    return {
-        "model": weights,
-        "args": valid_args(vars(opt)) if isinstance(opt, argparse.Namespace) else {},
-        "info": {key: str(value)[:1000] for key, value in vars(who).items()} if isinstance(who, Info) else {},
-        "epoch": content.get("epoch", 0) + 1,
-        "psnr": float(content.get("psnr", math.nan)),
-    }
+    who = {name: str(value)[:1000] for name, value in content.get("info", {}).items() if isinstance(value, str | int)}
+    epoch, psnr = content.get("epoch", 0) + 1, float(content.get("psnr", math.nan))
+    return {"model": weights, "args": valid_args(content.get("opt", {})), "info": who, "epoch": epoch, "psnr": psnr}
 
 
 def parse(content: Any) -> Checkpoint:
-    """Check each part of a checkpoint. Raise CommandError, or whatever error a hostile part provokes."""
-    model = check(content["model"], dict, "model")
+    """Check each part of a checkpoint. Raise CommandError, or whatever error an invalid part provokes."""
+    model, optimizer = check(content["model"], dict, "model"), check(content.get("optimizer", {}), dict, "optimizer")
     if len(model) != len(shapes()):
         raise CommandError("the model has other layers than SRCNN")
-    optimizer = check(content.get("optimizer", {}), dict, "optimizer")
-    args = check_args(check(content.get("args"), dict, "args"))
-    ours = "whiten" in optimizer or args.get("recipe") == "assignment"
-    who = check(content.get("info", {}), dict, "info")
+    args, who = check_args(check(content.get("args"), dict, "args")), check(content.get("info", {}), dict, "info")
+    whitened = args.get("recipe") != "assignment"
     return Checkpoint(
-        model={name: check_tensor(model.get(name), shape, name) for name, shape in shapes().items()},
-        epoch=check_epoch(content.get("epoch")),
+        model={name: check_tensor(model.get(name), shape, name, MAX_WEIGHT) for name, shape in shapes().items()},
+        epoch=check(content.get("epoch"), int, "epoch"),
         psnr=check(content.get("psnr"), float, "psnr"),
         args=args,
-        training=parse_training(content, whitened=args.get("recipe") != "assignment") if ours else None,
-        info=Info(*(check_text(who.get(name, ""), name) for name in ("name", "id", "email"))),
-        torch_version=check_text(content.get("torch", ""), "torch"),
-        saved_at=check_text(content.get("time", ""), "time"),
+        training=parse_training(content, whitened) if "whiten" in optimizer or not whitened else None,
+        info=Info(*(check(who.get(name, ""), str, name) for name in ("name", "id", "email"))),
+        torch_version=check(content.get("torch", ""), str, "torch"),
+        saved_at=check(content.get("time", ""), str, "time"),
     )
 
 
-def parse_training(content: Mapping[str, Any], whitened: bool) -> TrainingState:
-    best, run = check(content["best"], float, "best"), check_text(content["run"], "run")
-    if math.isnan(best) or not re.fullmatch(r"[\w-]{1,64}", run):
-        raise CommandError("invalid 'best' or 'run'")
-    history = content.get("history", [])
-    if len(history) > 10_000:
-        raise CommandError("'history' is too long")
+def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
+    report, images = content["report"], {}
+    for name, scores in report["images"].items():
+        values = {key: check(scores[key], float, "report") for key in SCORE_NAMES}
+        images[check(name, str, "report")] = Scores.from_dict(values)
+    if not images or math.isnan(content["best"]) or not re.fullmatch(r"[\w-]{1,64}", content["run"]):
+        raise CommandError("invalid 'report', 'best' or 'run'")
     return TrainingState(
         optimizer=parse_optimizer(content["optimizer"], whitened),
         random_state=check_random_state(content["random_state"]),
         precision="bf16" if content.get("precision") == "bf16" else "fp32",
-        report=parse_report(content["report"]),
-        best=best,
-        best_epoch=check_epoch(content["best_epoch"]),
-        train_set=check_text(content.get("train_set", ""), "train_set"),
-        run=run,
-        history=[(check_epoch(epoch), None if args is None else check_args(args)) for epoch, args in history],
+        report=Report(check(report["set"], str, "report"), images),
+        best=check(content["best"], float, "best"),
+        best_epoch=check(content["best_epoch"], int, "best_epoch"),
+        train_set=check(content.get("train_set", ""), str, "train_set"),
+        run=content["run"],
+        history=[(check(n, int, "history"), args and check_args(args)) for n, args in content.get("history", [])],
     )
 
 
-def parse_optimizer(optimizer: Mapping[str, Any], whitened: bool) -> dict[str, Any]:
+def parse_optimizer(optimizer: dict[str, Any], whitened: bool) -> dict[str, Any]:
     """Check the state of Adam, or of WhitenedAdam if ``whitened``."""
-    parameters, whitening = list(shapes().values()), {}
+    result: dict[str, Any] = {"state": {}}
+    states, parameters = check(optimizer["state"], dict, "optimizer"), list(shapes().values())
     if whitened:
         parameters[0] = torch.Size((64, 243))
-        whitening["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
-    states = check(optimizer["state"], dict, "optimizer")
-    if states and sorted(states) != list(range(len(parameters))):
+        result["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
+    if states and set(states) != set(range(len(parameters))):
         raise CommandError("the optimizer state belongs to another network")
-    return {"state": {i: check_moments(states[i], parameters[i]) for i in sorted(states)}, **whitening}
+    for i in sorted(states):
+        kinds: dict[str, torch.Size] = {"step": torch.Size(), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+        state = check(states[i], dict, "optimizer")
+        result["state"][i] = {name: check_tensor(state.get(name), kinds[name], "optimizer") for name in kinds}
+        if result["state"][i]["step"] < 1 or result["state"][i]["exp_avg_sq"].min() < 0:
+            raise CommandError("invalid 'optimizer'")
+    return result
 
 
-def parse_report(report: Mapping[str, Any]) -> Report:
-    def scores(values: Mapping[str, Any]) -> Scores:
-        return Scores.from_dict({name: check(values[name], float, "report") for name in SCORE_NAMES})
-
-    if not 1 <= len(report["images"]) <= 100_000:
-        raise CommandError("invalid 'report'")
-    images = {check_text(name, "report"): scores(values) for name, values in report["images"].items()}
-    return Report(check_text(report["set"], "report"), images)
-
-
-def check(value: Any, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
+def check(value: Any, kind: Any, name: str) -> Any:
+    """Return a value. Raise CommandError unless it has this type and, if it is an integer or text, a plausible size."""
+    if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31) or (kind is str and len(value) > 4096):
         raise CommandError(f"missing or invalid '{name}'")
     return value
 
 
-def check_text(value: Any, name: str) -> str:
-    if len(check(value, str, name)) > 1000:
-        raise CommandError(f"'{name}' is too long")
-    return value
-
-
-def check_epoch(value: Any) -> int:
-    if not 0 <= check(value, int, "epoch") < 2**31:
-        raise CommandError("'epoch' is negative or too large")
-    return value
-
-
-def check_moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
-    check(state, dict, "optimizer")
-    moments = {name: check_tensor(state[name], shape, "optimizer") for name in ("exp_avg", "exp_avg_sq")}
-    step = check_tensor(state["step"], torch.Size(), "optimizer")
-    if step < 1 or (moments["exp_avg_sq"] < 0).any():
-        raise CommandError("invalid 'optimizer'")
-    return {"step": step, **moments}
-
-
-def check_tensor(value: Any, shape: torch.Size, name: str) -> Tensor:
-    """Return a contiguous float32 copy. Raise CommandError unless the tensor has this shape and finite values."""
-    if not isinstance(value, Tensor) or value.shape != shape:
-        found = list(value.shape) if isinstance(value, Tensor) else "nothing"
-        raise CommandError(f"{name} should have the shape {list(shape)}, but it has {found}")
-    if (
-        value.layout is not torch.strided
-        or value.device.type != "cpu"
-        or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    ):
-        raise CommandError(f"{name} is not an ordinary tensor")
-    copy = torch.empty(shape).copy_(value.detach())
-    if not copy.isfinite().all():
-        raise CommandError(f"{name} has values that are not finite")
+def check_tensor(value: Any, shape: torch.Size, name: str, maximum: float = math.inf) -> Tensor:
+    """Return a contiguous float32 copy. Raise CommandError unless the tensor has this shape and plausible values."""
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else "another object"
+        raise CommandError(f"{name} should contain floating-point numbers of shape {list(shape)}, not {found}")
+    copy = torch.empty(shape).copy_(value)
+    if not copy.isfinite().all() or copy.abs().max() > maximum:
+        raise CommandError(f"{name} has values that are not finite or too large")
     return copy
 
 
-def check_random_state(value: Any) -> Tensor:
-    """Return a contiguous copy of the state of a CPU generator."""
-    state = torch.Generator().get_state()
-    if check(value, Tensor, "random_state").shape != state.shape or value.dtype != state.dtype:
+def check_random_state(value: Tensor) -> Tensor:
+    """Return a contiguous copy of the state of a CPU generator. Raise CommandError if PyTorch would read beyond it."""
+    state = torch.Generator().get_state().copy_(value)
+    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
+    if left < 1 or not 0 <= following <= 625 - left:  # left - 1 of its 624 numbers are read, from the following one
         raise CommandError("invalid 'random_state'")
-    state.copy_(value)
-    torch.Generator().set_state(state)
-    return state
+    return torch.Generator().set_state(state).get_state()
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imaging.metrics import Report, summary, table
 from model import SRCNN
+from training.checkpoints import MAX_WEIGHT
 from training.options import Options
 from training.run import Patches, Run
 from upscaling.device import dtype_name
@@ -49,9 +50,9 @@ def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
 
 
 def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
-    """Raise CommandError if training has diverged to NaN or infinity."""
+    """Raise CommandError if training has diverged: to NaN, infinity, or weights that cannot be loaded again."""
     wrong = losses.isfinite().logical_not().nonzero()
-    if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
+    if len(wrong) or not all(p.abs().max() <= MAX_WEIGHT for p in model.parameters()):
         step = int(wrong[0]) + 1 if len(wrong) else len(losses)
         raise CommandError(f"the loss is not finite at step {step} of epoch {epoch}; lower the learning rate (--lr)")
 
