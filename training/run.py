@@ -22,7 +22,7 @@ from training.random_patches import RandomPatches
 from training.recipe import Network
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
-from utils import CommandError, locked, make_folder, remove_stale_files
+from utils import CommandError, locked, make_folder, remove_stale_files, show
 
 Patches = RandomPatches | GridPatches
 
@@ -93,6 +93,7 @@ class Run:
         names = ["best"] if self.epoch == self.best_epoch else []
         if self.is_milestone():
             names.append(str(self.epoch))
+        # checkpoint.last comes last: a run that is killed here repeats the epoch, and writes the others again.
         save_checkpoint(self.checkpoint(), *(output / f"checkpoint.{name}" for name in [*names, "last"]))
 
 
@@ -150,16 +151,23 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
     """Rename checkpoint.best and checkpoint.last if this run would replace them without having continued them."""
-    for name, epoch in (("best", run.best_epoch), ("last", run.epoch)):
-        path = output / f"checkpoint.{name}"
-        if not path.exists():
+    last, best = output / "checkpoint.last", output / "checkpoint.best"
+    kept = [last] if is_saved(last, run.id, run.epoch) else []
+    if is_saved(best, run.id, run.best_epoch) or (kept and is_saved(best, run.id, run.epoch + 1)):  # see Run.save
+        kept.append(best)
+    for path in (best, last):
+        if path in kept or not path.exists():
             continue
-        with contextlib.suppress(CommandError):  # a file that is not a checkpoint is also kept
-            other = load_checkpoint(path)
-            if other.training and (other.training.run, other.epoch) == (run.id, epoch):
-                continue
         number = 1
-        while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        while (other := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
-        os.replace(path, kept)
-        print(f"{path} belongs to another run or to a later epoch; it is kept as {kept}")
+        os.replace(path, other)
+        show(f"{path} belongs to another run or to a later epoch; it is kept as {other}")
+
+
+def is_saved(path: Path, run: str, epoch: int) -> bool:
+    """Return whether a file is the checkpoint of a run after this epoch, rather than of another one or damaged."""
+    with contextlib.suppress(CommandError):
+        checkpoint = load_checkpoint(path)
+        return checkpoint.training is not None and (checkpoint.training.run, checkpoint.epoch) == (run, epoch)
+    return False

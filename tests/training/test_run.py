@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
 from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
-from utils import TEMPORARY_SUFFIX
+from utils import TEMPORARY_SUFFIX, interrupt
 
 
 @pytest.fixture
@@ -92,6 +93,33 @@ def test_checkpoint_of_later_epoch_is_kept(run, tmp_path):
     keep_other_checkpoints(tmp_path, run)
     assert contents().keys() == {"checkpoint.2", "checkpoint.best", "checkpoint.last.1"}
     assert load("checkpoint.last.1")["epoch"] == 2
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_run_that_is_killed_while_saving_resumes_with_its_checkpoints(run, tmp_path, monkeypatch, cut):
+    run.finish_epoch(report(31.0))
+    run.save(tmp_path)
+    run.finish_epoch(report(32.0))
+    calls, rename = iter(range(3)), os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: interrupt(2, None) if next(calls) == cut else rename(*paths))
+    with pytest.raises(KeyboardInterrupt):
+        run.save(tmp_path)
+    saved = contents()
+    assert saved.keys() == {"checkpoint.best", "checkpoint.last", *["checkpoint.2"] * (cut == 2)}
+    resumed = load_checkpoint(Path("checkpoint.last"))
+    run.epoch, run.best_epoch = resumed.epoch, resumed.training.best_epoch
+    assert (run.epoch, run.best_epoch) == (1, 1)
+    keep_other_checkpoints(tmp_path, run)
+    assert contents() == saved
+
+
+def test_best_of_next_epoch_is_kept_if_run_had_gone_further(run, tmp_path):
+    for y in (31.0, 32.0, 31.5):  # checkpoint.2 is also written
+        run.finish_epoch(report(y))
+        run.save(tmp_path)
+    run.epoch = run.best_epoch = 1  # as if resumed from the first epoch
+    keep_other_checkpoints(tmp_path, run)
+    assert contents().keys() == {"checkpoint.best.1", "checkpoint.last.1", "checkpoint.2"}
 
 
 def test_second_run_in_same_folder_is_refused(train_small, tmp_path):
