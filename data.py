@@ -19,7 +19,7 @@ from imaging.images import bicubic, list_images, read_hr, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
-from utils import ArgumentParser, CommandError, path, plural, printable, run_command, warn
+from utils import ArgumentParser, CommandError, path, plural, printable, run_command, show, warn
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
@@ -225,7 +225,7 @@ def main() -> None:
     missing = []
     for name in published_sets.SETS:
         if (published_sets.DATA / name).exists():
-            print(f"{published_sets.DATA / name} already exists")
+            show(f"{published_sets.DATA / name} already exists")
         else:
             missing.append(name)
     if missing:

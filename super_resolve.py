@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from imaging.comparison import compare
 from imaging.formats import FORMAT_CHOICES
@@ -35,7 +34,7 @@ from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_devi
 from upscaling.distributed import gather, process_group, rank_and_world_size
 from upscaling.jobs import SUFFIX, Job, find_jobs
 from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
-from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, printable, run_command
+from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 
 T = TypeVar("T", Image.Image, np.ndarray)
 CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
@@ -130,12 +129,12 @@ def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     sr = upscaler(lr, job.lr.name)
     write_image(sr, job.sr, lr.info, job.format, SCALE)
     seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
-    tqdm.write(f"{printable(job.sr)}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
+    show(f"{job.sr}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
     picture, scores = compare(flatten(lr), flatten(sr), hr)
     write_image(picture, job.comparison, {})
-    tqdm.write(printable(job.comparison))
+    show(job.comparison)
     return scores
 
 
@@ -168,7 +167,7 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
 def show_progress(jobs: list[Job], hidden: bool) -> Iterator[Job]:
     """Yield the jobs and show a progress bar, which estimates the remaining time from file sizes."""
     sizes = [job.lr.stat().st_size if job.lr.is_file() else 0 for job in jobs]  # bytes
-    with tqdm(total=sum(sizes), leave=False, disable=hidden or None, unit="B", unit_scale=True) as bar:
+    with progress_bar(None, "", "B", hidden, total=sum(sizes), unit_scale=True) as bar:
         for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
             bar.set_description(f"{number}/{len(jobs)} images")
             yield job
@@ -181,13 +180,13 @@ def summarize(results: list[Results], ground_truth: Path | None, count: int, sec
     failures = [failure for result in results for failure in result.failures]
     skipped = sum(result.skipped for result in results)
     if scores and ground_truth:
-        print(table(Report(ground_truth.name, scores)))
+        show(*table(Report(ground_truth.name, scores)))
     if count > 1 or skipped:
         upscaled, duration = count - skipped - len(failures), timedelta(seconds=round(seconds))
         existing = f", {plural(skipped, 'image')} already had an output" if skipped else ""
-        print(f"{upscaled} of {plural(count, 'image')} upscaled in {duration}{existing}", flush=True)
+        show(f"{upscaled} of {plural(count, 'image')} upscaled in {duration}{existing}")
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        show(f"error: {failure}", to_stderr=True)
     if failures:
         raise CommandError(f"{len(failures)} of {count} images failed")
 

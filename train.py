@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 try:
     from data import TEST_DATA, Batch, TestSet, default_folder, find_data, load_images, load_sets
@@ -50,7 +49,7 @@ try:
     from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
     from upscaling.fast_srcnn import FastSRCNN
     from upscaling.upscaler import Upscaler
-    from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, printable, run_command, warn
+    from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, run_command, show, warn
 except ImportError as error:  # for example if the course's own data.py and utils.py are beside this file
     folders = ("imaging/", "training/", "upscaling/")
     missing = [name for name in folders if not Path(__file__).parent.joinpath(name).is_dir()]
@@ -150,8 +149,7 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     steps = patches.steps(options.batch_size)
     losses = torch.empty(steps, device=patches.device)
     batches = patches.batches(steps, options.batch_size, run.generator)
-    label = f"epoch {epoch}/{options.num_epoch}"
-    bar = tqdm(batches, label, steps, leave=False, disable=rank_and_world_size()[0] > 0 or None, unit="step")
+    bar = progress.epoch_bar(batches, epoch, steps, options)
     for step, batch in enumerate(bar):
         raise_interrupt()
         done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps  # the middle of this step
@@ -256,11 +254,11 @@ def resume_command(args: argparse.Namespace) -> None:
     options = Options.from_args(checkpoint.args | given)
     args.output = args.output or args.checkpoint.parent
     if checkpoint.epoch > options.num_epoch:
-        name = printable(args.checkpoint)
-        raise CommandError(f"{name} already has {checkpoint.epoch} epochs, more than --num-epoch={options.num_epoch}")
-    print(f"resuming {printable(args.checkpoint)} after epoch {checkpoint.epoch}{changes(checkpoint.args, given)}")
+        reason = f"already has {checkpoint.epoch} epochs, more than --num-epoch={options.num_epoch}"
+        raise CommandError(f"{args.checkpoint} {reason}")
+    show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changes(checkpoint.args, given)}")
     if checkpoint.epoch == options.num_epoch:
-        print(f"its --num-epoch={options.num_epoch} has been reached; give a larger one to train further")
+        show(f"its --num-epoch={options.num_epoch} has been reached; give a larger one to train further")
     else:
         start(args, options, given, checkpoint)
 
@@ -302,12 +300,13 @@ def inspect_command(args: argparse.Namespace) -> None:
     if args.protocol == "course":
         images = load_images(args.test_data or default_folder(TEST_DATA), "test")
         scores = course_psnr(model, images, args.batch_size)
-        print((course_to_json if args.json else describe_course)(scores, images.name, args.batch_size))
+        facts = scores, images.name, args.batch_size
+        show(*(course_to_json(*facts).splitlines() if args.json else describe_course(*facts)))
         return
     report = checkpoint.training.report if checkpoint.training else None
     if args.test_data is not None:
         report = evaluate(model, TestSet(load_images(args.test_data, "test")), args.self_ensemble)
-    print(to_json(checkpoint, report) if args.json else describe(args.checkpoint, checkpoint, report))
+    show(*(to_json(checkpoint, report).splitlines() if args.json else describe(args.checkpoint, checkpoint, report)))
 
 
 def main() -> None:

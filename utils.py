@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 # Windows has no SIGHUP.
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
@@ -49,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def integer(minimum: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
@@ -89,6 +90,38 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+# ------------------------------------------------------------------------------- output
+# All output of the programs goes through these functions and run_command.
+
+
+def show(*lines: object, to_stderr: bool = False) -> None:
+    """Print lines, above progress bars."""
+    file = sys.stderr if to_stderr else sys.stdout
+    tqdm.write("\n".join(map(printable, lines)), file=file)
+    file.flush()
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr, above progress bars."""
+    show(f"WARNING: {one_line(message)}", to_stderr=True)
+
+
+def progress_bar(items: Iterable[T] | None, label: str, unit: str, hidden: bool = False, **options: Any) -> "tqdm[T]":
+    """Return tqdm's progress bar. It is visible only on a terminal, and disappears when it is complete."""
+    return tqdm(items, printable(label), leave=False, disable=hidden or None, unit=unit, **options)
+
+
+def printable(text: object) -> str:
+    """Escape control characters, which a terminal would interpret, in text of unknown origin."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line of limited length, since it may quote a hostile file."""
+    text = printable(message)
+    return text if len(text) <= 1000 else f"{text[:500]} ... {text[-495:]}"
+
+
 # ------------------------------------------------------------------- errors and interrupts
 
 
@@ -119,7 +152,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def describe_error(error: Exception) -> str:
     """Return one line for the user. Raises the error again if it is a bug."""
     if isinstance(error, CommandError | OSError):
-        return printable(error)
+        return one_line(error)
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --patch-size or --tile, or a smaller image"
     raise error
@@ -134,16 +167,6 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
-
-
-def warn(message: str) -> None:
-    """Print a warning to stderr, above progress bars."""
-    tqdm.write(f"WARNING: {printable(message)}", file=sys.stderr)
-
-
-def printable(text: object) -> str:
-    """Escape control characters, which a terminal would interpret, in text of unknown origin."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def plural(number: int, noun: str) -> str:

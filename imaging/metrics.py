@@ -129,7 +129,7 @@ def gain(scores: Scores) -> Psnr:
     return Psnr(*(0.0 if new == old else new - old for old, new in pairs))
 
 
-def table(report: Report) -> str:
+def table(report: Report) -> list[str]:
     """Format a report with one line for each image, and one for the mean if there are several."""
     rows = list(report.images.items())
     if len(rows) > 1:
@@ -140,10 +140,10 @@ def table(report: Report) -> str:
         bicubic, srcnn = (f"{psnr.y:7.3f} / {psnr.rgb:6.3f} dB" for psnr in scores)
         better = gain(scores)
         lines.append(f"{printable(name):{width}}  {bicubic}  {srcnn}  {better.y:+7.3f} / {better.rgb:+.3f} dB")
-    return "\n".join(lines)
+    return lines
 
 
 def summary(report: Report) -> str:
     """Format the mean of a report and its gain over bicubic interpolation in one line."""
     mean, better = report.mean.srcnn, gain(report.mean)
-    return f"{printable(report.set)} {mean.y:.3f} dB Y ({better.y:+.3f})  {mean.rgb:.3f} dB RGB ({better.rgb:+.3f})"
+    return f"{report.set} {mean.y:.3f} dB Y ({better.y:+.3f})  {mean.rgb:.3f} dB RGB ({better.rgb:+.3f})"

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
 
-from tqdm import tqdm
-
-from utils import CommandError, locked, remove_stale_files
+from utils import CommandError, locked, progress_bar, remove_stale_files, show
 
 # For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
 SETS = {
@@ -71,7 +69,7 @@ def download(url: str) -> io.BytesIO:
     end, content = time.monotonic() + DEADLINE, io.BytesIO()
     with (
         urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-        tqdm(desc=url.split("/")[2], unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        progress_bar(None, url.split("/")[2], "B", unit_scale=True) as bar,
     ):
         bar.total = response.length  # None if the server does not say
         while chunk := response.read(2**16):
@@ -135,4 +133,4 @@ def install(sets: dict[str, Files]) -> None:
                     os.replace(part, target)
         except OSError as error:
             raise CommandError(f"cannot write {target}: {error.strerror}") from error
-        print(f"{target}: {len(files)} images, as published")
+        show(f"{target}: {len(files)} images, as published")

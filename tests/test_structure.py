@@ -18,6 +18,14 @@ def imported_names(path):
     return names | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
 
 
+@pytest.mark.parametrize("file", [file for file in TABLE if file != "utils"])
+def test_only_utils_writes_to_the_terminal(file):
+    """Its functions escape control characters in foreign text."""
+    nodes = ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    assert not {"print", "tqdm", "tqdm.write", "sys.stdout.write", "sys.stderr.write"} & calls
+
+
 def test_docs_list_every_file_once():
     folders = (".", "imaging", "tools", "training", "upscaling")
     files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]

@@ -32,7 +32,7 @@ from training.inspection import course_to_json, describe, describe_course, to_js
 def test_inspect_prints_checkpoint_and_its_own_report(cli, content, own_report):
     torch.save(content(), "x")
     saved = load_checkpoint(Path("x"))
-    assert cli("train.py", "inspect", "x") == (0, describe(Path("x"), saved, own_report) + "\n", "")
+    assert cli("train.py", "inspect", "x") == (0, "\n".join([*describe(Path("x"), saved, own_report), ""]), "")
     assert cli("train.py", "inspect", "x", "--json") == (0, to_json(saved, own_report) + "\n", "")
 
 
@@ -42,7 +42,7 @@ def test_inspect_measures_on_given_images(cli, photos, self_ensemble):
     saved = load_checkpoint(Path("x"))
     found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test")), self_ensemble)
     options = [f"--test-data={photos}", *["--self-ensemble"] * self_ensemble]
-    assert cli("train.py", "inspect", "x", *options) == (0, describe(Path("x"), saved, found) + "\n", "")
+    assert cli("train.py", "inspect", "x", *options) == (0, "\n".join([*describe(Path("x"), saved, found), ""]), "")
     assert json.loads(cli("train.py", "inspect", "x", *options, "--json")[1])["report"] == found.to_dict()
 
 
@@ -50,7 +50,7 @@ def test_inspect_measures_by_protocol_of_course(cli, photos):
     torch.save(trained_content(), "x")
     scores = course_psnr(trained_model("x"), load_images(str(photos), "test"), 3)
     command = ("train.py", "inspect", "x", "--protocol=course", f"--test-data={photos}", "--batch-size=3")
-    assert cli(*command) == (0, describe_course(scores, photos.name, 3) + "\n", "")
+    assert cli(*command) == (0, "\n".join([*describe_course(scores, photos.name, 3), ""]), "")
     assert cli(*command, "--json")[1] == course_to_json(scores, photos.name, 3) + "\n"
 
 

@@ -1,7 +1,9 @@
+import io
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,24 @@ def test_control_characters_are_escaped(capsys):
     assert utils.printable("a\x1b[31m\nb\u202e é") == "a\\x1b[31m\\nb\\u202e é"
     utils.warn("a\x1b[31m\nb")
     assert capsys.readouterr() == ("", "WARNING: a\\x1b[31m\\nb\n")
+    utils.show("a\x1b[31m\nb", Path("\r"))
+    assert capsys.readouterr() == ("a\\x1b[31m\\nb\n\\r\n", "")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert list(utils.progress_bar([7], "a\x1b[31m\nb", "B", file=terminal)) == [7]
+    assert terminal.getvalue().startswith("\ra\\x1b[31m\\nb:")
+
+
+def test_long_message_is_shortened(capsys):
+    with pytest.raises(SystemExit):
+        utils.run_command(partial(fail, CommandError("[" + "9, " * 300_000 + "]")))
+    err = capsys.readouterr().err
+    assert_one_line(err, "error: [9, 9,", " ... ", "9, ]")
+    assert len(err) < 1020
+
+
+def fail(error):
+    raise error
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data import load_images
 from model import SRCNN
@@ -26,7 +25,7 @@ from training.options import Options
 from training.run import new_run
 from upscaling.device import keep_memory, select_dtype
 from upscaling.upscaler import Upscaler
-from utils import ArgumentParser, CommandError, path, run_command
+from utils import ArgumentParser, CommandError, path, progress_bar, run_command, show
 
 try:
     import resource
@@ -151,7 +150,7 @@ def measure(folder: Path) -> tuple[dict[str, float], list[Measurement]]:
     # In turns, since the speed of many machines changes all the time.
     turns = [*repeated, photo, *(REPETITIONS - 1) * repeated]
     results: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in prepare}
-    for key in tqdm(turns, "measuring", leave=False, disable=None, unit="workload"):
+    for key in progress_bar(turns, "measuring", "workload"):
         results[key].append(in_child(partial(measure_once, prepare[key])))
     measurements, first = [], dict[str, float]()
     for (task, variant), figures in results.items():
@@ -162,8 +161,8 @@ def measure(folder: Path) -> tuple[dict[str, float], list[Measurement]]:
     return ceilings, measurements
 
 
-def table(ceilings: dict[str, float], measurements: list[Measurement]) -> str:
-    """Return the machine and the measurements as a Markdown table."""
+def table(ceilings: dict[str, float], measurements: list[Measurement]) -> list[str]:
+    """Return the machine and the measurements as the lines of a Markdown table."""
     cores, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     gflops = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in ceilings.items())
     lines = [
@@ -175,7 +174,7 @@ def table(ceilings: dict[str, float], measurements: list[Measurement]) -> str:
     for m in measurements:
         figures = f"{m.speed:.2f} | {m.ratio:.2f} | {m.ceiling:.0%} | {m.memory:,.0f} MB"
         lines.append(f"| {m.task} | {m.variant} | {figures} |")
-    return "\n".join(lines)
+    return lines
 
 
 # ------------------------------------------------------------------------------- command
@@ -190,7 +189,7 @@ def main() -> None:
         raise CommandError("the benchmark runs on Linux and macOS only")
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder; `python data.py` downloads the training images")
-    print(table(*measure(folder)))
+    show(*table(*measure(folder)))
 
 
 if __name__ == "__main__":

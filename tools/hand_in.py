@@ -10,7 +10,7 @@ from pathlib import Path
 
 from info import Info, info
 from training.checkpoints import is_filled_in, load_checkpoint
-from utils import ArgumentParser, CommandError, atomic_write, path, run_command, warn
+from utils import ArgumentParser, CommandError, atomic_write, path, run_command, show, warn
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train.py", "super_resolve.py", "model.py", "data.py", "utils.py", "info.py")
@@ -52,7 +52,7 @@ def main() -> None:
         for name in files:
             archive.write(ROOT / name, name)
         archive.write(args.checkpoint, "checkpoint.pth")
-    print(f"{target}: checkpoint.pth, {', '.join(files)}")
+    show(f"{target}: checkpoint.pth, {', '.join(files)}")
 
 
 if __name__ == "__main__":

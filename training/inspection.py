@@ -10,10 +10,10 @@ from typing import Any
 from imaging.metrics import Report, Scores, table
 from training.checkpoints import Checkpoint, TrainingState, is_filled_in
 from training.options import Args, Options
-from utils import plural, printable
+from utils import plural
 
 
-def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
+def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[str]:
     """Describe a checkpoint, and the report of its network if there is one."""
     state, args = checkpoint.training, checkpoint.args
     who = ", ".join(f"{key}: {value}" for key, value in asdict(checkpoint.info).items() if value)
@@ -33,8 +33,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> str:
     if state:
         for (epoch, before), (_, after) in pairwise([*state.history, (checkpoint.epoch, args)]):
             lines += [f"resumed     after epoch {epoch}{changes(before, after or {})}"]
-    text = "\n".join(map(printable, lines))
-    return f"{text}\n\n{table(report)}" if report else text
+    return [*lines, "", *table(report)] if report else lines
 
 
 def changes(before: Args | None, after: Args) -> str:
@@ -74,11 +73,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def describe_course(scores: Scores, set_name: str, batch_size: int) -> str:
+def describe_course(scores: Scores, set_name: str, batch_size: int) -> list[str]:
     """Describe the figures of :func:`training.grid_patches.course_psnr`."""
-    patches = f"patches of {printable(set_name)} in batches of {batch_size}"
+    patches = f"patches of {set_name} in batches of {batch_size}"
     figures = f"bicubic {scores.bicubic.rgb:.3f} dB, SRCNN {scores.srcnn.rgb:.3f} dB"
-    return f"PSNR over RGB as the course's test measures it, on {patches}:\n{figures}"
+    return [f"PSNR over RGB as the course's test measures it, on {patches}:", figures]
 
 
 def course_to_json(scores: Scores, set_name: str, batch_size: int) -> str:

@@ -2,45 +2,53 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from data import Batch
 from imaging.metrics import Report, summary, table
 from model import SRCNN
 from training.checkpoints import MAX_WEIGHT
 from training.options import Options
 from training.run import Patches, Run
 from upscaling.device import dtype_name
-from utils import CommandError, plural, printable, warn
+from upscaling.distributed import rank_and_world_size
+from utils import CommandError, plural, progress_bar, show, warn
 
 
 def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     device, steps = patches.device, patches.steps(options.batch_size)
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    print(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
+    show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
-    print(f"training set {patches.name}: {size}")
+    show(f"training set {patches.name}: {size}")
 
 
 def print_start(run: Run) -> None:
     """Print the PSNR of bicubic interpolation and of the network before the first epoch."""
     report, bicubic = run.report, run.report.mean.bicubic
-    print(f"bicubic        {report.set} {bicubic.y:.3f} dB Y  {bicubic.rgb:.3f} dB RGB")
-    print(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}", flush=True)
+    show(f"bicubic        {report.set} {bicubic.y:.3f} dB Y  {bicubic.rgb:.3f} dB RGB")
+    show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}")
+
+
+def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options) -> "tqdm[Batch]":
+    hidden = rank_and_world_size()[0] > 0
+    return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
 
 
 def print_epoch(run: Run, loss: float, speed: float) -> None:
     """Print one line. The speed is in HR pixels per second."""
     figures = f"loss {loss:.6f}  {speed / 1e6:.2f} Mpx/s"
-    print(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}", flush=True)
+    show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}")
 
 
 def print_result(run: Run, output: Path) -> None:
     best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
-    print(f"\n{table(run.report)}\n\nsaved: {output / f'checkpoint.{run.epoch}'}; {best}")
+    show("", *table(run.report), "", f"saved: {output / f'checkpoint.{run.epoch}'}; {best}")
 
 
 def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
@@ -64,7 +72,7 @@ def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
         yield
     except BaseException:
         cuda = " --cuda" if device.type == "cuda" else ""
-        last = printable(shlex.quote(str(output / "checkpoint.last")))
+        last = shlex.quote(str(output / "checkpoint.last"))
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"resume with: python train.py resume {last}{cuda}", flush=True)
+            show(f"resume with: python train.py resume {last}{cuda}")
         raise

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from upscaling.distributed import local_rank
-from utils import CommandError
+from utils import CommandError, show
 
 PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
@@ -71,7 +71,7 @@ def resumed_precision(option: str, recorded: str, device: torch.device) -> str:
     If `auto` chose bf16 and this device does not run it faster, return fp32.
     """
     if option == "auto" and recorded == "bf16" and not bf16_is_fast(device):
-        print("continuing in fp32, since bf16, used so far, is not faster on this device")
+        show("continuing in fp32, since bf16, used so far, is not faster on this device")
         return "fp32"
     return recorded
 

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from imaging.images import bicubic, to_image, to_tensor
 from model import HALO_LR, SCALE, SRCNN, crop
 from upscaling.device import select_dtype
 from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16
-from utils import is_out_of_memory
+from utils import is_out_of_memory, progress_bar
 
 # Side of a tile in LR pixels. On a CPU the features of a tile, 5 or 11 MB, just about fit into the caches.
 TILE = {"cpu": 66, "cuda": 256}
@@ -81,9 +80,7 @@ class Upscaler:
         pixels = to_array(lr)  # (h, w, C)
         context = HALO_LR + (FILL if has_alpha(lr.mode) else 0)
         corners = list(product(range(0, lr.height, self.tile), range(0, lr.width, self.tile)))
-        for top, left in tqdm(
-            corners, label, leave=False, disable=None if label and len(corners) > 1 else True, unit="tile"
-        ):
+        for top, left in progress_bar(corners, label, "tile", hidden=not label or len(corners) == 1):
             rows, columns = (
                 torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
                 for start, size in ((top, lr.height), (left, lr.width))

@@ -88,18 +88,18 @@ def test_fingerprint_distinguishes_test_sets_but_not_networks():
 
 
 def test_table_has_one_line_per_image_and_one_for_the_mean():
-    text = table(Report("x", {"a": A, "name\x1b": B}))
-    assert [" ".join(line.split()) for line in text.splitlines()] == [
+    lines = table(Report("x", {"a": A, "name\x1b": B}))
+    assert [" ".join(line.split()) for line in lines] == [
         "bicubic Y / RGB SRCNN Y / RGB gain",
         "a 30.000 / 28.000 dB 31.500 / 27.750 dB +1.500 / -0.250 dB",
         "name\\x1b 20.000 / 19.000 dB 22.500 / 20.250 dB +2.500 / +1.250 dB",
         "x mean 25.000 / 23.500 dB 27.000 / 24.000 dB +2.000 / +0.500 dB",
     ]
-    assert len({len(line) for line in text.splitlines()[1:]}) == 1
+    assert len({len(line) for line in lines[1:]}) == 1
 
 
 def test_table_of_one_image_has_no_mean():
-    (_, line) = table(Report("x", {"black": SAME})).splitlines()
+    (_, line) = table(Report("x", {"black": SAME}))
     assert " ".join(line.split()) == "black inf / inf dB inf / inf dB +0.000 / +0.000 dB"
 
 

@@ -7,6 +7,7 @@ from helpers import PATH, course_content, loaded, report, trained_checkpoint, tr
 
 from imaging.metrics import Psnr, Scores, table
 from training.inspection import course_to_json, describe, describe_course, to_json
+from utils import show
 
 # Options that are missing have their defaults.
 HISTORY = [(1, None), (2, {"lr": 0.001}), (4, {"num_epoch": 4}), (5, {"lr": 0.002, "num_epoch": 4})]
@@ -23,8 +24,7 @@ def inspected():
 
 
 def test_describe_own_checkpoint(inspected):
-    assert describe(PATH, inspected, report()) == (
-        """\
+    lines = """\
 checkpoint.3: SRCNN 9-1-5, 20,099 parameters
 epoch       1 of 8
 best        31.000 dB Y, after epoch 1
@@ -40,24 +40,22 @@ resumed     after epoch 2, changed: num_epoch 100 -> 4
 resumed     after epoch 4, changed: lr 0.003 -> 0.002
 resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
 
-"""
-        + table(report())
-    )
+""".splitlines()
+    assert describe(PATH, inspected, report()) == lines + table(report())
 
 
 def test_scores_by_protocol_of_course_as_text_and_json():
     scores = Scores(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
-    assert describe_course(scores, "Set5", 8) == (
-        "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:\n"
-        "bicubic 30.000 dB, SRCNN 31.500 dB"
-    )
+    assert describe_course(scores, "Set5", 8) == [
+        "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:",
+        "bicubic 30.000 dB, SRCNN 31.500 dB",
+    ]
     facts = {"protocol": "course", "set": "Set5", "batch_size": 8, "bicubic_rgb": 30.0, "psnr_rgb": 31.5}
     assert json.loads(course_to_json(scores, "Set5", 8)) == facts
 
 
 def test_describe_checkpoint_of_another_program():
-    assert describe(PATH, loaded(course_content()), None) == (
-        """\
+    lines = """\
 checkpoint.3: SRCNN 9-1-5, 20,099 parameters
 epoch       2 of 4
 PSNR        27.500 dB, on an unnamed set
@@ -66,8 +64,8 @@ options
   lr         0.0001
   batch_size 8
   num_epoch  4
-  save_freq  20"""
-    )
+  save_freq  20""".splitlines()
+    assert describe(PATH, loaded(course_content()), None) == lines
 
 
 def test_json_contains_facts_of_checkpoint(inspected):
@@ -98,7 +96,7 @@ def test_json_has_null_for_infinity_and_nan(inspected):
     assert facts["report"]["mean"]["bicubic_y"] == 30.0
 
 
-def test_control_characters_in_checkpoint_are_escaped():
+def test_control_characters_in_checkpoint_are_escaped(capsys):
     evil = "\x1b]0;owned\x07\r\n\u202e"
     saved = trained_content(info=dict.fromkeys(("name", "id", "email"), evil), train_set=evil, time=evil, torch=evil)
     saved["args"] |= {"train_data": evil, "test_data": evil}
@@ -106,6 +104,7 @@ def test_control_characters_in_checkpoint_are_escaped():
     saved["report"] |= {"set": evil, "images": {evil: saved["report"]["images"]["a"], evil * 2: {}}}
     saved["report"]["images"][evil * 2] = saved["report"]["images"][evil]
     found = loaded(saved)
-    text = describe(Path(evil), found, found.training.report)
+    show(*describe(Path(evil), found, found.training.report))
+    text = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in text)
     assert text.count("\\x1b]0;owned\\x07\\r\\n\\u202e") == 16

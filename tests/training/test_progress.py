@@ -22,7 +22,7 @@ def test_run_prints_one_line_per_epoch_and_table_at_end(train_small, photos):
     lines = re.findall(r"^epoch +(\d)/2  (.*?)(?:  loss 0\.\d{6}  \d+\.\d\d Mpx/s)?$", out, re.M)
     assert [line[0] for line in lines] == ["0", "1", "2"]
     assert lines[2][1] == summary(saved)
-    assert f"\n\n{table(saved)}\n\nsaved: checkpoint.2; best: epoch " in out
+    assert "\n\n" + "\n".join(table(saved)) + "\n\nsaved: checkpoint.2; best: epoch " in out
     mean = saved.mean.bicubic
     assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
     assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
