@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,17 @@ FORMATS = {
     "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
     "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
 }
+# Formats that Pillow decodes itself. It runs Ghostscript for EPS, and opens any format inside IPTC.
+READABLE = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
 EXTENSIONS = ", ".join(f".{name.lower()}" for name in FORMATS)
 FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
+
+
+@lru_cache
+def readable_formats() -> list[str]:
+    """Return the formats of READABLE that this Pillow supports."""
+    Image.init()
+    return [name for name in Image.OPEN if name in READABLE.split()]
 
 
 def writable(path: Path) -> bool:

@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from imaging.formats import FORMATS, format_of, metadata, swap_dpi, swaps_axes, turn_upright
+from imaging.formats import FORMATS, format_of, metadata, readable_formats, swap_dpi, swaps_axes, turn_upright
 from utils import CommandError, atomic_write, plural, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
@@ -114,13 +113,6 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
     if len(content.getbuffer()) > max_bytes:
         raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
     return content
-
-
-@lru_cache
-def readable_formats() -> list[str]:
-    """Return the formats that Pillow reads, except EPS, for which it runs another program (Ghostscript)."""
-    Image.init()
-    return [name for name in Image.OPEN if name != "EPS"]
 
 
 def raw_mode(file: ImageFile) -> str:
