@@ -1,4 +1,4 @@
-"""Image formats: what each supports, and the metadata that an output keeps."""
+"""Image formats: what each supports, how to read it safely, and the metadata that an output keeps."""
 
 import contextlib
 import warnings
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from PIL import ExifTags, Image, ImageOps
+from PIL.ImageFile import ImageFile
 
 from utils import CommandError
 
 RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
+TILE_SIZE = (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,10 @@ FORMATS = {
 }
 # Formats that Pillow decodes itself. It runs Ghostscript for EPS, and opens any format inside IPTC.
 READABLE = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
+# Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
+WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 EXTENSIONS = ", ".join(f".{name.lower()}" for name in FORMATS)
 FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
-
-
-@lru_cache
-def readable_formats() -> list[str]:
-    """Return the formats of READABLE that this Pillow supports."""
-    Image.init()
-    return [name for name in Image.OPEN if name in READABLE.split()]
 
 
 def writable(path: Path) -> bool:
@@ -60,6 +57,69 @@ def format_of(path: Path) -> str:
     if not writable(path):
         raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {EXTENSIONS}")
     return Image.registered_extensions()[path.suffix.lower()]
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+@lru_cache
+def readable_formats() -> list[str]:
+    """Return the formats of READABLE that this Pillow supports."""
+    Image.init()
+    return [name for name in Image.OPEN if name in READABLE.split()]
+
+
+def raw_mode(file: ImageFile) -> str:
+    """Return how a PNG or TIFF file stores its pixels, such as "RGB;16B", before they are decoded."""
+    if file.format not in ("PNG", "TIFF") or not file.tile:
+        return ""
+    arguments = file.tile[0][3]  # arguments of the decoder
+    return arguments if isinstance(arguments, str) else arguments[0]  # type: ignore[index]
+
+
+def tile_pixels(file: ImageFile) -> int:
+    """Return how many pixels a tile of a TIFF has, since libtiff allocates one; 0 if there are no tiles.
+
+    Raises ValueError if libtiff may read another size than Pillow: a tag occurs twice, or has a type new to Pillow.
+    """
+    if file.format != "TIFF" or not file.fp:
+        return 0
+    tags, pixels = tiff_tags(file.fp), 1
+    for tag in TILE_SIZE:
+        size = file.tag_v2.get(tag)  # type: ignore[attr-defined]
+        if tags.count(tag) != isinstance(size, int):
+            raise ValueError("invalid tile size")
+        pixels *= size or 0
+    return pixels
+
+
+def tiff_tags(file: IO[bytes]) -> list[int]:
+    """Return the numbers of all tags of a TIFF's first image, in the file's order."""
+    file.seek(0)
+    header = file.read(16)
+    order: Literal["little", "big"] = "little" if header.startswith(b"I") else "big"
+    offset, count_bytes, entry_bytes = (header[8:], 8, 20) if 43 in header[2:4] else (header[4:8], 2, 12)  # 43: BigTIFF
+    file.seek(int.from_bytes(offset, order))
+    entries = file.read(entry_bytes * int.from_bytes(file.read(count_bytes), order))
+    return [int.from_bytes(entries[i : i + 2], order) for i in range(0, len(entries), entry_bytes)]
+
+
+def load_pixels(file: ImageFile) -> None:
+    """Decode the first frame. It turns the pixels of a TIFF upright, and here also its resolution."""
+    if file.format != "TIFF":
+        file.load()
+        return
+    swapped = swaps_axes(file.tag_v2)  # type: ignore[attr-defined]
+    file.load()
+    if swapped:
+        swap_dpi(file.info)
+
+
+def count_frames(file: ImageFile) -> int:
+    """Return the number of frames or pages; 1 if further ones are damaged."""
+    with contextlib.suppress(Exception):
+        return file.n_frames if file.format in WITH_FRAMES else 1  # type: ignore[attr-defined]
+    return 1
 
 
 # ---------------------------------------------------------------------------- metadata
