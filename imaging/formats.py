@@ -115,11 +115,11 @@ def load_pixels(file: ImageFile) -> None:
         swap_dpi(file.info)
 
 
-def count_frames(file: ImageFile) -> int:
-    """Return the number of frames or pages; 1 if further ones are damaged."""
+def has_further_frames(file: ImageFile) -> bool:
+    """Return whether there are frames or pages after the first; False if they are damaged."""
     with contextlib.suppress(Exception):
-        return file.n_frames if file.format in WITH_FRAMES else 1  # type: ignore[attr-defined]
-    return 1
+        return file.format in WITH_FRAMES and file.is_animated  # type: ignore[attr-defined]
+    return False
 
 
 # ---------------------------------------------------------------------------- metadata

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from imaging.formats import (
     FORMATS,
-    count_frames,
     format_of,
+    has_further_frames,
     load_pixels,
     metadata,
     raw_mode,
@@ -60,9 +60,9 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = to_supported_mode(file)
         if stored.startswith("LA;16"):  # Pillow decodes it as RGBA
             image = image.convert("LA")
-        frames = count_frames(file)
-    if frames > 1:
-        warn(f"{path}: only the first of {frames} frames is read")
+        animated = has_further_frames(file)
+    if animated:
+        warn(f"{path}: only the first of its frames is read")
     if ";16" in stored and image.mode != "I;16":
         warn(f"{path}: its 16 bits are read as 8, the most that Pillow supports for color and transparency")
     return image

@@ -197,7 +197,35 @@ def frames_of(name, number):
 def test_multi_frame_image_reads_first_frame_and_warns(name, capfd):
     first = frames_of(name, 3)
     assert_equal(read_image(Path(name)), first)
-    assert capfd.readouterr().err == f"WARNING: {name}: only the first of 3 frames is read\n"
+    assert capfd.readouterr().err == f"WARNING: {name}: only the first of its frames is read\n"
+
+
+@pytest.mark.parametrize("name", ["f.gif", "f.png", "f.webp", "f.tif"])
+def test_further_frames_are_not_read(name, monkeypatch):
+    """Counting them would take ten seconds for a TIFF of 40,000 pages."""
+    reads = []
+
+    class File(io.FileIO):
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr("imaging.images.open_file", File)
+    counts = []
+    for number in (3, 101):
+        frames_of(name, number)
+        reads.clear()
+        read_image(Path(name))
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def test_further_frame_that_is_damaged_is_no_error():
+    content = file_of(random_image(), "TIFF")
+    first = int.from_bytes(content[4:8], "little")
+    following = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")  # the offset of the second page
+    Path("a.tif").write_bytes(content[:following] + b"\xff\xff\xff\x7f" + content[following + 4 :])
+    assert_equal(read_image(Path("a.tif")), random_image())
 
 
 def test_camera_preview_causes_no_warning(capfd):
