@@ -26,6 +26,7 @@ class Format:
     exif: bool = False
     max_side: int = 2**62  # pixels
     max_bytes: int = 2**62  # before compression
+    max_profile: int = 2**62  # bytes of an ICC profile
     options: dict[str, int] = field(default_factory=dict)
 
 
@@ -33,8 +34,8 @@ class Format:
 FORMATS = {
     "BMP": Format(max_bytes=2**32),
     "GIF": Format(alpha=True, max_side=65535),
-    "JPEG": Format(exif=True, max_side=65500, options={"quality": 95, "subsampling": 0}),
-    "PNG": Format(alpha=True, sixteen_bits=True, exif=True, options={"compress_level": 1}),
+    "JPEG": Format(exif=True, max_side=65500, max_profile=255 * 65519, options={"quality": 95, "subsampling": 0}),
+    "PNG": Format(alpha=True, sixteen_bits=True, exif=True, max_profile=2**20 - 1, options={"compress_level": 1}),
     "PPM": Format(sixteen_bits=True),
     "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
     "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),

@@ -276,6 +276,9 @@ def write_image(image: Image.Image, path: Path, info: dict, format: str | None =
     ``scale``, the factor from the input's size to the output's, multiplies the resolution in the metadata.
     """
     format = format or format_of(path)
+    if len(info.get("icc_profile") or b"") > FORMATS[format].max_profile:
+        warn(f"{path}: its ICC profile is left out: it is too large for {format}")
+        info = info | {"icc_profile": None}
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
         image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))
