@@ -1,8 +1,11 @@
 """Image formats: what each supports, how to read it safely, and the metadata that an output keeps."""
 
 import contextlib
+import logging
+import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL.ImageFile import ImageFile
 
 from utils import CommandError
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python would print what it logs about damaged TIFFs
 RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
 TILE_SIZE = (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)
 
@@ -81,7 +85,7 @@ def raw_mode(file: ImageFile) -> str:
 def tile_pixels(file: ImageFile) -> int:
     """Return how many pixels a tile of a TIFF has, since libtiff allocates one; 0 if there are no tiles.
 
-    Raises ValueError if libtiff may read another size than Pillow: a tag occurs twice, or has a type new to Pillow.
+    Raises ValueError if libtiff may read another size than Pillow, from a tag that occurs twice or has an odd type.
     """
     if file.format != "TIFF" or not file.fp:
         return 0
@@ -111,9 +115,26 @@ def load_pixels(file: ImageFile) -> None:
         file.load()
         return
     swapped = swaps_axes(file.tag_v2)  # type: ignore[attr-defined]
-    file.load()
+    with silent_stderr():  # where libtiff prints errors
+        file.load()
     if swapped:
         swap_dpi(file.info)
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Discard what libraries in C write to stderr."""
+    if not sys.__stderr__:  # closed, so that descriptor 2 may be any file's
+        yield
+        return
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def has_further_frames(file: ImageFile) -> bool:

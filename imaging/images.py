@@ -105,7 +105,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
 
 @contextlib.contextmanager
 def pixel_limit(max_pixels: int) -> Iterator[None]:
-    """Let Pillow refuse larger images, also inside a file, and silence its warnings about oddities."""
+    """Let Pillow refuse larger images, also those inside a file, without its warnings about oddities."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     try:
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def open_file(path: Path) -> BinaryIO:
     """Open a regular file. A pipe would block, if not here then when it is read."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise CommandError(f"{path}: not a file")
-    nonblock = getattr(os, "O_NONBLOCK", 0)  # in case that the file has become a pipe since
+    nonblock = getattr(os, "O_NONBLOCK", 0)  # in case the file has become a pipe since
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblock))
 
 

@@ -1,10 +1,12 @@
 """Files that are damaged, too large, or not images."""
 
+import contextlib
 import errno
 import os
 import re
 import signal
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -185,6 +187,38 @@ def test_lack_of_memory_is_not_called_damage():
         paths.append(Path(name).absolute())
         Image.new("RGB", (3000, 3000), "red").save(paths[-1])
     assert in_new_process(errors_without_memory, paths) == ["MemoryError"] * len(paths)
+
+
+def read_damaged(paths):
+    for path in paths:
+        with contextlib.suppress(CommandError):
+            read_image(path)
+    os.write(2, b"end")
+
+
+def test_libraries_print_nothing(capfd):
+    """In a new process, since pytest would catch what Pillow logs."""
+    paths = []
+    for number, compression in enumerate(["tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"]):
+        paths.append(Path(f"{number}.tif").absolute())
+        content = file_of(random_image(size=(50, 50)), "TIFF", compression=compression)
+        paths[-1].write_bytes(content[:1000] + b"\x55" * 500 + content[1500:])
+    paths.append(Path("samples.tif").absolute())
+    paths[-1].write_bytes(tiff((277, 140), (273, None)))
+    in_new_process(read_damaged, paths)
+    assert capfd.readouterr().err == "end"
+
+
+def read_without_stderr(path):
+    os.close(2)
+    sys.__stderr__ = None
+    return read_image(path).size
+
+
+def test_tiff_is_read_while_stderr_is_closed():
+    """The file gets descriptor 2."""
+    random_image().save("a.tif", compression="tiff_lzw")
+    assert in_new_process(read_without_stderr, Path("a.tif").absolute()) == (24, 15)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
