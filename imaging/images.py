@@ -1,13 +1,14 @@
 """Reading, converting and writing image files."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,13 +16,21 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from imaging.formats import FORMATS, format_of, metadata, swap_dpi, swaps_axes, turn_upright
+from imaging.formats import (
+    FORMATS,
+    format_of,
+    has_further_frames,
+    load_pixels,
+    metadata,
+    raw_mode,
+    readable_formats,
+    tile_pixels,
+    turn_upright,
+)
 from utils import CommandError, atomic_write, plural, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
-# Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
-WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 
 # ------------------------------------------------------------------------------- reading
@@ -45,14 +54,15 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     ------
     CommandError, naming the file, if it cannot be decoded
     """
-    with decoding_errors(path), open_image(path, max_pixels) as file:
+    with open_image(path, max_pixels) as file:
         stored = raw_mode(file)
-        image = decode(file)
+        load_pixels(file)
+        image = to_supported_mode(file)
         if stored.startswith("LA;16"):  # Pillow decodes it as RGBA
             image = image.convert("LA")
-        frames = count_frames(file)
-    if frames > 1:
-        warn(f"{path}: only the first of {frames} frames is read")
+        animated = has_further_frames(file)
+    if animated:
+        warn(f"{path}: only the first of its frames is read")
     if ";16" in stored and image.mode != "I;16":
         warn(f"{path}: its 16 bits are read as 8, the most that Pillow supports for color and transparency")
     return image
@@ -71,39 +81,55 @@ def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 @contextlib.contextmanager
-def decoding_errors(path: Path) -> Iterator[None]:
-    """Turn any error of Pillow's decoders, which raise errors of many types, into a CommandError."""
+def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
+    """Open an image. Any error within the context becomes a CommandError: decoders raise errors of many types."""
+    memory = 16 * min(max_pixels, MAX_PIXELS)  # bytes that decoding needs, if the size is unknown
     try:
-        yield
+        source = read_standard_input(16 * max_pixels) if path == STANDARD else open_file(path)
+        with source, pixel_limit(max_pixels), Image.open(source, formats=readable_formats()) as file:
+            if tile_pixels(file) > max_pixels:
+                raise Image.DecompressionBombError
+            memory = 16 * file.width * file.height
+            yield file
+    except CommandError:
+        raise
     except FileNotFoundError as error:
         raise CommandError(f"{path}: no such file") from error
-    except (CommandError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise CommandError(f"{path}: {error}; super_resolve.py reads larger ones with --max-pixels=N") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        problem = f"more than {max_pixels:,} pixels; super_resolve.py reads larger images with --max-pixels=N"
+        raise CommandError(f"{path}: {problem}") from error
     except Exception as error:
-        known = isinstance(error, UnidentifiedImageError)
-        reason = "" if known else f": {getattr(error, 'strerror', None) or error}"
-        raise CommandError(f"{path}: not an image that can be read{reason}") from error
+        np.empty(memory, np.uint8)  # raises MemoryError if memory is short, which decoders report as anything
+        raise CommandError(f"{path}: {describe_failure(error)}") from error
 
 
 @contextlib.contextmanager
-def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
-    """Open an image of at most ``max_pixels``, without Pillow's warnings about oddities that it copes with."""
-    if path != STANDARD and os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
-        raise CommandError(f"{path}: not a file")
-    source = read_standard_input(16 * max_pixels) if path == STANDARD else path
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Let Pillow refuse larger images, also those inside a file, without its warnings about oddities."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source, formats=readable_formats()) as file:
-                if file.width * file.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{file.width}x{file.height} pixels are too many")
-                Image.MAX_IMAGE_PIXELS = max_pixels  # for images that decoders find inside the file
-                yield file
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def describe_failure(error: Exception) -> str:
+    """Return why an image could not be read."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: an offset in a damaged file
+        return f"cannot be read: {error.strerror}"
+    reason = "" if isinstance(error, UnidentifiedImageError) else str(getattr(error, "strerror", None) or error)
+    return "not an image that can be read" + f": {reason}" * bool(reason)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file. A pipe would block, if not here then when it is read."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CommandError(f"{path}: not a file")
+    nonblock = getattr(os, "O_NONBLOCK", 0)  # in case the file has become a pipe since
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblock))
 
 
 def read_standard_input(max_bytes: int) -> io.BytesIO:
@@ -114,37 +140,6 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
     if len(content.getbuffer()) > max_bytes:
         raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
     return content
-
-
-@lru_cache
-def readable_formats() -> list[str]:
-    """Return the formats that Pillow reads, except EPS, for which it runs another program (Ghostscript)."""
-    Image.init()
-    return [name for name in Image.OPEN if name != "EPS"]
-
-
-def raw_mode(file: ImageFile) -> str:
-    """Return how a PNG or TIFF file stores its pixels, such as "RGB;16B", before they are decoded."""
-    if file.format not in ("PNG", "TIFF") or not file.tile:
-        return ""
-    arguments = file.tile[0][3]  # arguments of the decoder
-    return arguments if isinstance(arguments, str) else arguments[0]  # type: ignore[index]
-
-
-def decode(file: ImageFile) -> Image.Image:
-    """Decode the first frame to a mode of :func:`read_image`, upright."""
-    swapped = file.format == "TIFF" and swaps_axes(file.tag_v2)  # type: ignore[attr-defined]
-    file.load()
-    if swapped:  # load() has turned the pixels of a TIFF upright, but not its resolution
-        swap_dpi(file.info)
-    return to_supported_mode(file)
-
-
-def count_frames(file: ImageFile) -> int:
-    """Return the number of frames or pages; 1 if further ones are damaged."""
-    with contextlib.suppress(Exception):
-        return file.n_frames if file.format in WITH_FRAMES else 1  # type: ignore[attr-defined]
-    return 1
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
@@ -281,6 +276,9 @@ def write_image(image: Image.Image, path: Path, info: dict, format: str | None =
     ``scale``, the factor from the input's size to the output's, multiplies the resolution in the metadata.
     """
     format = format or format_of(path)
+    if len(info.get("icc_profile") or b"") > FORMATS[format].max_profile:
+        warn(f"{path}: its ICC profile is left out: it is too large for {format}")
+        info = info | {"icc_profile": None}
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
         image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))

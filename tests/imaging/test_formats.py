@@ -137,6 +137,20 @@ def test_icc_profile_and_print_size_are_kept(name):
     assert name == "m.webp" or info["dpi"] == pytest.approx((288, 216), abs=0.05)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [2**16, 2**20 - 1, 2**20, 255 * 65519, 255 * 65519 + 1])
+def test_output_with_large_profile_can_be_read(format, size, capfd):
+    path, profile = Path(f"o.{format.lower()}"), SRGB + np.random.default_rng(0).bytes(size - len(SRGB))
+    write_image(random_image(), path, {"icc_profile": profile})
+    kept = read_image(path).info.get("icc_profile")
+    assert kept == (profile if size <= LARGEST_PROFILE.get(format, 0) else None)
+    warning = f"WARNING: {path}: its ICC profile is left out: it is too large for {format}\n"
+    assert capfd.readouterr().err == ("" if kept or format not in LARGEST_PROFILE else warning)
+
+
+LARGEST_PROFILE = {"JPEG": 255 * 65519, "PNG": 2**20 - 1, "TIFF": 2**32, "WEBP": 2**32}
+
+
 def test_exif_data_keep_resolution_but_not_size():
     data = exif(XResolution=96.0, YResolution=72.0, ResolutionUnit=2)
     data.get_ifd(IFD.Exif).update({Base.ExifImageWidth: 24, Base.ExifImageHeight: 15, Base.ISOSpeedRatings: 100})

@@ -1,14 +1,18 @@
 """Reading images: modes, transparency, 16 bits, frames, folders."""
 
+import io
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import random_image
-from PIL import Image
+from helpers import file_of, random_image
+from PIL import EpsImagePlugin, Image
 
+from data import load_images
+from imaging.formats import READABLE
 from imaging.images import flatten, list_images, read_image, write_image
 from utils import CommandError
 
@@ -18,6 +22,71 @@ pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not r
 def assert_equal(image, expected):
     assert image.mode == expected.mode
     assert np.array_equal(image, expected)
+
+
+SMALL = random_image(size=(16, 16)).quantize(40).convert("RGB")
+PNG = file_of(SMALL, "PNG")
+PSD_HEADER = b"8BPS" + struct.pack(">H6xHIIHH14x", 1, 3, 16, 16, 8, 3)
+BY_HAND = {  # Pillow does not write PSD, and no ICNS without large icons
+    "ICNS": b"icns" + struct.pack(">I4sI", len(PNG) + 16, b"icp4", len(PNG) + 8) + PNG,
+    "PSD": PSD_HEADER + np.asarray(SMALL).transpose(2, 0, 1).tobytes(),
+}
+FINE = {"quality": 100, "subsampling": 0}
+LOSSY = {"AVIF": {"quality": 100, "subsampling": "4:4:4"}, "JPEG": FINE, "MPO": FINE}
+
+
+FORMATS_READ = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
+
+
+@pytest.mark.parametrize("format", FORMATS_READ.split())
+def test_readable_format_is_read(format):
+    Image.init()
+    if format not in {*Image.SAVE, *BY_HAND}:
+        pytest.skip(f"this Pillow does not support {format}")
+    options = LOSSY.get(format, {"lossless": True})
+    Path("a").write_bytes(BY_HAND.get(format) or file_of(SMALL, format, **options))
+    error = np.asarray(flatten(read_image(Path("a")))).astype(int) - SMALL
+    assert abs(error).max() <= (4 if format in LOSSY else 0)
+
+
+@pytest.mark.parametrize(("format", "mode"), [("BLP", "P"), ("EPS", "RGB"), ("MSP", "1"), ("XBM", "1")])
+def test_other_format_is_refused(format, mode):
+    SMALL.convert(mode).save("a.jpg", format)
+    with pytest.raises(CommandError, match=r"^a\.jpg: not an image that can be read$"):
+        read_image(Path("a.jpg"))
+
+
+def test_other_formats_are_not_tried(monkeypatch):
+    tried = []
+    Image.init()
+    for name in {*Image.OPEN} - {*READABLE.split()}:
+        monkeypatch.setitem(Image.OPEN, name, (tried.append, None))
+    Path("a.jpg").write_bytes(b"nothing")
+    with pytest.raises(CommandError):
+        read_image(Path("a.jpg"))
+    assert tried == []
+
+
+def iptc(content):
+    """Return an IPTC file with an image inside."""
+    fields = [(60, b"\1\0"), (20, b"\0\x18"), (30, b"\0\x0f"), (120, b"\0\5")]  # gray, its size, JPEG
+    header = b"".join(struct.pack(">3BH", 0x1C, 3, number, len(value)) + value for number, value in fields)
+    return header + struct.pack(">3BBI", 0x1C, 8, 10, 132, len(content)) + content + bytes(5)
+
+
+@pytest.mark.parametrize("wrap", [bytes, iptc], ids=["eps", "iptc"])
+@pytest.mark.parametrize("read", [lambda: read_image(Path("in/x.jpg")), lambda: load_images("in", "train")])
+def test_no_program_is_run(wrap, read, monkeypatch):
+    """Pillow would run Ghostscript."""
+    Path("gs").write_text(f"#!/bin/sh\ntouch {Path.cwd()}/was-run\n")
+    Path("gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(Path.cwd()), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Path("in").mkdir()
+    Path("in/x.jpg").write_bytes(wrap(file_of(random_image("L"), "EPS")))
+    with pytest.raises(CommandError, match=r"^in/x\.jpg: not an image that can be read$"):
+        read()
+    assert not Path("was-run").exists()
 
 
 LOSSLESS = {"bmp": "L RGB", "png": "L LA RGB RGBA I;16", "tif": "L LA RGB RGBA I;16", "pgm": "L I;16", "ppm": "RGB"}
@@ -116,12 +185,47 @@ def test_16_bit_rgb_tiff_is_read_as_8_bit_with_a_warning(capfd):
     assert capfd.readouterr().err.startswith("WARNING: deep.tif: its 16 bits are read as 8")
 
 
+def frames_of(name, number):
+    """Write a file of several frames; return the first, which GIF can store exactly."""
+    first, second = (random_image(seed=seed).quantize(40).convert("RGB") for seed in (1, 2))
+    options = {"lossless": True} if name == "f.webp" else {}
+    first.save(name, save_all=True, append_images=[second, first] * ((number - 1) // 2), **options)
+    return first
+
+
 @pytest.mark.parametrize("name", ["f.gif", "f.png", "f.webp", "f.tif"])
 def test_multi_frame_image_reads_first_frame_and_warns(name, capfd):
-    first, second = (random_image(seed=seed).quantize(40).convert("RGB") for seed in (1, 2))
-    first.save(name, save_all=True, append_images=[second, first], **({"lossless": True} if name == "f.webp" else {}))
+    first = frames_of(name, 3)
     assert_equal(read_image(Path(name)), first)
-    assert capfd.readouterr().err == f"WARNING: {name}: only the first of 3 frames is read\n"
+    assert capfd.readouterr().err == f"WARNING: {name}: only the first of its frames is read\n"
+
+
+@pytest.mark.parametrize("name", ["f.gif", "f.png", "f.webp", "f.tif"])
+def test_further_frames_are_not_read(name, monkeypatch):
+    """Counting them would take ten seconds for a TIFF of 40,000 pages."""
+    reads = []
+
+    class File(io.FileIO):
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr("imaging.images.open_file", File)
+    counts = []
+    for number in (3, 101):
+        frames_of(name, number)
+        reads.clear()
+        read_image(Path(name))
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def test_further_frame_that_is_damaged_is_no_error():
+    content = file_of(random_image(), "TIFF")
+    first = int.from_bytes(content[4:8], "little")
+    following = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")  # the offset of the second page
+    Path("a.tif").write_bytes(content[:following] + b"\xff\xff\xff\x7f" + content[following + 4 :])
+    assert_equal(read_image(Path("a.tif")), random_image())
 
 
 def test_camera_preview_causes_no_warning(capfd):
