@@ -13,7 +13,7 @@ from imaging.metrics import Report
 from model import SRCNN
 from training.options import Options
 from upscaling.upscaler import Upscaler
-from utils import warn
+from utils import printable, warn
 
 
 class Log:
@@ -27,29 +27,30 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, epoch: int, options: Options) -> None:
-        self.writer, self.args = None, options.to_args()
+        self.writer, args = None, options.to_args()
+        self.args = {name: printable(value) if isinstance(value, str) else value for name, value in args.items()}
         self.excepthook, threading.excepthook = threading.excepthook, self.ignore_write_errors
         if not folder:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         with self.errors_as_warning():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
             self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
             rows = "".join(f"| {name} | {value} |\n" for name, value in self.args.items())
             self.writer.add_text("arguments", f"| option | value |\n| --- | --- |\n{rows}", epoch)
 
     def ignore_write_errors(self, args: threading.ExceptHookArgs) -> None:
         """Do not report what fails in TensorBoard's thread, since its next call raises the same error."""
-        if not issubclass(args.exc_type, OSError):
+        if not type(args.thread).__module__.startswith("tensorboard"):
             self.excepthook(args)
 
     @contextlib.contextmanager
     def errors_as_warning(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # whatever it is, training is worth more than its log
             self.writer = None
-            warn(f"TensorBoard's log cannot be written: {error}")
+            warn(f"TensorBoard's log cannot be written: {error or type(error).__name__}")
 
     def write(self, epoch: int, report: Report, loss: float, learning_rate: float) -> None:
         if not self.writer:

@@ -1,4 +1,5 @@
 import io
+import threading
 import time
 from pathlib import Path
 
@@ -129,20 +130,58 @@ def test_log_without_folder_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("room", [0, 1, 5])
-def test_log_on_full_disk_warns_once(monkeypatch, capfd, room):
+@pytest.mark.parametrize(
+    ("room", "error"),
+    [(0, OSError(28, "full")), (1, OSError(28, "full")), (5, OSError(28, "full")), (3, RuntimeError("full"))],
+    ids=str,
+)
+def test_log_that_cannot_be_written_warns_once(monkeypatch, capfd, room, error):
     """TensorBoard writes in a thread, whose error appears at a later call."""
     original, written = RecordWriter.write, []
 
     def write(self, record):
         written.append(record)
         if len(written) > room:
-            raise OSError(28, "No space left on device")
+            raise error
         original(self, record)
 
     monkeypatch.setattr(RecordWriter, "write", write)
     write_everything(Path("runs/log"))
-    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "No space left on device")
+    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "full")
+
+
+def test_lack_of_threads_ends_log_with_warning(monkeypatch, capfd):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    write_everything(Path("runs/log"))
+    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "can't start new thread")
+
+
+def test_options_that_are_not_utf8_are_logged_escaped(capfd):
+    with Log(Path("log"), 0, Options(train_data="\udcff")) as log:
+        log.write_result(4, report())
+    assert capfd.readouterr().err == ""
+    (event,) = events("log").Tensors("arguments/text_summary")
+    assert b"| train_data | \\udcff |\n" in event.tensor_proto.string_val[0]
+    content = events("log/end-4").summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    assert metadata.parse_session_start_info_plugin_data(content).hparams["train_data"].string_value == "\\udcff"
+
+
+def test_folder_that_is_not_utf8_ends_log_with_warning(capfd):
+    write_everything(Path("log\udcff"))
+    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "surrogates not allowed")
+
+
+def test_error_in_another_thread_is_reported(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with Log(Path("runs/log"), 0, OPTIONS):
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert [args.exc_type for args in seen] == [ZeroDivisionError]
 
 
 def test_log_in_folder_that_cannot_be_made_warns_once(capfd):
