@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -200,26 +202,64 @@ class FileWithoutDescriptor(io.BufferedRandom):
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[FileWithoutDescriptor]:
     """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file."""
-    temporary = path.with_name(f".{path.name[:30]}.{os.getpid()}{TEMPORARY_SUFFIX}")  # [:30]: names are limited
     try:
-        with io.FileIO(temporary, "w+") as raw, FileWithoutDescriptor(raw) as file, locked(temporary):
+        with contextlib.ExitStack() as stack:
+            raw = create_temporary_file(path, stack)
+            file = stack.enter_context(FileWithoutDescriptor(raw))
             yield file
             file.flush()
             os.fsync(raw.fileno())
             file.close()  # since Windows does not rename an open file
-            os.replace(temporary, path)
+            os.replace(raw.name, path)
+            sync_folder(path.parent)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+def create_temporary_file(path: Path, stack: contextlib.ExitStack) -> io.FileIO:
+    """Create a file beside ``path``, locked and deleted by ``stack``.
+
+    Its name is random, since processes in two containers may have the same number. Until it is locked, another
+    process may remove it as stale; then the next attempt may succeed.
+    """
+    attempts = 0
+    while True:
+        temporary = path.with_name(f".{path.name[:30]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # within 255 bytes
+        try:
+            with contextlib.ExitStack() as attempt:
+                raw = io.FileIO(temporary, "x+")
+                attempt.callback(delete, raw)
+                attempt.enter_context(locked(temporary))
+                stack.push(attempt.pop_all())
+                return raw
+        except (FileExistsError, FileNotFoundError, BlockingIOError):
+            attempts += 1
+            if attempts == 100:
+                raise
+
+
+def delete(file: io.FileIO) -> None:
+    """Close and delete a file, unless it has been renamed."""
+    file.close()
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder outlast a loss of power. Windows and some network drives cannot do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Lock a file or folder, and yield whether that is possible: Windows and some network drives have no locks.
 
-    Raises BlockingIOError if another process has locked it.
+    Raises BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed meanwhile.
     """
     if not fcntl:
         yield False
@@ -232,6 +272,8 @@ def locked(path: Path) -> Iterator[bool]:
             raise
         except OSError:
             supported = False
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, "replaced by another process", str(path))
         yield supported
     finally:
         os.close(descriptor)
