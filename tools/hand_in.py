@@ -29,7 +29,7 @@ def archive_name(student: Info) -> str:
 
 def program_files() -> list[str]:
     """Return the paths of the assignment's six files and of the modules in the folders that they import."""
-    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
+    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py") if file.stem.isidentifier()]
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
 
@@ -48,7 +48,10 @@ def main() -> None:
         if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
             warn(f"the declaration in {name} is not filled in")
     target, files = Path(archive_name(info)), [*program_files(), "requirements.txt"]
-    with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        atomic_write(target) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive,
+    ):
         for name in files:
             archive.write(ROOT / name, name)
         archive.write(args.checkpoint, "checkpoint.pth")
