@@ -26,6 +26,12 @@ except ImportError:  # Windows
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
 
+OUT_OF_MEMORY = (
+    *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
+    *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
+)
+OUT_OF_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python and C++
+
 
 class CommandError(Exception):
     """An error that the user can do something about. The message is one line that says what."""
@@ -123,18 +129,20 @@ def describe_error(error: Exception) -> str:
         return printable(error)
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --patch-size or --tile, or a smaller image"
+    if isinstance(error, RuntimeError) and any(reason in str(error) for reason in OUT_OF_THREADS):
+        return "cannot start another thread; end other programs, or set OMP_NUM_THREADS=1"
     raise error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether the CPU or a GPU ran out of memory.
 
-    Without memory for its workspace, cuDNN says that it found no engine, and cuBLAS fails to initialize.
+    Without memory for its workspace, cuDNN says that it found no engine, and cuBLAS fails to initialize. oneDNN says
+    that it could not create something.
     """
-    reasons = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in OUT_OF_MEMORY)
 
 
 def warn(message: str) -> None:
