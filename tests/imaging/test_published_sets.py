@@ -230,11 +230,11 @@ def test_large_archive_is_not_read():
 
 
 def lying_archive(method):
-    """Return an archive of one image, of 256 MiB, that is said to have 10 bytes."""
+    """Return an archive of one image, of 128 MiB, that is said to have 10 bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as zipped:
         with zipped.open("Set5/t0.bmp", "w", force_zip64=False) as member:
-            for _ in range(256):
+            for _ in range(128):
                 member.write(bytes(2**20))
         zipped.infolist()[0].file_size = 10
     return buffer.getvalue()
@@ -250,7 +250,7 @@ def memory_to_refuse(path):
     return "", 0
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_lying_archive_takes_little_memory(tmp_path, method):
     path = tmp_path / "copy.zip"
     path.write_bytes(lying_archive(method))
