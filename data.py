@@ -222,14 +222,29 @@ def main() -> None:
     )
     parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
     source = parser.parse_args().source
-    missing = []
+    missing, others = [], []
     for name in published_sets.SETS:
-        if (published_sets.DATA / name).exists():
-            show(f"{published_sets.DATA / name} already exists")
-        else:
+        folder = published_sets.DATA / name
+        if not folder.exists():
             missing.append(name)
+        elif is_published(folder, name):
+            show(f"{folder} already exists")
+        else:
+            others.append(str(folder))
     if missing:
         published_sets.fetch(missing, source)
+    if others:
+        raise CommandError(
+            f"not the published sets: {' and '.join(others)}; to get those, move or delete these folders"
+        )
+
+
+def is_published(folder: Path, name: str) -> bool:
+    """Return whether a folder's images are a published set, and not for example the user's own."""
+    try:
+        return name_of_set(folder, list_images(folder)) == name
+    except (CommandError, NotADirectoryError):  # without images, or a file
+        return False
 
 
 if __name__ == "__main__":

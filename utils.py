@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -25,6 +27,12 @@ T = TypeVar("T")
 # Windows has no SIGHUP.
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
+
+OUT_OF_MEMORY = (
+    *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
+    *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
+)
+OUT_OF_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python and C++
 
 
 class CommandError(Exception):
@@ -131,6 +139,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if not getattr(sys, name):  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")  # the terminal may not support all characters
+    torch.set_flush_denormal(True)  # with numbers close to zero, a hostile network could be forty times slower
     status, message = 0, ""
     try:
         with handle_signals(TERMINATION_SIGNALS, interrupt):
@@ -155,18 +164,20 @@ def describe_error(error: Exception) -> str:
         return one_line(error)
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size, --patch-size or --tile, or a smaller image"
+    if isinstance(error, RuntimeError) and any(reason in str(error) for reason in OUT_OF_THREADS):
+        return "cannot start another thread; end other programs, or set OMP_NUM_THREADS=1"
     raise error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether the CPU or a GPU ran out of memory.
 
-    Without memory for its workspace, cuDNN says that it found no engine, and cuBLAS fails to initialize.
+    Without memory for its workspace, cuDNN says that it found no engine, and cuBLAS fails to initialize. oneDNN says
+    that it could not create something.
     """
-    reasons = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in OUT_OF_MEMORY)
 
 
 def plural(number: int, noun: str) -> str:
@@ -240,26 +251,64 @@ def open_without_waiting(path: str, flags: int) -> int:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[FileWithoutDescriptor]:
     """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file."""
-    temporary = path.with_name(f".{path.name[:30]}.{os.getpid()}{TEMPORARY_SUFFIX}")  # [:30]: names are limited
     try:
-        with io.FileIO(temporary, "w+") as raw, FileWithoutDescriptor(raw) as file, locked(temporary):
+        with contextlib.ExitStack() as stack:
+            raw = create_temporary_file(path, stack)
+            file = stack.enter_context(FileWithoutDescriptor(raw))
             yield file
             file.flush()
             os.fsync(raw.fileno())
             file.close()  # since Windows does not rename an open file
-            os.replace(temporary, path)
+            os.replace(raw.name, path)
+            sync_folder(path.parent)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+def create_temporary_file(path: Path, stack: contextlib.ExitStack) -> io.FileIO:
+    """Create a file beside ``path``, locked and deleted by ``stack``.
+
+    Its name is random, since processes in two containers may have the same number. Until it is locked, another
+    process may remove it as stale; then the next attempt may succeed.
+    """
+    attempts = 0
+    while True:
+        temporary = path.with_name(f".{path.name[:30]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # within 255 bytes
+        try:
+            with contextlib.ExitStack() as attempt:
+                raw = io.FileIO(temporary, "x+")
+                attempt.callback(delete, raw)
+                attempt.enter_context(locked(temporary))
+                stack.push(attempt.pop_all())
+                return raw
+        except (FileExistsError, FileNotFoundError, BlockingIOError):
+            attempts += 1
+            if attempts == 100:
+                raise
+
+
+def delete(file: io.FileIO) -> None:
+    """Close and delete a file, unless it has been renamed."""
+    file.close()
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder outlast a loss of power. Windows and some network drives cannot do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Lock a file or folder, and yield whether that is possible: Windows and some network drives have no locks.
 
-    Raises BlockingIOError if another process has locked it.
+    Raises BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed meanwhile.
     """
     if not fcntl:
         yield False
@@ -272,6 +321,8 @@ def locked(path: Path) -> Iterator[bool]:
             raise
         except OSError:
             supported = False
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, "replaced by another process", str(path))
         yield supported
     finally:
         os.close(descriptor)

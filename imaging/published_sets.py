@@ -10,8 +10,9 @@ import zipfile
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, TypeVar
 
-from utils import CommandError, locked, progress_bar, remove_stale_files, show
+from utils import CommandError, locked, progress_bar, remove_stale_files, show, sync_folder
 
 # For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
 SETS = {
@@ -25,18 +26,20 @@ MIRRORS = (
 )
 DATA = Path("data")  # parent folder of the sets
 MAX_BYTES = 2**27  # largest archive, and largest total of the images in it
-MAX_FILE = 2**20  # bytes; the largest published image has 786,486
+MAX_FILE = 2**20  # bytes; the largest published image has 786,486; larger files are not read
+MAX_FILES = 10_000  # images in a folder or archive
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
 Files = dict[str, bytes]  # file contents by name
+Name = TypeVar("Name", bound=PurePath)
 
 
 def digest(files: Iterable[tuple[str, bytes]]) -> str:
     """Return the digest that SETS lists, from the names and contents of a folder's files, read one at a time."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files}
     lines = (f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()  # names may be no UTF-8
 
 
 def fetch(names: Iterable[str], source: Path | None = None) -> None:
@@ -87,22 +90,49 @@ def download(url: str) -> io.BytesIO:
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     """Read the .bmp files in a folder or a zip archive, by path. Raises CommandError if it is neither."""
     if isinstance(source, Path) and source.is_dir():
-        return {file: file.read_bytes() for file in source.rglob("*.bmp") if file.is_file()}
+        sizes = ((file, file.stat().st_size) for file in source.rglob("*.bmp") if file.is_file())
+        return {file: read_start(file.open("rb")) for file in select(sizes, "contains")}
     if isinstance(source, Path) and not source.is_file():
         raise CommandError("no such archive or folder")
+    if isinstance(source, Path) and source.stat().st_size > MAX_BYTES:
+        raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
     try:
         with zipfile.ZipFile(source) as archive:
-            members = {PurePosixPath(m.filename): m for m in archive.infolist() if m.filename.endswith(".bmp")}
-            if sum(member.file_size for member in members.values()) > MAX_BYTES:
-                raise CommandError(f"unpacks to more than {MAX_BYTES >> 20} MiB, refused")
-            for name in members:
-                if name.is_absolute() or ".." in name.parts or "\\" in str(name):
-                    raise CommandError(f"its path {str(name)!r} leads outside, refused")
-            return {name: archive.read(member) for name, member in members.items()}
+            return read_members(archive)
     except (CommandError, PermissionError):
         raise
-    except Exception as error:  # each compression method raises its own types of errors
+    except Exception as error:  # damaged archives raise errors of many types
         raise CommandError(f"not a complete zip archive ({error})") from error
+
+
+def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:
+    members = {PurePosixPath(m.filename): m for m in archive.infolist() if m.filename.endswith(".bmp")}
+    for name, member in members.items():
+        if name.is_absolute() or ".." in name.parts or "\\" in str(name):
+            raise CommandError(f"its path {str(name)!r} leads outside, refused")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+            raise CommandError(f"{name} is compressed by another method than deflate, refused")
+    selected = select(((name, member.file_size) for name, member in members.items()), "unpacks to")
+    return {name: read_start(archive.open(members[name])) for name in selected}
+
+
+def select(sizes: Iterable[tuple[Name, int]], verb: str) -> list[Name]:
+    """Return the files that a published set may contain, from sizes in bytes. Raises CommandError if there are many."""
+    selected, total = [], 0
+    for count, (name, size) in enumerate(sizes, 1):
+        total += size
+        if total > MAX_BYTES or count > MAX_FILES:
+            limit = f"{MAX_BYTES >> 20} MiB" if total > MAX_BYTES else f"{MAX_FILES:,} images"
+            raise CommandError(f"{verb} more than {limit}, refused")
+        if size <= MAX_FILE:
+            selected.append(name)
+    return selected
+
+
+def read_start(file: IO[bytes]) -> bytes:
+    """Read and close a file, which may be larger than it says."""
+    with file:
+        return file.read(MAX_FILE)
 
 
 def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files]:
@@ -123,14 +153,20 @@ def install(sets: dict[str, Files]) -> None:
         target = DATA / name
         try:
             DATA.mkdir(exist_ok=True)
+            sync_folder(DATA.parent)
             remove_stale_files(DATA, f".{name}-*")
             with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary, locked(Path(temporary)):
                 part = Path(temporary, name)
                 part.mkdir()
                 for file, content in files.items():
-                    part.joinpath(file).write_bytes(content)
+                    with part.joinpath(file).open("wb") as opened:
+                        opened.write(content)
+                        opened.flush()
+                        os.fsync(opened.fileno())
+                sync_folder(part)
                 if not target.exists():  # another process may have been faster
                     os.replace(part, target)
+                    sync_folder(DATA)
         except OSError as error:
             raise CommandError(f"cannot write {target}: {error.strerror}") from error
         show(f"{target}: {len(files)} images, as published")

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_other_images_are_not_named_like_published_set(tmp_path, folder, name):
     Image.new("RGB", (9, 9)).save(tmp_path / folder / "baby_GT.bmp")
     image_set = data.load_images(folder, "test")
     assert (image_set.name, list(image_set.images)) == (name, ["baby"])
+
+
+def test_set_may_have_file_names_that_are_no_utf8(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / os.fsdecode(b"\xff.bmp"))
+    image_set = data.load_images(str(tmp_path), "train")
+    assert (image_set.name, list(image_set.images)) == (tmp_path.name, ["\\udcff"])
 
 
 def test_large_files_are_not_read_to_recognize_published_set(tmp_path, monkeypatch):

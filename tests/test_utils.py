@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import signal
@@ -47,6 +48,10 @@ def fail(error):
         (FileNotFoundError(2, "No such file", "a\x1b"), 1, "error: [Errno 2] No such file: "),
         (MemoryError(), 1, "error: out of memory; use a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory; use a smaller"),
+        (RuntimeError("can't start new thread"), 1, "error: cannot start another thread; "),
+        (RuntimeError("Resource temporarily unavailable"), 1, "error: cannot start another thread; "),
+        (BlockingIOError(11, "Resource temporarily unavailable"), 1, "error: [Errno 11] Resource temporarily"),
+        (OSError(12, "Cannot allocate memory"), 1, "error: [Errno 12] Cannot allocate memory"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -79,6 +84,12 @@ def test_bug_keeps_its_traceback():
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory"), True),
+        (RuntimeError("can't start new thread"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("out of memory"), False),
     ],
@@ -187,6 +198,114 @@ def test_file_name_may_have_the_maximum_length():
     with atomic_write(Path(name)) as file:
         file.write(b"content")
     assert os.listdir() == [name]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other():
+    """They may have the same process number, in two containers."""
+    path = Path("file")
+    with atomic_write(path) as first:
+        first.write(b"first")
+        with atomic_write(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert (path.read_bytes(), os.listdir()) == (b"first", ["file"])
+
+
+def test_temporary_file_never_replaces_or_follows_what_exists(monkeypatch):
+    names = iter("aabbc")
+    monkeypatch.setattr(utils.secrets, "token_hex", lambda size: next(names))
+    Path("other").write_bytes(b"other")
+    os.symlink("other", f".file.b{TEMPORARY_SUFFIX}")
+    with atomic_write(Path("file")) as first:
+        first.write(b"first")
+        with atomic_write(Path("file")) as second:
+            second.write(b"second")
+    assert Path("file").read_bytes() == b"first"
+    assert Path("other").read_bytes() == b"other"
+    assert os.path.islink(f".file.b{TEMPORARY_SUFFIX}")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_file_that_is_removed_before_it_is_locked_is_created_again(monkeypatch, replaced):
+    """The process that removes stale files may be between any two system calls."""
+    flock, calls = utils.fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        if not calls:
+            (name,) = os.listdir()
+            os.unlink(name)
+            if replaced:
+                Path("another").touch()
+                os.rename("another", name)
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(utils.fcntl, "flock", remove_first)
+    with atomic_write(Path("file")) as file:
+        remove_stale_files(Path())
+        file.write(b"content")
+    assert Path("file").read_bytes() == b"content"
+    assert len(calls) > 1
+
+
+def test_file_that_another_process_is_removing_is_created_again(monkeypatch):
+    locks = []
+
+    def locked_by_other(path):
+        if not locks:
+            locks.append(os.open(path, os.O_RDONLY))
+            utils.fcntl.flock(locks[0], utils.fcntl.LOCK_EX)
+        return locked(path)
+
+    monkeypatch.setattr(utils, "locked", locked_by_other)
+    with atomic_write(Path("file")) as file:
+        file.write(b"content")
+    os.close(locks[0])
+    assert (Path("file").read_bytes(), os.listdir()) == (b"content", ["file"])
+
+
+def test_file_has_the_permissions_of_a_new_file():
+    previous = os.umask(0o027)
+    try:
+        with atomic_write(Path("file")) as file:
+            file.write(b"content")
+    finally:
+        os.umask(previous)
+    assert Path("file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("syncs_folders", [True, False], ids=["local disk", "network drive"])
+def test_file_is_synced_before_it_is_renamed_and_its_folder_after(monkeypatch, syncs_folders):
+    calls, replace = [], os.replace
+
+    def fsync(descriptor):
+        folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        calls.append("sync folder" if folder else f"sync {os.fstat(descriptor).st_size} bytes")
+        if folder and not syncs_folders:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("rename") or replace(*names))
+    with atomic_write(Path("file")) as file:
+        file.write(b"content")
+    assert calls == ["sync 7 bytes", "rename", "sync folder"]
+    assert Path("file").read_bytes() == b"content"
+
+
+def test_missing_folder_is_named():
+    with pytest.raises(CommandError, match=r"^cannot write no/file: No such file"), atomic_write(Path("no/file")):
+        pass
+
+
+def test_file_names_may_be_no_utf8(capsys):
+    name = os.fsdecode(b"\xff.bmp")
+    with atomic_write(Path(name)) as file:
+        Path(f".{name}{TEMPORARY_SUFFIX}").touch()
+        remove_stale_files(Path())
+        file.write(b"content")
+    assert os.listdir(b".") == [b"\xff.bmp"]
+    utils.warn(name)
+    assert capsys.readouterr().err == "WARNING: \\udcff.bmp\n"
 
 
 def test_stale_files_are_removed():

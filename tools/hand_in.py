@@ -10,7 +10,8 @@ from pathlib import Path
 
 from info import Info, info
 from training.checkpoints import is_filled_in, load_checkpoint
-from utils import ArgumentParser, CommandError, atomic_write, path, run_command, show, warn
+from training.unpickling import MAX_BYTES
+from utils import ArgumentParser, CommandError, atomic_write, path, read_file, run_command, show, warn
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train.py", "super_resolve.py", "model.py", "data.py", "utils.py", "info.py")
@@ -29,7 +30,7 @@ def archive_name(student: Info) -> str:
 
 def program_files() -> list[str]:
     """Return the paths of the assignment's six files and of the modules in the folders that they import."""
-    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
+    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py") if file.stem.isidentifier()]
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
 
@@ -41,17 +42,21 @@ def main() -> None:
     args = parser.parse_args()
     if not is_filled_in(info):
         raise CommandError("info.py is not filled in; enter your name, id and email, then train")
-    checkpoint = load_checkpoint(args.checkpoint)
+    data = read_file(args.checkpoint, MAX_BYTES)
+    checkpoint = load_checkpoint(args.checkpoint, data)
     if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
         warn(f"{args.checkpoint} was saved with another info.py (name: {checkpoint.info.name}); train with yours")
     for name in SIGNED:
         if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
             warn(f"the declaration in {name} is not filled in")
     target, files = Path(archive_name(info)), [*program_files(), "requirements.txt"]
-    with atomic_write(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        atomic_write(target) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive,
+    ):
         for name in files:
             archive.write(ROOT / name, name)
-        archive.write(args.checkpoint, "checkpoint.pth")
+        archive.writestr("checkpoint.pth", data, zipfile.ZIP_DEFLATED)
     show(f"{target}: checkpoint.pth, {', '.join(files)}")
 
 

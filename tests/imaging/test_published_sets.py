@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_one_line
+from helpers import assert_one_line, in_new_process, peak_memory_mib
 
 from imaging import published_sets
 from utils import CommandError
@@ -82,6 +82,15 @@ def web():
     server.server_close()
 
 
+def write(sets, parent):
+    """Write {folder: {file: content}}."""
+    for name, files in sets.items():
+        folder = parent / name
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            folder.joinpath(file).write_bytes(content)
+
+
 def installed():
     """Return the contents of data/: {folder: {file: content}}."""
     return {folder.name: {f.name: f.read_bytes() for f in folder.iterdir()} for folder in Path("data").glob("*")}
@@ -95,11 +104,45 @@ def test_command_downloads_both_sets(web, cli, monkeypatch):
 
 def test_command_skips_existing_sets(cli, monkeypatch):
     monkeypatch.setattr(published_sets, "MIRRORS", ())
-    for name in NAMES:
-        Path("data", name).mkdir(parents=True)
+    write(FILES, Path("data"))
+    assert cli("data.py") == (0, "data/91-image already exists\ndata/Set5 already exists\n", "")
+    assert installed() == FILES
+
+
+@pytest.mark.parametrize("content", [{}, {"t0.bmp": b"", "t1.bmp": b""}, {"mine.png": b"mine"}], ids=len)
+def test_command_keeps_and_names_folder_with_other_content(web, cli, monkeypatch, content):
+    """Power lost during a copy may leave empty files."""
+    monkeypatch.setattr(published_sets, "MIRRORS", (web("good"),))
+    write({"91-image": content}, Path("data"))
     status, out, err = cli("data.py")
-    assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["data/91-image", "data/Set5"]
+    assert (status, out) == (1, "data/Set5: 2 images, as published\n")
+    assert_one_line(err, "error: not the published sets: data/91-image; ", "move or delete")
+    assert installed() == FILES | {"91-image": content}
+
+
+def test_files_are_synced_before_the_set_appears(local_copy, monkeypatch):
+    calls, replace = [], os.replace
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.is_dir() or path.read_bytes() == FILES["Set5"][path.name]
+        calls.append(path.name)
+
+    def rename(source, target):
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    published_sets.fetch(["Set5"], local_copy)
+    here, *files, folder, renamed, parent = calls
+    assert (here, sorted(files), folder, renamed, parent) == (
+        Path.cwd().name,
+        [*FILES["Set5"]],
+        "Set5",
+        "rename",
+        "data",
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,11 +190,7 @@ def test_existing_set_is_kept():
 
 @pytest.fixture
 def local_copy():
-    for name, files in FILES.items():
-        folder = Path("copy/deep", name)
-        folder.mkdir(parents=True)
-        for file, content in files.items():
-            folder.joinpath(file).write_bytes(content)
+    write(FILES, Path("copy/deep"))
     return Path("copy")
 
 
@@ -164,6 +203,60 @@ def test_local_copy_with_other_content_is_refused(local_copy):
     Path("copy/deep/Set5/t0.bmp").write_bytes(b"BM something else")
     with pytest.raises(CommandError, match=r"^cannot fetch Set5: copy: no folder in it contains Set5"):
         published_sets.fetch(["Set5"], local_copy)
+
+
+def test_local_copy_may_have_names_that_are_no_utf8(local_copy):
+    Path("copy", os.fsdecode(b"\xff.bmp")).write_bytes(b"BM")
+    published_sets.fetch(["Set5"], local_copy)
+    assert installed() == {"Set5": FILES["Set5"]}
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"), [("MAX_BYTES", 100, "more than 0 MiB"), ("MAX_FILES", 3, "more than 3 images")]
+)
+def test_large_folder_is_not_read(local_copy, monkeypatch, limit, value, reason):
+    monkeypatch.setattr(published_sets, limit, value)
+    monkeypatch.setattr(Path, "open", None)
+    with pytest.raises(CommandError, match=f"copy: contains {reason}, refused$"):
+        published_sets.fetch(["Set5"], local_copy)
+
+
+def test_large_archive_is_not_read():
+    with open("copy.zip", "wb") as file:
+        file.write(GOOD)
+        file.truncate(2**33)
+    with pytest.raises(CommandError, match=r"copy\.zip: larger than 1 MiB, refused$"):
+        published_sets.fetch(NAMES, Path("copy.zip"))
+
+
+def lying_archive(method):
+    """Return an archive of one image, of 128 MiB, that is said to have 10 bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as zipped:
+        with zipped.open("Set5/t0.bmp", "w", force_zip64=False) as member:
+            for _ in range(128):
+                member.write(bytes(2**20))
+        zipped.infolist()[0].file_size = 10
+    return buffer.getvalue()
+
+
+def memory_to_refuse(path):
+    """Return the reason for which a new process refuses an archive, and how many MiB that takes."""
+    before = peak_memory_mib()
+    try:
+        published_sets.fetch(["Set5"], Path(path))
+    except CommandError as error:
+        return str(error), peak_memory_mib() - before
+    return "", 0
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_lying_archive_takes_little_memory(tmp_path, method):
+    path = tmp_path / "copy.zip"
+    path.write_bytes(lying_archive(method))
+    reason, mib = in_new_process(memory_to_refuse, str(path))
+    assert "CRC" in reason or "another method than deflate" in reason
+    assert mib < 64
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD_ARCHIVES.values(), ids=BAD_ARCHIVES)

@@ -73,6 +73,20 @@ def test_archive_runs_where_it_is_unpacked(filled_in, photos, tmp_path, foreign)
     assert Image.open(folder / "lr_srcnn_x3.png").size == (90, 90)
 
 
+def test_files_may_have_any_date_and_name(filled_in):
+    for file in ("train.py", "checkpoint.pth"):
+        os.utime(filled_in / file, (0, 0))
+    other = os.fsdecode(b"\xff")
+    shutil.copy(filled_in / "checkpoint.pth", filled_in / other)
+    (filled_in / "training" / f"{other}.py").touch()
+    status, _, err = run(filled_in, "-m", "tools.hand_in", "--checkpoint", other)
+    assert status == 0
+    assert_one_line(err, "\\udcff was saved with another info.py")
+    with zipfile.ZipFile(filled_in / "1155123456_Chan_Tai-Man.zip") as file:
+        assert file.getinfo("train.py").date_time[0] == 1980
+        assert file.read("checkpoint.pth") == (ROOT / "checkpoint.pth").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "archive"),
     [
