@@ -22,11 +22,13 @@ from utils import run_command
 
 
 @pytest.fixture(autouse=True)
-def _empty_working_dir(tmp_path, monkeypatch):
+def _clean_environment(tmp_path, monkeypatch):
     """Run each test in an empty folder of its own, with a filled-in info.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
+    yield
+    torch.set_flush_denormal(False)  # as before a command
 
 
 @pytest.fixture(scope="session")

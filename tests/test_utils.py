@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import io
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line
+from helpers import ROOT, assert_one_line, in_new_process
 
 import utils
 from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, deferred_interrupts, locked, remove_stale_files
@@ -66,6 +67,19 @@ def test_failure_is_reported_in_one_line(capsys, problem, status, message):
     assert (end.value.code, out) == (status, "")
     assert err.startswith(message)
     assert_one_line(err)
+
+
+def count_denormal_numbers():
+    """Return how many remain in a command, in operations that use one and all threads."""
+    found = []
+    with contextlib.suppress(SystemExit):
+        sizes = (10, 10**6)
+        utils.run_command(lambda: found.extend((torch.full((n,), 1e-39) * 1).count_nonzero().item() for n in sizes))
+    return found
+
+
+def test_commands_compute_without_denormal_numbers():
+    assert in_new_process(count_denormal_numbers) == [0, 0]
 
 
 def test_bug_keeps_its_traceback():

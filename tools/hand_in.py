@@ -56,7 +56,8 @@ def main() -> None:
     ):
         for name in files:
             archive.write(ROOT / name, name)
-        archive.writestr("checkpoint.pth", data, zipfile.ZIP_DEFLATED)
+        member = zipfile.ZipInfo.from_file(args.checkpoint, "checkpoint.pth", strict_timestamps=False)
+        archive.writestr(member, data, zipfile.ZIP_DEFLATED)
     show(f"{target}: checkpoint.pth, {', '.join(files)}")
 
 

@@ -96,6 +96,14 @@ def test_weights_are_converted_to_float32(dtype):
     assert same(loaded(saved).model, {name: tensor.float() for name, tensor in saved["model"].items()})
 
 
+def test_denormal_weights_are_read_as_zero():
+    tiny = torch.finfo(torch.float32).tiny
+    saved = content()
+    saved["model"]["conv2.bias"][:4] = torch.tensor([tiny / 2, -tiny / 2, tiny, -0.0])
+    bias = loaded(saved).model["conv2.bias"]
+    assert same(bias[:4], torch.tensor([0.0, -0.0, tiny, -0.0]))
+
+
 def test_checkpoint_without_optimizer_state_provides_weights_only():
     saved = trained_content(optimizer={}, best="damaged", history=3)
     found = loaded(saved)
