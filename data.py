@@ -22,6 +22,7 @@ from upscaling.distributed import gather, node_rank
 from utils import ArgumentParser, CommandError, path, plural, printable, run_command, show, warn
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
+MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
 
@@ -163,6 +164,10 @@ def load_sets(train_data: str, test_data: str, hold_out: int) -> tuple[ImageSet,
         training, test = training.split(hold_out)
     else:
         test = load_images(test_data, "test")
+    if len(test.images) > MAX_TEST_IMAGES:
+        raise CommandError(
+            f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
+        )
     checksums = [(image.size, zlib.crc32(image.tobytes())) for image in training.images.values()]
     if any(other != checksums for other in gather(checksums)):  # the processes would draw different patches
         raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")

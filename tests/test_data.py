@@ -129,6 +129,13 @@ def test_split_into_empty_set_is_refused(hold_out):
         FIVE.split(hold_out)
 
 
+def test_test_set_whose_figures_no_checkpoint_has_room_for_is_refused(photos, monkeypatch):
+    monkeypatch.setattr(data, "MAX_TEST_IMAGES", 4)
+    with pytest.raises(CommandError, match=f"^{photos.name}: at most 4 images can be tested on, not 5$"):
+        data.load_sets(str(photos), str(photos), 0)
+    assert len(data.load_sets(str(photos), "none", 2)[1].images) == 2
+
+
 # ----------------------------------------------------------------------------- LR/HR pairs
 
 

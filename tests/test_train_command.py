@@ -57,6 +57,20 @@ def test_inspect_measures_by_protocol_of_course(cli, photos):
 # ------------------------------------------------------------------------ train and resume
 
 
+def test_names_that_are_not_utf8_are_shown_escaped(train_small, cli, photos):
+    shutil.copytree(photos, "photos\udcff")
+    os.rename("photos\udcff/leaves1.png", "photos\udcff/leaves\udcfe\x1b.png")
+    folders = ("--train-data=photos\udcff", "--test-data=photos\udcff", "--num-epoch=1")
+    status, out, err = train_small(*folders, "--output=out\udcff")
+    assert_one_line(err, "WARNING: TensorBoard")  # it cannot write to such a folder
+    inspected = cli("train.py", "inspect", "out\udcff/checkpoint.last")
+    assert (status, inspected[0], inspected[2]) == (0, 0, "")
+    for text in (out, inspected[1]):
+        assert "\nleaves\\udcfe\\x1b " in text
+        assert "photos\\udcff mean " in text
+    assert cli("train.py", "resume", "out\udcff/checkpoint.last", "--num-epoch=2")[0] == 0
+
+
 def test_assignment_recipe_saves_its_defaults_and_resumes_exactly(train_small):
     options = ("--recipe=assignment", "--patch-size=33", "--num-epoch=3", "--save-freq=1")
     status, out, _ = train_small(*options, "--output=a")
