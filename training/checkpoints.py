@@ -17,10 +17,9 @@ from info import Info, info
 from model import SRCNN
 from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
-from utils import CommandError, atomic_write, read_file
+from utils import CommandError, atomic_write, is_out_of_memory, read_file
 
 MAX_WEIGHT = 1e6  # larger weights could overflow float32; ours are below 10
-
 # The epoch after which options were changed, and the options until then; None if unknown.
 ResumeRecord = tuple[int, Args | None]
 
@@ -111,9 +110,9 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
             raise CommandError("it is too large")
         content = unpickle(data)
         return parse(content if "model" in content else from_course(content))
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged or hostile file can provoke errors of many types
+        if is_out_of_memory(error):
+            raise
         reason = error if isinstance(error, CommandError) else "it is damaged or contains unsafe objects"
         raise CommandError(f"{path}: not a valid SRCNN checkpoint: {reason}") from error
 

@@ -275,14 +275,19 @@ def test_path_that_is_not_a_file_is_refused(name, reason):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(PermissionError(13, "Permission denied"), "x: cannot be read: Permission denied"), (MemoryError(), "")],
+    ("failing", "error", "raised"),
+    [
+        ("os.open", PermissionError(13, "Permission denied"), (CommandError, "^x: cannot be read: Permission denied$")),
+        ("training.checkpoints.unpickle", MemoryError(), (MemoryError, "^$")),
+        ("training.checkpoints.parse", RuntimeError("can't allocate memory"), (RuntimeError, "can't allocate memory")),
+    ],
 )
-def test_good_file_that_cannot_be_read_is_not_called_damaged(monkeypatch, error, reason):
+def test_good_file_that_cannot_be_read_is_not_called_damaged(monkeypatch, failing, error, raised):
     def fail(*arguments):
         raise error
 
     Path("x").write_bytes(trained_file())
-    monkeypatch.setattr("os.open" if reason else "training.checkpoints.unpickle", fail)
-    with pytest.raises((CommandError, MemoryError), match=f"^{reason}$"):
+    monkeypatch.setattr(failing, fail)
+    kind, message = raised
+    with pytest.raises(kind, match=message):
         load_checkpoint(Path("x"))
