@@ -53,20 +53,12 @@ def endless():
     return thing
 
 
-def with_members(count, data=b"", compression=zipfile.ZIP_STORED):
-    """Return a checkpoint whose archive has more members."""
+def with_bomb():
+    """Return a checkpoint whose archive has a member of 32 MiB, compressed."""
     buffer = io.BytesIO(trained_file())
-    with zipfile.ZipFile(buffer, "a", compression) as archive:
-        for number in range(count):
-            archive.writestr(f"archive/data/more{number}", data)
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/more", bytes(2**25))
     return buffer.getvalue()
-
-
-def declaring_ten_bytes(archive):
-    """Return an archive in which the last member declares ten bytes, whatever it unpacks to."""
-    archive, entry = bytearray(archive), archive.rindex(b"PK\1\2")
-    archive[entry + 24 : entry + 28] = (10).to_bytes(4, "little")
-    return bytes(archive)
 
 
 def rewritten(change):
@@ -108,11 +100,7 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "set": lambda: content(extra={1, 2}),
         "torch.Size": lambda: content(extra=torch.Size([1])),
         "tuple as a key": lambda: content(extra={(1, 2): 3}),
-        "zip bomb": lambda: with_members(1, bytes(2**25), zipfile.ZIP_DEFLATED),
-        "zip bomb that declares ten bytes": lambda: declaring_ten_bytes(
-            with_members(1, bytes(2**25), zipfile.ZIP_BZIP2)
-        ),
-        "many members": lambda: with_members(1000),
+        "zip bomb": with_bomb,
         "pickle in capitals": lambda: rewritten(lambda name, data: (name.replace("data.pkl", "DATA.PKL"), data)),
         "another byte order": lambda: rewritten(lambda name, data: (name, b"big" if "byteorder" in name else data)),
         "less memory than values": lambda: rewritten(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import course_content, in_new_process, load, peak_memory_mib, trained_file
 
-from training.unpickling import MAX_BYTES, MAX_OPERATIONS, read_pickle, unpickle
+from training.unpickling import MAX_BYTES, MAX_MEMBERS, MAX_OPERATIONS, read_pickle, unpickle
 
 # Operations that torch.save writes into checkpoints of this project and of the course.
 KNOWN = {
@@ -91,6 +91,43 @@ def test_objects_of_the_course_are_read_as_their_attributes():
 
 # ------------------------------------------------------------------------------- cost
 
+
+def archive_of(pickle, values=bytes(4), count=1, compression=zipfile.ZIP_STORED):
+    """Return an archive of a pickle and of the values of tensors."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        for number in range(count):
+            archive.writestr(f"archive/data/{number}", values)
+    return buffer.getvalue()
+
+
+def overlapping(count):
+    """Return an archive that lists its last member, of a mebibyte, so many times."""
+    archive = archive_of(b"N.", bytes(2**20))
+    start, end = archive.rindex(b"PK\1\2"), archive.rindex(b"PK\5\6")
+    entries, size = archive[start:end] * count, (end - start) * (count - 1)
+    total, length, place = struct.unpack("<HII", archive[end + 10 : end + 20])
+    footer = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, total + count - 1, total + count - 1, length + size, place, 0)
+    return archive[:start] + entries + footer
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [overlapping(8), archive_of(b"N.", count=MAX_MEMBERS), archive_of(b"N.", compression=zipfile.ZIP_BZIP2)],
+    ids=["overlapping members", "many members", "compressed members"],
+)
+def test_archive_that_may_unpack_to_much_is_not_unpacked(monkeypatch, archive):
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *arguments: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="not an archive"):
+        unpickle(archive)
+
+
+def test_archive_within_the_limits_is_read():
+    assert unpickle(overlapping(7)) is None
+    assert unpickle(archive_of(b"N.", count=MAX_MEMBERS - 1)) is None
+
+
 TUPLE = b"(" + b"".join(map(number, range(50_000))) + b"tq\1"
 ONES = b"(" + number(1) * 50_000 + b"tq\1"
 DICTIONARY = b"}(" + b"".join(number(i) + b"N" for i in range(50_000)) + b"uq\1"
@@ -128,12 +165,9 @@ def cost(pickles):
     unpickle(trained_file())
     before, seconds = peak_memory_mib(), {}
     for key, data in pickles.items():
-        buffer, start = io.BytesIO(), time.process_time()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            archive.writestr("archive/data.pkl", data)
-            archive.writestr("archive/data/0", bytes(4))
+        file, start = archive_of(data), time.process_time()
         with contextlib.suppress(Exception):
-            unpickle(buffer.getvalue())
+            unpickle(file)
         seconds[key] = time.process_time() - start
     return seconds, peak_memory_mib() - before
 
