@@ -39,7 +39,7 @@ try:
     from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
     from training.grid_patches import GridPatches, course_psnr, zero_padded_srcnn
     from training.inspection import changes, course_to_json, describe, describe_course, to_json
-    from training.log import Log
+    from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
     from training.options import Args, Options, add_options, check_options, given_options
     from training.random_patches import RandomPatches
@@ -49,7 +49,7 @@ try:
     from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
     from upscaling.fast_srcnn import FastSRCNN
     from upscaling.upscaler import Upscaler
-    from utils import ArgumentParser, CommandError, deferred_interrupts, integer, path, run_command, show, warn
+    from utils import ArgumentParser, CommandError, integer, path, run_command, show, warn
 except ImportError as error:  # for example if the course's own data.py and utils.py are beside this file
     folders = ("imaging/", "training/", "upscaling/")
     missing = [name for name in folders if not Path(__file__).parent.joinpath(name).is_dir()]

@@ -202,26 +202,6 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | N
             signal.signal(number, before)
 
 
-@contextlib.contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Defer the first SIGINT, SIGTERM or SIGHUP until the yielded function is called: it raises KeyboardInterrupt.
-
-    TensorBoard's writer may deadlock if it is interrupted. A second Ctrl-C takes effect at once.
-    """
-    received: list[int] = []
-
-    def defer(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def raise_deferred() -> None:
-        if received:
-            raise KeyboardInterrupt(received[0])
-
-    with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], defer):
-        yield raise_deferred
-
-
 # -------------------------------------------------------------------------------- files
 
 

@@ -1,6 +1,7 @@
 """Fixtures. The environment variable SRCNN_DATA is the folder of the real images."""
 
 import os
+import signal
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
@@ -29,6 +30,16 @@ def _clean_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
     yield
     torch.set_flush_denormal(False)  # as before a command
+
+
+@pytest.fixture
+def _heeded():
+    """Signals as in an interactive shell: a background job ignores SIGINT, and nohup ignores SIGHUP."""
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, assert_one_line, in_new_process
 
 import utils
-from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, deferred_interrupts, locked, remove_stale_files
+from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files
 
 # ------------------------------------------------------------------- errors and interrupts
 
@@ -131,16 +131,6 @@ def test_command_prints_to_limited_outputs(shell, out, err):
     assert (end.returncode, end.stdout.strip(), end.stderr.strip()) == (0, out, err)
 
 
-@pytest.fixture
-def _heeded():
-    """Signals as in an interactive shell: a background job ignores SIGINT, and nohup ignores SIGHUP."""
-    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("_heeded")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_leaves_no_temporary_file(capsys, number, status):
@@ -153,31 +143,6 @@ def test_signal_leaves_no_temporary_file(capsys, number, status):
         utils.run_command(main)
     assert (end.value.code, capsys.readouterr().err, os.listdir()) == (status, "interrupted\n", [])
     assert signal.getsignal(number) == signal.SIG_DFL
-
-
-def test_hangup_is_ignored_under_nohup():
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with utils.handle_signals([signal.SIGHUP], utils.interrupt), deferred_interrupts() as raise_deferred:
-            signal.raise_signal(signal.SIGHUP)
-            raise_deferred()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, previous)
-
-
-@pytest.mark.usefixtures("_heeded")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_first_interrupt_is_deferred_and_second_is_not(number):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)]
-    with deferred_interrupts() as raise_deferred:
-        raise_deferred()
-        signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt, match=str(int(number))):
-            raise_deferred()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, *utils.TERMINATION_SIGNALS)] == before
 
 
 # -------------------------------------------------------------------------------- files

@@ -1,9 +1,11 @@
-"""TensorBoard log of a training run."""
+"""TensorBoard log of a training run, and interrupts between its writes."""
 
 import contextlib
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from imaging.metrics import Report
 from model import SRCNN
 from training.options import Options
 from upscaling.upscaler import Upscaler
-from utils import printable, warn
+from utils import TERMINATION_SIGNALS, handle_signals, printable, warn
 
 
 class Log:
@@ -111,3 +113,23 @@ def filters(model: SRCNN) -> Tensor:
 
     weights = model.conv1.weight.detach().cpu().repeat_interleave(4, 2).repeat_interleave(4, 3)
     return make_grid(weights, nrow=16, normalize=True, scale_each=True, pad_value=1)
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Defer the first SIGINT, SIGTERM or SIGHUP until the yielded function is called: it raises KeyboardInterrupt.
+
+    TensorBoard's writer may deadlock if it is interrupted. A second Ctrl-C takes effect at once.
+    """
+    received: list[int] = []
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def raise_deferred() -> None:
+        if received:
+            raise KeyboardInterrupt(received[0])
+
+    with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], defer):
+        yield raise_deferred

@@ -1,4 +1,5 @@
 import io
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,9 +15,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from data import ImageSet, TestSet
 from imaging.images import to_tensor
 from train import linear_schedule
-from training.log import Log, filters
+from training.log import Log, deferred_interrupts, filters
 from training.options import Options
 from upscaling.upscaler import Upscaler
+from utils import TERMINATION_SIGNALS, handle_signals, interrupt
 
 OPTIONS = Options(learning_rate=0.002, train_data="photos")
 
@@ -202,3 +204,31 @@ def test_resumed_training_continues_log_without_overlap_or_gap(train_small, phot
     assert [rate for _, rate in values(found, "train/learning_rate")] == pytest.approx(rates)
     assert all([event.step for event in found.Images(tag)] == [1, 2, 3] for tag in found.Tags()["images"])
     assert values(events(run / "end-3"), "final/psnr_y")[0][1] == pytest.approx(mean["psnr_y"])
+
+
+# ------------------------------------------------------------------------------ interrupts
+
+
+def test_hangup_is_ignored_under_nohup():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handle_signals([signal.SIGHUP], interrupt), deferred_interrupts() as raise_deferred:
+            signal.raise_signal(signal.SIGHUP)
+            raise_deferred()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("_heeded")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_interrupt_is_deferred_and_second_is_not(number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, *TERMINATION_SIGNALS)]
+    with deferred_interrupts() as raise_deferred:
+        raise_deferred()
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt, match=str(int(number))):
+            raise_deferred()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, *TERMINATION_SIGNALS)] == before
