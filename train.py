@@ -127,7 +127,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
             start = time.perf_counter()
             losses = train_one_epoch(run, patches, epoch, raise_interrupt)
             seconds = time.perf_counter() - start
-            progress.check_finite(losses, run.model, epoch)
+            progress.check_finite(losses, run, epoch)
             if rank > 0:  # rank 0 tests, saves and logs
                 continue
             before, report = report, evaluate(run.model, test_set)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import tempfile
 import time
@@ -28,6 +29,7 @@ DATA = Path("data")  # parent folder of the sets
 MAX_BYTES = 2**27  # largest archive, and largest total of the images in it
 MAX_FILE = 2**20  # bytes; the largest published image has 786,486; larger files are not read
 MAX_FILES = 10_000  # images in a folder or archive
+MAX_DIRECTORY = 2**20  # bytes of an archive's list of members
 TIMEOUT = 15  # seconds without a byte
 DEADLINE = 600  # seconds for one mirror
 
@@ -97,12 +99,27 @@ def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     if isinstance(source, Path) and source.stat().st_size > MAX_BYTES:
         raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
     try:
-        with zipfile.ZipFile(source) as archive:
-            return read_members(archive)
+        with source.open("rb") if isinstance(source, Path) else source as file:
+            if directory_size(file) > MAX_DIRECTORY:
+                raise CommandError("lists too many files, refused")
+            with zipfile.ZipFile(file) as archive:
+                return read_members(archive)
     except (CommandError, PermissionError):
         raise
     except Exception as error:  # damaged archives raise errors of many types
         raise CommandError(f"not a complete zip archive ({error})") from error
+
+
+def directory_size(file: IO[bytes]) -> float:
+    """Return the size in bytes of a zip archive's list of members, which zipfile reads as a whole, and slowly.
+
+    It is infinite for the format of archives above 4 GiB or 65,535 members, and 0 if there is no list.
+    """
+    file.seek(-min(file.seek(0, io.SEEK_END), 2**16 + 42), io.SEEK_END)
+    before, signature, record = file.read().rpartition(b"PK\5\6")  # a comment of up to 64 KiB follows
+    if before[-20:-16] == b"PK\6\7":
+        return math.inf
+    return int.from_bytes(record[8:12], "little") if signature else 0
 
 
 def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:

@@ -19,6 +19,7 @@ from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
 from utils import CommandError, atomic_write, is_out_of_memory, read_file
 
+LIMITS = {int: 2**31, float: 10**4, str: 4096, list: 1000, dict: 20_001}  # values, or lengths, are below these
 MAX_WEIGHT = 1e6  # larger weights could overflow float32; ours are below 10
 # The epoch after which options were changed, and the options until then; None if unknown.
 ResumeRecord = tuple[int, Args | None]
@@ -72,7 +73,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
         "time": checkpoint.saved_at,
     }
     if state := checkpoint.training:
-        content |= vars(state) | {"report": state.report.to_dict()}
+        content |= vars(state) | {"report": state.report.to_dict(), "history": state.history[1 - LIMITS[list] :]}
     content["model_state_dict"], content["opt"] = content["model"], content["args"]
     content["optimizer_state_dict"] = for_plain_adam(content["optimizer"], checkpoint.args.get("lr", 0.001))
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
@@ -122,8 +123,8 @@ def from_course(content: Any) -> dict[str, Any]:
     weights, names = content["model_state_dict"], list(shapes())
     if len(weights) == len(names):
         weights = dict(zip(names, weights.values(), strict=True))
-    who = {name: str(value)[:1000] for name, value in content.get("info", {}).items() if isinstance(value, str | int)}
-    epoch, psnr = content.get("epoch", 0) + 1, float(content.get("psnr", math.nan))
+    who, epoch, psnr = content.get("info", {}), content.get("epoch", 0) + 1, float(content.get("psnr", math.nan))
+    who = {name: str(who[name])[:1000] for name in vars(info) if isinstance(who.get(name), str | int)}
     return {"model": weights, "args": valid_args(content.get("opt", {})), "info": who, "epoch": epoch, "psnr": psnr}
 
 
@@ -140,18 +141,19 @@ def parse(content: Any) -> Checkpoint:
         psnr=check(content.get("psnr"), float, "psnr"),
         args=args,
         training=parse_training(content, whitened) if "whiten" in optimizer or not whitened else None,
-        info=Info(*(check(who.get(name, ""), str, name) for name in ("name", "id", "email"))),
+        info=Info(*(check(who.get(name, ""), str, name) for name in vars(info))),
         torch_version=check(content.get("torch", ""), str, "torch"),
         saved_at=check(content.get("time", ""), str, "time"),
     )
 
 
 def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
-    report, images = content["report"], {}
-    for name, scores in report["images"].items():
-        values = {key: check(scores[key], float, "report") for key in SCORE_NAMES}
+    report, history = check(content["report"], dict, "report"), check(content.get("history", []), list, "history")
+    images = {}
+    for name, scores in check(report["images"], dict, "report").items():
+        values = {key: check(check(scores, dict, "report").get(key), float, "report") for key in SCORE_NAMES}
         images[check(name, str, "report")] = Scores.from_dict(values)
-    if not images or math.isnan(content["best"]) or not re.fullmatch(r"[\w-]{1,64}", content["run"]):
+    if not images or math.isnan(content["best"]) or not re.fullmatch(r"[\w-]{1,64}", content["run"], re.ASCII):
         raise CommandError("invalid 'report', 'best' or 'run'")
     return TrainingState(
         optimizer=parse_optimizer(content["optimizer"], whitened),
@@ -162,7 +164,7 @@ def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
         best_epoch=check(content["best_epoch"], int, "best_epoch"),
         train_set=check(content.get("train_set", ""), str, "train_set"),
         run=content["run"],
-        history=[(check(n, int, "history"), args and check_args(args)) for n, args in content.get("history", [])],
+        history=[(check(n, int, "history"), None if args is None else check_args(args)) for n, args in history],
     )
 
 
@@ -173,11 +175,9 @@ def parse_optimizer(optimizer: dict[str, Any], whitened: bool) -> dict[str, Any]
     if whitened:
         parameters[0] = torch.Size((64, 243))
         result["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
-    if states and set(states) != set(range(len(parameters))):
-        raise CommandError("the optimizer state belongs to another network")
-    for i in sorted(states):
-        kinds: dict[str, torch.Size] = {"step": torch.Size(), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
-        state = check(states[i], dict, "optimizer")
+    for i, shape in enumerate(parameters if states else []):
+        kinds: dict[str, torch.Size] = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+        state = check(states.get(i), dict, "optimizer")
         result["state"][i] = {name: check_tensor(state.get(name), kinds[name], "optimizer") for name in kinds}
         if result["state"][i]["step"] < 1 or result["state"][i]["exp_avg_sq"].min() < 0:
             raise CommandError("invalid 'optimizer'")
@@ -185,8 +185,9 @@ def parse_optimizer(optimizer: dict[str, Any], whitened: bool) -> dict[str, Any]
 
 
 def check(value: Any, kind: Any, name: str) -> Any:
-    """Return a value. Raise CommandError unless it has this type and, if it is an integer or text, a plausible size."""
-    if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31) or (kind is str and len(value) > 4096):
+    """Return a value. Raise CommandError unless it has this type and a plausible size."""
+    size = len(value) if isinstance(value, str | list | dict) else value
+    if not isinstance(value, kind) or (kind is int and value < 0) or LIMITS[kind] <= abs(size) < math.inf:
         raise CommandError(f"missing or invalid '{name}'")
     return value
 

@@ -101,7 +101,7 @@ def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
     def mean_over_batches(upscale: Callable[[Tensor], Tensor]) -> Psnr:
         batches = zip(lr.split(batch_size), hr.split(batch_size), strict=True)
         errors = [F.mse_loss(upscale(x), y).item() for x, y in batches]
-        values = [10 * math.log10(1 / error) if error else math.inf for error in errors]
+        values = [-10 * math.log10(error) if error else math.inf for error in errors]
         return Psnr(math.nan, sum(values) / len(values))
 
     return Scores(mean_over_batches(upscale_patches), mean_over_batches(model))

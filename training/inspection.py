@@ -10,7 +10,7 @@ from typing import Any
 from imaging.metrics import Report, Scores, table
 from training.checkpoints import Checkpoint, TrainingState, is_filled_in
 from training.options import Args, Options
-from utils import plural
+from utils import one_line, plural
 
 
 def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[str]:
@@ -33,6 +33,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
     if state:
         for (epoch, before), (_, after) in pairwise([*state.history, (checkpoint.epoch, args)]):
             lines += [f"resumed     after epoch {epoch}{changes(before, after or {})}"]
+    lines = [one_line(line) for line in lines]
     return [*lines, "", *table(report)] if report else lines
 
 

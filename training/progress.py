@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from data import Batch
 from imaging.metrics import Report, summary, table
-from model import SRCNN
 from training.checkpoints import MAX_WEIGHT
 from training.options import Options
 from training.run import Patches, Run
@@ -57,10 +56,12 @@ def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
         warn(f"epoch {epoch} is worse than bicubic interpolation; lower --lr")
 
 
-def check_finite(losses: Tensor, model: SRCNN, epoch: int) -> None:
+def check_finite(losses: Tensor, run: Run, epoch: int) -> None:
     """Raise CommandError if training has diverged: to NaN, infinity, or weights that cannot be loaded again."""
     wrong = losses.isfinite().logical_not().nonzero()
-    if len(wrong) or not all(p.abs().max() <= MAX_WEIGHT for p in model.parameters()):
+    moments = [moment for state in run.optimizer.state_dict()["state"].values() for moment in state.values()]
+    weights_are_fine = all(weight.abs().max() <= MAX_WEIGHT for weight in run.model.parameters())
+    if len(wrong) or not weights_are_fine or not all(moment.isfinite().all() for moment in moments):
         step = int(wrong[0]) + 1 if len(wrong) else len(losses)
         raise CommandError(f"the loss is not finite at step {step} of epoch {epoch}; lower the learning rate (--lr)")
 

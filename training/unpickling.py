@@ -16,14 +16,16 @@ from torch import Tensor
 MAX_BYTES = 2**23  # in a file; ours have half a megabyte
 MAX_OPERATIONS = 500_000  # in its pickle; ours have 1,500 and 14 more for each test image
 MAX_MEMBERS = 1_000  # in the archive; ours have 33
+MAX_VALUES = 2**17  # in a tensor, of any strides; ours have 243 * 243
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
 DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8}
 
 
-def new_tensor(values: Tensor, offset: int, shape: Any, stride: Any, requires_grad: bool, hooks: Any) -> Tensor:
-    if len(shape) > 4:
-        raise ValueError("too many dimensions")
-    return values.as_strided(shape, stride, offset)  # raises an error if there are too few values
+def new_tensor(values: Tensor, offset: int, shape: Any, stride: Any, grad: bool = False, hooks: Any = None) -> Tensor:
+    tensor = values.as_strided(shape, stride, offset)  # raises an error if there are too few values
+    if tensor.ndim > 4 or tensor.numel() > MAX_VALUES:
+        raise ValueError("larger than the tensors of SRCNN")
+    return tensor
 
 
 GLOBALS: dict[Any, Any] = {  # what the names in a pickle stand for
@@ -34,6 +36,7 @@ GLOBALS: dict[Any, Any] = {  # what the names in a pickle stand for
     "argparse Namespace": lambda: {},  # this and Info are in checkpoints of the course's skeleton
     "info Info": lambda: {},
 }
+EMPTY: dict[str, Any] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 
 
 def unpickle(file: bytes) -> Any:
@@ -74,12 +77,8 @@ def read_pickle(pickle: bytearray, contents: dict[str, bytearray]) -> Any:
                 stack.append(opcode.name == "NEWTRUE")
             case "MARK":
                 marks.append(len(stack))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append(EMPTY[opcode.name]())
             case "TUPLE":
                 stack.append(tuple(pop(marks.pop())))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -96,7 +95,7 @@ def read_pickle(pickle: bytearray, contents: dict[str, bytearray]) -> Any:
                 stack.append(GLOBALS[argument])
             case "BINPERSID":
                 _, dtype, key, _, size = stack.pop()
-                stack.append(torch.frombuffer(contents["data/" + key], dtype=dtype, count=size))
+                stack.append(new_tensor(torch.frombuffer(contents["data/" + key], dtype=dtype), 0, (size,), (1,)))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = pop(-2)
                 stack.append(function(*arguments))

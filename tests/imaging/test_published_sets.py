@@ -25,6 +25,7 @@ def _small_sets(monkeypatch):
     digests = {name: published_sets.digest(files.items()) for name, files in FILES.items()}
     monkeypatch.setattr(published_sets, "SETS", digests)
     monkeypatch.setattr(published_sets, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(published_sets, "MAX_DIRECTORY", 10_000)
     monkeypatch.setattr(published_sets, "TIMEOUT", 1)
 
 
@@ -41,7 +42,16 @@ def archive(files=FILES, further="repo-1/Test/other.bmp"):
 
 GOOD = archive()
 SPOILT = archive(FILES | {"Set5": FILES["Set5"] | {"t1.bmp": b"BM something else"}})
+ENTRIES = io.BytesIO()
+with zipfile.ZipFile(ENTRIES, "w") as zipped:
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        zipped.writestr(letter * 500, b"")
 BAD_ARCHIVES = {
+    "long list of members": (ENTRIES.getvalue(), "lists too many files"),
+    "long list of members in ZIP64": (
+        GOOD.replace(b"PK\5\6", b"PK\6\7" + bytes(16) + b"PK\5\6"),
+        "lists too many files",
+    ),
     "garbage": (b"<html>Please log in</html>", "not a complete zip archive"),
     "bit-flip": (GOOD[:200] + bytes([GOOD[200] ^ 1]) + GOOD[201:], "not a complete zip archive"),
     "above": (archive(further="repo-1/../../../evil.bmp"), "leads outside"),

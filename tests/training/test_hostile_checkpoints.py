@@ -14,7 +14,8 @@ import torch
 from helpers import RUN, Call, assert_one_line, content, course_content, same, trained_content, trained_file
 
 from model import SRCNN
-from training.checkpoints import MAX_BYTES, MAX_WEIGHT, load_checkpoint
+from training.checkpoints import LIMITS, MAX_BYTES, MAX_WEIGHT, load_checkpoint
+from training.unpickling import MAX_VALUES
 from utils import CommandError
 
 
@@ -122,13 +123,15 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "number": lambda: 5,
         "tensor": lambda: torch.zeros(1000),
         "no model": lambda: content(model=None),
-        "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}}),
         "2^60 references in args of the course": lambda: course_content(opt=nested()),
         "list that contains itself": lambda: changed("history", endless()),
     },
     "it is too large": {"large file": lambda: bytes(MAX_BYTES + 1)},
     "invalid 'lr'": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},
     "missing or invalid 'history'": {"2^60 references in history": lambda: changed("history", nested())},
+    "missing or invalid 'report'": {
+        "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}})
+    },
     "the model has other layers than SRCNN": {
         "missing layer": lambda: changed("conv3.bias", None),
         "additional layer": lambda: changed("conv4.bias", torch.zeros(3)),
@@ -145,12 +148,16 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("conv1.weight", wrong("conv1.weight", [64, 3, 9, 9], "torch.float32 of shape [64, 1, 9, 9]")): [
         torch.zeros(64, 1, 9, 9)
     ],
-    ("conv1.bias", wrong("conv1.bias", [64], f"torch.float32 of shape [{2**50}]")): [torch.zeros(1).expand(2**50)],
+    ("conv1.bias", wrong("conv1.bias", [64], f"torch.float32 of shape [{MAX_VALUES}]")): [
+        torch.zeros(1).expand(MAX_VALUES)
+    ],
     ("conv2.bias", wrong("conv2.bias", [32], "torch.int64 of shape [32]")): [torch.zeros(32, dtype=torch.int64)],
     ("conv2.bias", wrong("conv2.bias", [32], "another object")): ["text", [0.0] * 32],
     ("conv2.bias", UNSAFE): [
         *(torch.zeros(32).to(dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
         torch.zeros(0),
+        torch.zeros(1).expand(MAX_VALUES + 1),
+        torch.zeros(MAX_VALUES + 1),
         torch.zeros(1, 1, 1, 1, 32),
         torch._neg_view(torch.zeros(32)),
         torch.zeros(32, device="meta"),
@@ -170,8 +177,8 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("optimizer", "missing or invalid 'optimizer'"): [
         "whiten",
         {"whiten": EYE, "state": dict.fromkeys(range(6), EYE)},
+        {"whiten": EYE, "state": {0: 7}},
     ],
-    ("optimizer", "the optimizer state belongs to another network"): [{"whiten": EYE, "state": {0: 7}}],
     ("whiten", wrong("whitening matrix", [243, 243], "another object")): ["x"],
     ("whiten", "whitening matrix has values that are not finite or too large"): [EYE * math.inf],
     ("exp_avg", wrong("optimizer", [64, 243], "torch.float32 of shape [64, 3, 9, 9]")): [torch.zeros(64, 3, 9, 9)],
@@ -179,23 +186,34 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("exp_avg_sq", "invalid 'optimizer'"): [torch.full((64, 243), -1.0)],
     ("step", wrong("optimizer", [], "torch.float32 of shape [5]")): [torch.zeros(5)],
     ("step", "invalid 'optimizer'"): [torch.tensor(-5.0)],
-    ("random_state", UNSAFE): ["text", torch.zeros(3), torch.zeros(1, dtype=torch.uint8).expand(2**32)],
+    ("random_state", UNSAFE): ["text", torch.zeros(3), torch.zeros(1, dtype=torch.uint8).expand(2**16)],
     ("random_state", "invalid 'random_state'"): [
         5,
         *(torch.full((5056,), value, dtype=torch.uint8) for value in (0, 255)),
         *(random_state(left, following) for left, following in ((624, 624), (625, 1), (2, 624), (0, 0), (1, -1))),
     ],
-    ("history", UNSAFE): [3, [1], [[1]], [[1, 2]], [[1, [0]]]],
-    ("history", "missing or invalid 'history'"): [[["x", {}]]],
+    ("history", UNSAFE): [[1], [[1]], [[1, 2]], [[1, [0]]], [[1, 0]], [[1, []]]],
+    ("history", "missing or invalid 'history'"): [3, torch.zeros(9, 2), [["x", {}]], [[1, None]] * LIMITS[list]],
     ("history", "invalid 'lr'"): [[[1, {"lr": [[[]]]}]]],
     ("run", UNSAFE): [5],
-    ("run", "invalid 'report', 'best' or 'run'"): ["..", "../../../elsewhere", "/tmp/elsewhere", "x\n", "x" * 5000],
+    ("run", "invalid 'report', 'best' or 'run'"): [
+        "\N{LATIN SMALL LETTER E WITH ACUTE}",
+        "..",
+        "../../../elsewhere",
+        "/tmp/elsewhere",
+        "x\n",
+        "x" * 5000,
+    ],
     ("best", UNSAFE): ["high"],
-    ("best", "missing or invalid 'best'"): [31],
+    ("best", "missing or invalid 'best'"): [31, 1e300, -1e4],
     ("best", "invalid 'report', 'best' or 'run'"): [math.nan],
-    ("report", UNSAFE): [None, {"images": 1}, ["x" * 999] * 9_000],
+    ("report", UNSAFE): [None, {}],
     ("report", "invalid 'report', 'best' or 'run'"): [{"set": "x", "images": {}}],
     ("report", "missing or invalid 'report'"): [
+        torch.zeros(3),
+        {"images": torch.zeros(3)},
+        {"images": {"a": torch.zeros(3)}},
+        {"set": "x", "images": dict.fromkeys(map(str, range(LIMITS[dict])), ROW)},
         {"set": "x" * 5000, "images": {"a": ROW}},
         {"set": "x", "images": {"a" * 5000: ROW}},
         {"set": "x", "images": {"a": ROW | {"psnr_y": "high"}}},

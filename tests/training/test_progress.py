@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_one_line, report
+from helpers import assert_one_line, report, small_run
 
 from imaging.metrics import summary, table
-from model import SRCNN
 from training.checkpoints import MAX_WEIGHT, load_checkpoint
 from training.progress import check_finite, resume_hint, warn_if_worse
 from utils import CommandError
@@ -41,16 +40,25 @@ def test_fall_below_bicubic_warns_once(capfd, before, after, warns):
 def test_check_finite_names_first_step_with_loss_that_is_not_finite():
     losses = torch.tensor([0.1, 0.2, math.inf, math.nan])
     with pytest.raises(CommandError, match=r"step 3 of epoch 7.*--lr"):
-        check_finite(losses, SRCNN(), 7)
-    check_finite(losses[:2], SRCNN(), 7)
+        check_finite(losses, small_run(), 7)
+    check_finite(losses[:2], small_run(), 7)
 
 
 @pytest.mark.parametrize("weight", [math.nan, -math.inf, -1.01 * MAX_WEIGHT])
 def test_check_finite_refuses_weights_that_cannot_be_loaded_again(weight):
-    model = SRCNN()
-    model.conv2.bias.data[5] = weight
+    run = small_run()
+    run.model.conv2.bias.data[5] = weight
     with pytest.raises(CommandError, match="step 2 of epoch 7"):
-        check_finite(torch.tensor([0.1, 0.2]), model, 7)
+        check_finite(torch.tensor([0.1, 0.2]), run, 7)
+
+
+def test_check_finite_refuses_moments_that_cannot_be_loaded_again():
+    run = small_run()
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)  # whose square is infinite
+    run.optimizer.step()
+    with pytest.raises(CommandError, match="step 2 of epoch 7"):
+        check_finite(torch.tensor([0.1, 0.2]), run, 7)
 
 
 @pytest.mark.parametrize(("output", "device"), [("o", "cpu"), ("a folder", "cuda"), ("\x1b[31m", "cpu")])
