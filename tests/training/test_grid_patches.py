@@ -70,6 +70,13 @@ def test_course_psnr_neither_clamps_nor_rounds_output():
     assert math.isnan(scores.srcnn.y)
 
 
+def test_course_psnr_of_infinite_error_is_minus_infinity():
+    model = SRCNN()
+    model.conv3.bias.data.fill_(1e30)
+    scores = course_psnr(model, ImageSet("plain", {"white": Image.new("RGB", (80, 66), "white")}), 2)
+    assert scores.srcnn.rgb == -math.inf
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 def test_course_psnr_is_mean_over_batches(batch_size):
     lr, hr = cut_patches(LEAVES)

@@ -108,3 +108,10 @@ def test_control_characters_in_checkpoint_are_escaped(capsys):
     text = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in text)
     assert text.count("\\x1b]0;owned\\x07\\r\\n\\u202e") == 16
+
+
+def test_long_lines_are_shortened(inspected):
+    inspected.args["train_data"] = "x" * 4000
+    lines = describe(PATH, inspected, None)
+    assert max(map(len, lines)) == 1000
+    assert "  train_data x" in "\n".join(lines)
