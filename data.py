@@ -19,7 +19,7 @@ from imaging.images import bicubic, list_images, read_hr, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
-from utils import ArgumentParser, CommandError, path, plural, printable, run_command, show, warn
+from utils import ArgumentParser, CommandError, path, plural, printable, remove_stale_files, run_command, show, warn
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
@@ -227,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
     source = parser.parse_args().source
+    remove_stale_files(published_sets.DATA)
     missing, others = [], []
     for name in published_sets.SETS:
         folder = published_sets.DATA / name

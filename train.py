@@ -36,7 +36,7 @@ try:
     from info import info
     from model import SRCNN
     from training import progress
-    from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint, save_checkpoint
+    from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint
     from training.grid_patches import GridPatches, course_psnr, zero_padded_srcnn
     from training.inspection import changes, course_to_json, describe, describe_course, to_json
     from training.log import Log, deferred_interrupts
@@ -117,7 +117,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
     torch.backends.cudnn.benchmark = True  # helps since training shapes repeat; in upscaling they vary
     if rank == 0:
         keep_other_checkpoints(output, run)
-        save_checkpoint(run.checkpoint(), output / "checkpoint.last")
+        run.save_start(output)
     with (
         progress.resume_hint(output, patches.device),
         deferred_interrupts() as raise_interrupt,

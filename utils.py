@@ -308,9 +308,9 @@ def locked(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def remove_stale_files(folder: Path, pattern: str = f".*{TEMPORARY_SUFFIX}") -> None:
+def remove_stale_files(folder: Path) -> None:
     """Remove temporary files and folders that killed processes left. Locked ones are in use and stay."""
-    for stale in folder.glob(pattern):
+    for stale in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError), locked(stale) as supported:
             if supported:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()

@@ -13,7 +13,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TypeVar
 
-from utils import CommandError, locked, progress_bar, remove_stale_files, show, sync_folder
+from utils import TEMPORARY_SUFFIX, CommandError, locked, progress_bar, remove_stale_files, show, sync_folder
 
 # For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
 SETS = {
@@ -171,8 +171,9 @@ def install(sets: dict[str, Files]) -> None:
         try:
             DATA.mkdir(exist_ok=True)
             sync_folder(DATA.parent)
-            remove_stale_files(DATA, f".{name}-*")
-            with tempfile.TemporaryDirectory(dir=DATA, prefix=f".{name}-") as temporary, locked(Path(temporary)):
+            remove_stale_files(DATA)
+            folder = tempfile.TemporaryDirectory(TEMPORARY_SUFFIX, f".{name}-", DATA, ignore_cleanup_errors=True)
+            with folder as temporary, locked(Path(temporary)):
                 part = Path(temporary, name)
                 part.mkdir()
                 for file, content in files.items():

@@ -303,11 +303,11 @@ def test_file_in_use_is_not_removed():
 
 
 def test_stale_folder_is_removed_unless_in_use():
-    folder = Path(".set-1")
+    folder = Path(f".set-1{TEMPORARY_SUFFIX}")
     folder.mkdir()
     Path(folder, "file").touch()
     with locked(folder):
-        remove_stale_files(Path(), ".set-*")
+        remove_stale_files(Path())
         assert Path(folder, "file").exists()
-    remove_stale_files(Path(), ".set-*")
+    remove_stale_files(Path())
     assert not folder.exists()

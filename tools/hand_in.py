@@ -11,7 +11,17 @@ from pathlib import Path
 from info import Info, info
 from training.checkpoints import is_filled_in, load_checkpoint
 from training.unpickling import MAX_BYTES
-from utils import ArgumentParser, CommandError, atomic_write, path, read_file, run_command, show, warn
+from utils import (
+    ArgumentParser,
+    CommandError,
+    atomic_write,
+    path,
+    read_file,
+    remove_stale_files,
+    run_command,
+    show,
+    warn,
+)
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("train.py", "super_resolve.py", "model.py", "data.py", "utils.py", "info.py")
@@ -50,6 +60,7 @@ def main() -> None:
         if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
             warn(f"the declaration in {name} is not filled in")
     target, files = Path(archive_name(info)), [*program_files(), "requirements.txt"]
+    remove_stale_files(target.parent)
     with (
         atomic_write(target) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive,

@@ -20,9 +20,10 @@ from training.optimizer import Adam
 from training.options import Options
 from training.random_patches import RandomPatches
 from training.recipe import Network
+from training.unpickling import MAX_BYTES
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
-from utils import CommandError, locked, make_folder, remove_stale_files, show
+from utils import CommandError, locked, make_folder, read_file, remove_stale_files, show
 
 Patches = RandomPatches | GridPatches
 
@@ -88,6 +89,13 @@ class Run:
         model = self.model.state_dict()
         return Checkpoint(model, self.epoch, self.report.mean.srcnn.y, self.options.to_args(), state)
 
+    def save_start(self, output: Path) -> None:
+        """Write checkpoint.last before the first epoch, and checkpoint.best if that is missing and this is the best."""
+        names = ["last"]
+        if 0 < self.epoch == self.best_epoch and not (output / "checkpoint.best").exists():
+            names.insert(0, "best")
+        save_checkpoint(self.checkpoint(), *(output / f"checkpoint.{name}" for name in names))
+
     def save(self, output: Path) -> None:
         """Write checkpoint.last; checkpoint.best after the best epoch; checkpoint.<epoch> every save_freq epochs."""
         names = ["best"] if self.epoch == self.best_epoch else []
@@ -151,9 +159,16 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
     """Rename checkpoint.best and checkpoint.last if this run would replace them without having continued them."""
-    last, best = output / "checkpoint.last", output / "checkpoint.best"
-    kept = [last] if is_saved(last, run.id, run.epoch) else []
-    if is_saved(best, run.id, run.best_epoch) or (kept and is_saved(best, run.id, run.epoch + 1)):  # see Run.save
+    best, last = output / "checkpoint.best", output / "checkpoint.last"
+    kept, saved = [], load_if_valid(last)
+    epochs = [run.best_epoch]
+    if saved and is_of_run(saved, run.id, [run.epoch]):
+        kept.append(last)
+        if saved.args == run.options.to_args():
+            # After a kill between checkpoint.best and checkpoint.last, the run repeats the epoch of checkpoint.best.
+            epochs.append(run.epoch + 1)
+    saved = load_if_valid(best)
+    if saved and is_of_run(saved, run.id, epochs):
         kept.append(best)
     for path in (best, last):
         if path in kept or not path.exists():
@@ -165,9 +180,15 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
         show(f"{path} belongs to another run or to a later epoch; it is kept as {other}")
 
 
-def is_saved(path: Path, run: str, epoch: int) -> bool:
-    """Return whether a file is the checkpoint of a run after this epoch, rather than of another one or damaged."""
+def is_of_run(checkpoint: Checkpoint, run: str, epochs: list[int]) -> bool:
+    return checkpoint.training is not None and checkpoint.training.run == run and checkpoint.epoch in epochs
+
+
+def load_if_valid(path: Path) -> Checkpoint | None:
+    """Load a checkpoint; return None if there is no valid one. Raises CommandError if it cannot be read."""
+    if not path.exists():
+        return None
+    data = read_file(path, MAX_BYTES)
     with contextlib.suppress(CommandError):
-        checkpoint = load_checkpoint(path)
-        return checkpoint.training is not None and (checkpoint.training.run, checkpoint.epoch) == (run, epoch)
-    return False
+        return load_checkpoint(path, data)
+    return None

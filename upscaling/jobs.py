@@ -89,6 +89,7 @@ def pipe_job(
         check_file_name(file, extension)
         job = Job(inputs[0], file, ground_truth, format_of(file))
         check_overwrites([job], [checkpoint])
+        remove_stale_files(file.parent)
         return job
     if not extension:
         raise CommandError("standard output needs a format, such as --format=png")

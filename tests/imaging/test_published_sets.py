@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_one_line, in_new_process, peak_memory_mib
 
 from imaging import published_sets
-from utils import CommandError
+from utils import TEMPORARY_SUFFIX, CommandError
 
 NAMES = ["91-image", "Set5"]
 rng = np.random.default_rng(0)
@@ -115,6 +115,7 @@ def test_command_downloads_both_sets(web, cli, monkeypatch):
 def test_command_skips_existing_sets(cli, monkeypatch):
     monkeypatch.setattr(published_sets, "MIRRORS", ())
     write(FILES, Path("data"))
+    Path(f"data/.Set5-abc{TEMPORARY_SUFFIX}").mkdir()  # left by a killed download; it is removed
     assert cli("data.py") == (0, "data/91-image already exists\ndata/Set5 already exists\n", "")
     assert installed() == FILES
 
@@ -190,7 +191,7 @@ def test_local_error_is_not_blamed_on_a_mirror(web, monkeypatch):
 
 
 def test_existing_set_is_kept():
-    Path("data/.Set5-abc/Set5").mkdir(parents=True)  # left by a killed download; it is removed
+    Path(f"data/.Set5-abc{TEMPORARY_SUFFIX}/Set5").mkdir(parents=True)  # left by a killed download; it is removed
     Path("data/Set5").mkdir()
     Path("data/Set5/mine.png").write_text("mine")
     Path("copy.zip").write_bytes(GOOD)

@@ -15,6 +15,7 @@ from PIL import Image
 from imaging.dead_leaves import dead_leaves
 from info import Info
 from tools.hand_in import archive_name, program_files
+from utils import TEMPORARY_SUFFIX
 
 SCRIPTS = ROOT / "tests" / "scripts"
 DECLARED = ("train.py", "model.py", "info.py")
@@ -79,12 +80,15 @@ def test_files_may_have_any_date_and_name(filled_in):
     other = os.fsdecode(b"\xff")
     shutil.copy(filled_in / "checkpoint.pth", filled_in / other)
     (filled_in / "training" / f"{other}.py").touch()
+    stale = filled_in / f".archive{TEMPORARY_SUFFIX}"
+    stale.touch()
     status, _, err = run(filled_in, "-m", "tools.hand_in", "--checkpoint", other)
     assert status == 0
     assert_one_line(err, "\\udcff was saved with another info.py")
     with zipfile.ZipFile(filled_in / "1155123456_Chan_Tai-Man.zip") as file:
         assert file.getinfo("train.py").date_time[0] == 1980
         assert file.read("checkpoint.pth") == (ROOT / "checkpoint.pth").read_bytes()
+    assert not stale.exists()
 
 
 @pytest.mark.parametrize(

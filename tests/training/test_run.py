@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
 from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
-from utils import TEMPORARY_SUFFIX, interrupt
+from utils import TEMPORARY_SUFFIX, CommandError, interrupt
 
 
 @pytest.fixture
@@ -110,6 +111,32 @@ def test_run_that_is_killed_while_saving_resumes_with_its_checkpoints(run, tmp_p
     run.epoch, run.best_epoch = resumed.epoch, resumed.training.best_epoch
     assert (run.epoch, run.best_epoch) == (1, 1)
     keep_other_checkpoints(tmp_path, run)
+    assert contents() == saved
+
+
+def test_best_of_next_epoch_is_kept_aside_if_options_have_changed(run, tmp_path):
+    run.finish_epoch(report(31.0))
+    run.save(tmp_path)
+    save_checkpoint(replace(run.checkpoint(), epoch=2), Path("checkpoint.best"))  # as if killed in the second epoch
+    run.options = replace(run.options, learning_rate=0.5)
+    keep_other_checkpoints(tmp_path, run)
+    assert contents().keys() == {"checkpoint.best.1", "checkpoint.last"}
+    run.save_start(tmp_path)
+    assert load("checkpoint.best")["epoch"] == 1
+
+
+def test_checkpoint_that_cannot_be_read_is_neither_renamed_nor_replaced(run, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    run.finish_epoch(report(31.0))
+    run.save(tmp_path)
+    saved = contents()
+    monkeypatch.setattr("os.open", fail)
+    with pytest.raises(CommandError, match="cannot be read: Input/output error"):
+        keep_other_checkpoints(tmp_path, run)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert contents() == saved
 
 

@@ -1,12 +1,13 @@
 """Pairing of LR images with outputs and ground truths."""
 
+import os
 from pathlib import Path
 
 import pytest
 from helpers import contents
 
 from upscaling.jobs import find_jobs
-from utils import CommandError
+from utils import TEMPORARY_SUFFIX, CommandError
 
 FILES = """
     lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_comparison.png net.png there/x done/x_srcnn_x3.png
@@ -94,6 +95,14 @@ def test_subfolders_are_ignored_by_default(find):
 def test_format_is_given_by_extension_or_output_name(find, inputs, output, truth, extension, job):
     lr, sr, hr, format = job
     assert find(inputs, output, truth, extension=extension) == [(Path(lr), Path(sr), hr and Path(hr), format)]
+
+
+@pytest.mark.parametrize(("inputs", "output"), [("-", "o/a.png"), ("lr.bmp", "o/a.png"), ("mixed", "o/")])
+def test_temporary_files_beside_outputs_are_removed(find, inputs, output):
+    Path("o").mkdir()
+    Path(f"o/.a.png.1{TEMPORARY_SUFFIX}").touch()
+    find(inputs, output)
+    assert os.listdir("o") == []
 
 
 # ----------------------------------------------------------- LR images and ground truths
