@@ -40,7 +40,8 @@ def archive_name(student: Info) -> str:
 
 def program_files() -> list[str]:
     """Return the paths of the assignment's six files and of the modules in the folders that they import."""
-    modules = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py") if file.stem.isidentifier()]
+    files = [file for folder in FOLDERS for file in (ROOT / folder).iterdir()]  # glob() would ignore errors
+    modules = [file for file in files if file.suffix == ".py" and file.stem.isidentifier()]
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
 

@@ -192,11 +192,13 @@ def test_local_error_is_not_blamed_on_a_mirror(web, monkeypatch):
 
 def test_existing_set_is_kept():
     Path(f"data/.Set5-abc{TEMPORARY_SUFFIX}/Set5").mkdir(parents=True)  # left by a killed download; it is removed
-    Path("data/Set5").mkdir()
-    Path("data/Set5/mine.png").write_text("mine")
+    for folder in ("Set5", ".91-image-backup"):  # the user's own
+        Path("data", folder).mkdir()
+        Path("data", folder, "mine.png").write_text("mine")
     Path("copy.zip").write_bytes(GOOD)
     published_sets.fetch(NAMES, Path("copy.zip"))
-    assert installed() == {"91-image": FILES["91-image"], "Set5": {"mine.png": b"mine"}}
+    own = {"mine.png": b"mine"}
+    assert installed() == {"91-image": FILES["91-image"], "Set5": own, ".91-image-backup": own}
 
 
 @pytest.fixture

@@ -110,6 +110,16 @@ def test_archive_contains_what_the_programs_import():
     assert program_files() == sorted(f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT))
 
 
+def test_folder_that_cannot_be_listed_is_not_left_out(monkeypatch):
+    def fail(folder="."):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(PermissionError):
+        program_files()
+
+
 def test_info_must_be_filled_in(clone):
     status, _, err = run(clone, "-m", "tools.hand_in")
     assert status == 1
