@@ -212,8 +212,8 @@ def test_two_epochs_on_91_image_beat_bicubic_on_set5(real_data, cli):
 
 def test_training_on_generated_images_beats_bicubic_on_set5(real_data, cli, monkeypatch):
     monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 25))  # drawing them takes longest
-    options = ("--train-data=dead-leaves", f"--test-data={real_data}/Set5", "--num-epoch=4")
+    options = ("--train-data=dead-leaves", f"--test-data={real_data}/Set5", "--num-epoch=2")
     status, _, err = cli("train.py", "train", *options)
     assert (status, err) == (0, "")
-    mean = load("checkpoint.4")["report"]["mean"]
-    assert mean["psnr_y"] > mean["bicubic_y"] + 1.0
+    mean = load("checkpoint.2")["report"]["mean"]
+    assert mean["psnr_y"] > mean["bicubic_y"] + 0.9
