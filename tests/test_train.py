@@ -199,15 +199,15 @@ def test_memory_does_not_grow_from_epoch_to_epoch(photos, monkeypatch):
     assert (sizes[-1] - sizes[half]) / (len(sizes) - 1 - half) < 100_000
 
 
-def test_two_epochs_on_91_image_beat_bicubic_on_set5(real_data, cli):
-    options = (f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=2")
+def test_one_epoch_on_91_image_beats_bicubic_on_set5(real_data, cli):
+    options = (f"--train-data={real_data}/91-image", f"--test-data={real_data}/Set5", "--num-epoch=1")
     status, out, err = cli("train.py", "train", *options)
     assert (status, err) == (0, "")
     assert "training set 91-image: 91 images, 5,312,853 pixels" in out
-    saved = load("checkpoint.2")["report"]
+    saved = load("checkpoint.1")["report"]
     assert saved["set"] == "Set5"
-    assert saved["mean"]["psnr_y"] > 31.9  # bicubic interpolation has 30.4 and 28.6
-    assert saved["mean"]["psnr_rgb"] > 30.0
+    assert saved["mean"]["psnr_y"] > 31.5  # bicubic interpolation has 30.4 and 28.6
+    assert saved["mean"]["psnr_rgb"] > 29.7
 
 
 def test_training_on_generated_images_beats_bicubic_on_set5(real_data, cli, monkeypatch):
