@@ -27,7 +27,7 @@ from imaging.formats import (
     tile_pixels,
     turn_upright,
 )
-from utils import CommandError, atomic_write, plural, warn
+from utils import CommandError, atomic_write, open_without_waiting, plural, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
@@ -128,8 +128,7 @@ def open_file(path: Path) -> BinaryIO:
     """Open a regular file. A pipe would block, if not here then when it is read."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise CommandError(f"{path}: not a file")
-    nonblock = getattr(os, "O_NONBLOCK", 0)  # in case the file has become a pipe since
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblock))
+    return open(path, "rb", opener=open_without_waiting)  # in case the file has become a pipe since
 
 
 def read_standard_input(max_bytes: int) -> io.BytesIO:

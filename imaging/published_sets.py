@@ -91,13 +91,14 @@ def download(url: str) -> io.BytesIO:
 
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     """Read the .bmp files in a folder or a zip archive, by path. Raises CommandError if it is neither."""
-    if isinstance(source, Path) and source.is_dir():
-        sizes = ((file, file.stat().st_size) for file in source.rglob("*.bmp") if file.is_file())
-        return {file: read_start(file.open("rb")) for file in select(sizes, "contains")}
-    if isinstance(source, Path) and not source.is_file():
-        raise CommandError("no such archive or folder")
-    if isinstance(source, Path) and source.stat().st_size > MAX_BYTES:
-        raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
+    if isinstance(source, Path):
+        if source.is_dir():
+            sizes = ((file, file.stat().st_size) for file in source.rglob("*.bmp") if file.is_file())
+            return {file: read_start(file.open("rb")) for file in select(sizes, "contains")}
+        if not source.is_file():
+            raise CommandError("no such archive or folder")
+        if source.stat().st_size > MAX_BYTES:
+            raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
     try:
         with source.open("rb") if isinstance(source, Path) else source as file:
             if directory_size(file) > MAX_DIRECTORY:

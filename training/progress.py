@@ -35,6 +35,7 @@ def print_start(run: Run) -> None:
 
 
 def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options) -> "tqdm[Batch]":
+    """Return the progress bar of an epoch, which only rank 0 shows."""
     hidden = rank_and_world_size()[0] > 0
     return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
 
