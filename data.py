@@ -15,7 +15,8 @@ from torch import Tensor
 
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
-from imaging.images import bicubic, list_images, read_hr, to_tensor
+from imaging.folders import list_images
+from imaging.images import bicubic, read_hr, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from imaging.comparison import compare
+from imaging.folders import SUFFIX
 from imaging.formats import FORMAT_CHOICES
 from imaging.images import (
     MAX_PIXELS,
@@ -32,7 +33,7 @@ from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
 from upscaling.distributed import gather, process_group, rank_and_world_size
-from upscaling.jobs import SUFFIX, Job, find_jobs
+from upscaling.jobs import Job, find_jobs
 from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 

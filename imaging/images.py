@@ -27,7 +27,7 @@ from imaging.formats import (
     tile_pixels,
     turn_upright,
 )
-from utils import CommandError, atomic_write, open_without_waiting, plural, warn
+from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
@@ -139,29 +139,6 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
     if len(content.getbuffer()) > max_bytes:
         raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
     return content
-
-
-def list_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """Return the image files in a folder, or also in its subdirectories, by their extensions, sorted.
-
-    Hidden files are left out. Raises CommandError if there are no images.
-    """
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable_formats()}
-    found = []
-    for place, folders, names in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in found if file.is_file())
-    images = [file for file in files if file.suffix.lower() in extensions]
-    if not images:
-        raise CommandError(f"{folder}: this folder contains no images")
-    if skipped := len(files) - len(images):
-        warn(f"{folder}: skipping {plural(skipped, 'file')} without an image extension")
-    return images
-
-
-def raise_error(error: OSError) -> None:
-    raise error
 
 
 # ---------------------------------------------------------------------------- conversion

@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from imaging.folders import OUTPUT_SUFFIXES, SUFFIX, list_images
 from imaging.formats import EXTENSIONS, format_of, writable
-from imaging.images import STANDARD, list_images
+from imaging.images import STANDARD
 from utils import CommandError, make_folder, plural, remove_stale_files, warn
-
-SUFFIX = "_srcnn_x3"
-OUTPUT_SUFFIXES = (SUFFIX, f"{SUFFIX}_comparison")
 
 
 class Job(NamedTuple):

@@ -1,4 +1,4 @@
-"""Reading images: modes, transparency, 16 bits, frames, folders."""
+"""Reading images: modes, transparency, 16 bits, frames."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 
 from data import load_images
 from imaging.formats import READABLE
-from imaging.images import flatten, list_images, read_image, write_image
+from imaging.images import flatten, read_image, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
@@ -232,29 +232,6 @@ def test_camera_preview_causes_no_warning(capfd):
     random_image().save("f.mpo", save_all=True, append_images=[random_image(size=(9, 9))])
     assert read_image(Path("f.mpo")).size == (24, 15)
     assert capfd.readouterr().err == ""
-
-
-@pytest.fixture
-def folder():
-    """A folder with three images, a subdirectory with another one, and other files."""
-    Path("in/deeper.png").mkdir(parents=True)
-    for name in ("c.webp", "b.PNG", "a.jpg", ".hidden.png", "notes.txt", "program.eps", "deeper.png/d.png"):
-        Path("in", name).touch()
-    return Path("in")
-
-
-@pytest.mark.parametrize("recursive", [False, True])
-def test_folder_lists_images_by_name_and_warns_about_other_files(folder, recursive, capfd):
-    found = [str(path.relative_to(folder)) for path in list_images(folder, recursive)]
-    assert found == ["a.jpg", "b.PNG", "c.webp"] + ["deeper.png/d.png"] * recursive
-    assert capfd.readouterr().err.startswith("WARNING: in: skipping 2 files ")
-
-
-def test_folder_without_images_is_refused(folder):
-    for image in list_images(folder):
-        image.unlink()
-    with pytest.raises(CommandError, match=r"^in: "):
-        list_images(folder)
 
 
 @pytest.mark.parametrize(
