@@ -16,17 +16,9 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from imaging.formats import (
-    FORMATS,
-    format_of,
-    has_further_frames,
-    load_pixels,
-    metadata,
-    raw_mode,
-    readable_formats,
-    tile_pixels,
-    turn_upright,
-)
+from imaging.formats import FORMATS, format_of, has_further_frames, raw_mode, readable_formats
+from imaging.metadata import metadata, turn_upright
+from imaging.tiff import load_pixels, tile_pixels
 from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones

@@ -16,8 +16,8 @@ from helpers import MORE, SRGB, file_of, in_new_process, peak_memory_mib, random
 from PIL import BmpImagePlugin, Image
 from PIL.ExifTags import Base
 
-from imaging.formats import tiff_tags
 from imaging.images import check_output, read_image, write_image
+from imaging.tiff import tiff_tags
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
