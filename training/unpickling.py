@@ -95,7 +95,10 @@ def read_pickle(pickle: bytearray, contents: dict[str, bytearray]) -> Any:
                 stack.append(GLOBALS[argument])
             case "BINPERSID":
                 _, dtype, key, _, size = stack.pop()
-                stack.append(new_tensor(torch.frombuffer(contents["data/" + key], dtype=dtype), 0, (size,), (1,)))
+                values = torch.frombuffer(contents["data/" + key], dtype=dtype)
+                if len(values) != size or size > MAX_VALUES:
+                    raise ValueError("too many values, or another number of them than the pickle says")
+                stack.append(values)
             case "REDUCE" | "NEWOBJ":
                 function, arguments = pop(-2)
                 stack.append(function(*arguments))

@@ -81,6 +81,13 @@ def test_tensors_are_read_as_torch_reads_them():
         assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.parametrize("count", [3, 5, -1])
+def test_tensor_with_another_number_of_values_than_its_record_is_refused(count):
+    tensor = [text("storage"), name("torch FloatStorage"), text("0"), text("cpu"), number(count)]
+    with pytest.raises(ValueError, match="another number"):
+        read_pickle(b"\x80\x02(" + b"".join(tensor) + b"tQ.", {"data/0": bytearray(16)})
+
+
 def test_objects_of_the_course_are_read_as_their_attributes():
     buffer = io.BytesIO()
     torch.save(course_content(), buffer)
