@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
-from imaging.folders import list_images
+from imaging.folders import list_images, search_folder
 from imaging.images import bicubic, read_hr, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
@@ -249,7 +249,7 @@ def main() -> None:
 def is_published(folder: Path, name: str) -> bool:
     """Return whether a folder's images are a published set, and not for example the user's own."""
     try:
-        return name_of_set(folder, list_images(folder)) == name
+        return name_of_set(folder, search_folder(folder).images) == name
     except (CommandError, NotADirectoryError):  # without images, or a file
         return False
 

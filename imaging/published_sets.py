@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TypeVar
 
+from imaging.folders import is_output
 from utils import TEMPORARY_SUFFIX, CommandError, locked, progress_bar, remove_stale_files, show, sync_folder
 
 # For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
@@ -90,10 +91,14 @@ def download(url: str) -> io.BytesIO:
 
 
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
-    """Read the .bmp files in a folder or a zip archive, by path. Raises CommandError if it is neither."""
+    """Read the .bmp files in a folder or a zip archive, by path, without outputs of super_resolve.py.
+
+    Raises CommandError if it is neither.
+    """
     if isinstance(source, Path):
         if source.is_dir():
-            sizes = ((file, file.stat().st_size) for file in source.rglob("*.bmp") if file.is_file())
+            files = (file for file in source.rglob("*.bmp") if file.is_file() and not is_output(file))
+            sizes = ((file, file.stat().st_size) for file in files)
             return {file: read_start(file.open("rb")) for file in select(sizes, "contains")}
         if not source.is_file():
             raise CommandError("no such archive or folder")
@@ -125,6 +130,7 @@ def directory_size(file: IO[bytes]) -> float:
 
 def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:
     members = {PurePosixPath(m.filename): m for m in archive.infolist() if m.filename.endswith(".bmp")}
+    members = {name: member for name, member in members.items() if not is_output(name)}
     for name, member in members.items():
         if name.is_absolute() or ".." in name.parts or "\\" in str(name):
             raise CommandError(f"its path {str(name)!r} leads outside, refused")

@@ -57,6 +57,19 @@ def test_large_files_are_not_read_to_recognize_published_set(tmp_path, monkeypat
     assert data.name_of_set(tmp_path, files) == tmp_path.name
 
 
+def test_outputs_beside_the_images_are_not_part_of_the_set(tmp_path, monkeypatch, capfd):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a_GT.bmp")
+    digest = data.published_sets.digest([("a_GT.bmp", (tmp_path / "a_GT.bmp").read_bytes())])
+    monkeypatch.setattr(data.published_sets, "SETS", {"Set9": digest})
+    for suffix in ("_srcnn_x3.bmp", "_srcnn_x3_comparison.png"):
+        Image.new("RGB", (27, 27)).save(tmp_path / f"a_GT{suffix}")
+    for role in ("train", "test"):
+        image_set = data.load_images(str(tmp_path), role)
+        assert (image_set.name, list(image_set.images)) == ("Set9", ["a"])
+        assert_one_line(capfd.readouterr().err, "WARNING", "skipping 2 earlier outputs of super_resolve.py")
+    assert data.is_published(tmp_path, "Set9")
+
+
 def test_images_of_any_format_and_mode_have_unique_names(tmp_path):
     gray = Image.linear_gradient("L").crop((0, 0, 30, 60))
     gray.save(tmp_path / "a.tiff")

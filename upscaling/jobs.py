@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from imaging.folders import OUTPUT_SUFFIXES, SUFFIX, list_images
+from imaging.folders import COMPARISON_SUFFIX, SUFFIX, search_folder, warn_of_skipped
 from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD
 from utils import CommandError, make_folder, plural, remove_stale_files, warn
@@ -18,7 +18,7 @@ class Job(NamedTuple):
 
     @property
     def comparison(self) -> Path:
-        return self.sr.with_name(f"{self.sr.stem}_comparison.png")
+        return self.sr.with_name(f"{self.sr.stem.removesuffix(SUFFIX)}{COMPARISON_SUFFIX}.png")
 
     @property
     def outputs(self) -> list[Path]:
@@ -114,7 +114,8 @@ class GroundTruths:
     def __init__(self, path: Path | None, recursive: bool) -> None:
         self.path, self.files = path, {}
         if path and path.is_dir():
-            self.files = {file.relative_to(path).with_suffix(""): file for file in list_images(path, recursive)}
+            images = search_folder(path, recursive).images
+            self.files = {file.relative_to(path).with_suffix(""): file for file in images}
         elif path and not path.exists():
             raise CommandError(f"{path}: no such file or folder")
 
@@ -147,14 +148,13 @@ def single_image(path: Path, truths: GroundTruths) -> InputImage:
 
 
 def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> list[InputImage]:
-    """Return the LR images in a folder, without earlier outputs.
+    """Return the LR images in a folder.
 
     With ground truths, these are the images that have one; otherwise, in a folder with names in _lr, only those.
     """
-    files = [file for file in list_images(folder, recursive) if not file.stem.endswith(OUTPUT_SUFFIXES)]
-    images = [InputImage(file, folder) for file in files]
-    if not images:
-        raise CommandError(f"{folder}: this folder contains no images other than earlier outputs")
+    found = search_folder(folder, recursive)
+    warn_of_skipped(folder, found.other_files, found.folders)  # its own outputs are expected there
+    images = [InputImage(file, folder) for file in found.images]
     if truths.path:
         selected, others = [image for image in images if truths.find(image)], "a ground truth"
     else:

@@ -212,6 +212,14 @@ def test_folder_is_accepted_as_local_copy(local_copy):
     assert installed() == FILES
 
 
+def test_outputs_beside_images_of_a_local_copy_are_ignored(local_copy):
+    Path("copy/deep/Set5/t0_srcnn_x3.bmp").write_bytes(b"BM" + bytes(2**21))  # more than all images may have
+    published_sets.fetch(["Set5"], local_copy)
+    Path("copy.zip").write_bytes(archive(further="repo-1/Train/t0_srcnn_x3.bmp"))
+    published_sets.fetch(["91-image"], Path("copy.zip"))
+    assert installed() == FILES
+
+
 def test_local_copy_with_other_content_is_refused(local_copy):
     Path("copy/deep/Set5/t0.bmp").write_bytes(b"BM something else")
     with pytest.raises(CommandError, match=r"^cannot fetch Set5: copy: no folder in it contains Set5"):

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from helpers import contents
 
+from imaging.folders import is_output
 from upscaling.jobs import find_jobs
 from utils import TEMPORARY_SUFFIX, CommandError
 
 FILES = """
-    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_comparison.png net.png there/x done/x_srcnn_x3.png
+    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_srcnn_x3_comparison.png net.png there/x done/x_srcnn_x3.png
     in/b.png in/a.jpg in/a_srcnn_x3.jpg in/.hidden.png in/deeper.png/x
     mixed/a.psd mixed/b.JP2 mixed/c.tif mixed/d_srcnn_x3_.png mixed/e_srcnn_x3_comparison.png
     course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
@@ -55,6 +56,13 @@ def pairs(text):
 def test_output_is_named_file_or_in_named_folder_or_beside_input(find, inputs, output, expected):
     assert [(job.lr, job.sr) for job in find(inputs, output)] == pairs(expected)
     assert output in (None, "big.png") or Path(output).is_dir()
+
+
+@pytest.mark.parametrize(("output", "name"), [(None, "lr"), ("o/", "lr"), ("big.png", "big"), ("x_srcnn_x3.png", "x")])
+def test_comparison_is_named_as_an_output_whatever_the_output_is_called(find, output, name):
+    (job,) = find("lr.bmp", output, "hr.png")
+    assert job.comparison == job.sr.with_name(f"{name}_srcnn_x3_comparison.png")
+    assert is_output(job.comparison)
 
 
 def test_output_is_png_if_format_of_input_cannot_be_written(find, capsys):
@@ -152,7 +160,7 @@ def test_ground_truths_are_found_in_same_subfolder(find):
         ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
         ("lr.bmp hr_srcnn_x3.png hr.png", None, None, None, "hr_srcnn_x3.png is an input"),
         ("lr/b.png in", "in", None, None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
-        ("lr.bmp", "x.png", "x_comparison.png", None, "x_comparison.png is an input"),
+        ("lr.bmp", "x.png", "x_srcnn_x3_comparison.png", None, "x_srcnn_x3_comparison.png is an input"),
         ("lr.bmp", "new", None, None, "new: use one of the extensions .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg"),
         ("lr.bmp hr.png", "lr.bmp", None, None, "cannot .* lr.bmp: File exists"),
