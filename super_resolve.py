@@ -153,6 +153,7 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
     results = Results({}, [], len(share) - len(todo))
     for job in show_progress(todo, hidden=len(jobs) == 1 or rank > 0):
         try:
+            job.check()
             scores = run_job(job, upscaler, max_pixels)
             if scores:
                 results.scores[str(job.lr)] = scores

@@ -253,7 +253,8 @@ def create_temporary_file(path: Path, stack: contextlib.ExitStack) -> io.FileIO:
     """
     attempts = 0
     while True:
-        temporary = path.with_name(f".{path.name[:30]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # within 255 bytes
+        # In UTF-8, its name has up to 141 bytes. Encrypted home folders allow 143, other file systems 255.
+        temporary = path.with_name(f".{path.name[:28]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
         try:
             with contextlib.ExitStack() as attempt:
                 raw = io.FileIO(temporary, "x+")

@@ -106,6 +106,22 @@ def test_invalid_image_is_reported_last_and_others_are_upscaled(cli, pictures):
     assert sorted(os.listdir("o/p")) == sorted(names)
 
 
+def test_output_that_is_impossible_fails_alone_and_before_it_is_computed(cli, pictures, monkeypatch):
+    names = ["a.jpg", "a.png", "deep/a.png", f"{'x' * 250}.png"]
+    Path("deep").mkdir()
+    for name in names:
+        pictures[0].save(name)
+    read, image_read = [], super_resolve.read_image
+    monkeypatch.setattr(super_resolve, "read_image", lambda file, *args: read.append(str(file)) or image_read(file))
+    status, _, err = cli(*COMMAND, *names, "--format=png", "--output=o", "--skip-existing")
+    assert (status, read) == (1, names[:2])
+    same, long, total = err.splitlines()
+    assert same.startswith("error: deep/a.png: o/a.png_srcnn_x3.png is also the output of a.png; ")
+    assert long == f"error: cannot write o/{'x' * 250}_srcnn_x3.png: its name is too long; use a shorter one"
+    assert total == "error: 2 of 4 images failed"
+    assert sorted(os.listdir("o")) == ["a.jpg_srcnn_x3.png", "a.png_srcnn_x3.png"]
+
+
 @pytest.fixture
 def batch(pictures):
     """Return the command for three images in the tree "in", whose ground truths are in "hr"."""

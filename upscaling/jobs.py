@@ -1,6 +1,8 @@
 """Jobs: LR images with their outputs and ground truths."""
 
+import errno
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ class Job(NamedTuple):
     sr: Path
     hr: Path | None  # ground truth
     format: str  # Pillow's name of the format to write sr in
+    problem: str = ""  # why it cannot be done, although the other jobs can
 
     @property
     def comparison(self) -> Path:
@@ -26,7 +29,18 @@ class Job(NamedTuple):
 
     def is_done(self) -> bool:
         """Return whether all outputs exist. Each is complete, since files are written atomically."""
-        return all(output.exists() for output in self.outputs)
+        return not self.problem and all(map(os.path.exists, self.outputs))
+
+    def check(self) -> None:
+        """Raise CommandError if an output belongs to another job, or if its name is too long for the file system."""
+        if self.problem:
+            raise CommandError(self.problem)
+        for output in self.outputs:
+            try:
+                os.lstat(output)
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise CommandError(f"cannot write {output}: its name is too long; use a shorter one") from error
 
 
 def find_jobs(
@@ -51,8 +65,10 @@ def find_jobs(
     Raises
     ------
     CommandError if there are no images, a ground truth is missing, an output has no supported format, or an
-    output would replace an input or another output
+    output would replace an input
     """
+    if recursive and not any(path.is_dir() for path in [*inputs, *([ground_truth] if ground_truth else [])]):
+        warn("--recursive has no effect, since no input is a folder")
     if STANDARD in inputs or output == str(STANDARD):
         return [pipe_job(inputs, output, ground_truth, checkpoint, extension)]
     several = len(inputs) > 1 or inputs[0].is_dir()
@@ -64,8 +80,11 @@ def find_jobs(
     folder = Path(output) if output and not file else None
     if file:
         check_file_name(file, extension)
+    elif output:
+        check_folder_name(output)
     outputs = [file or output_path(image, folder, extension) for image in images]
     jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
+    jobs = with_distinct_outputs(jobs)
     check_overwrites(jobs, [checkpoint, *(job.lr for job in jobs)])
     if not file and not extension:
         warn_of_png([job.lr for job in jobs])
@@ -121,10 +140,13 @@ class GroundTruths:
 
     def find(self, image: InputImage) -> Path | None:
         """Return the ground truth of an image, if there is one. Names match without the course's _lr and _GT."""
-        found = self.find_by_name(image) if self.files else self.path
+        found = self.candidate(image)
         return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
 
-    def find_by_name(self, image: InputImage) -> Path | None:
+    def candidate(self, image: InputImage) -> Path | None:
+        """Return what would be the ground truth, even if it is the image itself."""
+        if not self.files:
+            return self.path
         name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
         keys = [image.subfolder / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
         return next((self.files[key] for key in keys if key in self.files), None)
@@ -143,7 +165,10 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
 def single_image(path: Path, truths: GroundTruths) -> InputImage:
     image = InputImage(path, path.parent)
     if truths.path and not truths.find(image):
-        raise CommandError(f"{truths.path}: no ground truth for {path.name}")
+        problem = (
+            "the ground truth is the input itself" if truths.candidate(image) else f"no ground truth for {path.name}"
+        )
+        raise CommandError(f"{truths.path}: {problem}; give the HR image of {path.name}")
     return image
 
 
@@ -172,7 +197,7 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
 
 
 def names_folder(output: str) -> bool:
-    return output.endswith("/") or Path(output).is_dir()
+    return output.endswith("/") or os.path.isdir(output)
 
 
 def output_path(image: InputImage, folder: Path | None, extension: str | None) -> Path:
@@ -196,11 +221,42 @@ def check_file_name(file: Path, extension: str | None) -> None:
         raise CommandError(f"--format={extension} contradicts --output={file}; leave out one of them")
 
 
-def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
-    """Raise CommandError if an output would replace an input, a ground truth or another output."""
-    taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
+def check_folder_name(output: str) -> None:
+    """Raise CommandError if the --output for several images is more likely meant as a file."""
+    if writable(Path(output)) and not names_folder(output):
+        format, folder = f"--format={format_of(Path(output)).lower()}", f"--output={output}/"
+        raise CommandError(
+            f"{output}: several images need a folder; use {format}, or {folder} for a folder of this name"
+        )
+
+
+def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
+    """Keep the input's extension in outputs that would have the same name: x.jpg_srcnn_x3.png and x.png_srcnn_x3.png.
+
+    That does not depend on the order of the inputs, so --skip-existing never mistakes one output for the other. If
+    the inputs have the same name, in two folders, only the first can be written.
+    """
+    writers = Counter(os.path.realpath(output) for job in jobs for output in job.outputs)
+    taken: dict[str, Path] = {}
+    distinct = []
     for job in jobs:
-        for file in job.outputs:
-            if os.path.realpath(file) in taken:
-                raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
-            taken[os.path.realpath(file)] = f"also the output of {job.lr}"
+        if any(writers[os.path.realpath(output)] > 1 for output in job.outputs):
+            job = job._replace(sr=job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}"))
+        outputs = [os.path.realpath(output) for output in job.outputs]
+        if others := [taken[output] for output in outputs if output in taken]:
+            problem = (
+                f"{job.lr}: {job.sr} is also the output of {others[0]}; upscale it separately, to another --output"
+            )
+            job = job._replace(problem=problem)
+        else:
+            taken |= dict.fromkeys(outputs, job.lr)
+        distinct.append(job)
+    return distinct
+
+
+def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
+    """Raise CommandError if an output would replace an input or a ground truth."""
+    taken = {os.path.realpath(file) for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.realpath(output) in taken:
+            raise CommandError(f"{output} is an input; use another --output")
