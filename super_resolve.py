@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
         prog="super_resolve.py",
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
+        hints={"--scale": f"the factor is always {SCALE}"},
     )
     text = "LR image, folder of LR images, or - for standard input"
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -43,9 +44,13 @@ class CommandError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser with examples below the help, and with usage errors in one line."""
+    """argparse's parser with examples below the help, and with usage errors in one line.
 
-    def __init__(self, examples: str = "", **options: Any) -> None:
+    ``hints`` is advice by the names of options that do not exist, but that users of other programs may expect.
+    """
+
+    def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
+        self.hints = hints or {}
         epilog = f"examples:\n{examples}" if examples else None
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, epilog=epilog, **options)
@@ -54,8 +59,15 @@ class ArgumentParser(argparse.ArgumentParser):
         """Report unknown arguments here, so that the error names the help of the subcommand."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *self.advice(unknown)]))
         return known, unknown
+
+    def advice(self, unknown: list[str]) -> Iterator[str]:
+        """Yield the hint or the most similar option for each unknown option, if there is one."""
+        for name in (argument.partition("=")[0] for argument in unknown if argument.startswith("--")):
+            similar = difflib.get_close_matches(name[:30], self._option_string_actions, n=1, cutoff=0.7)
+            if name in self.hints or similar:
+                yield self.hints.get(name) or f"did you mean {similar[0]}?"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")

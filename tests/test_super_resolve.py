@@ -227,6 +227,8 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
+        (["x", "--scale", "4"], "unrecognized arguments: --scale 4; the factor is always 3 (see"),
+        (["x", "--scale=3"], "unrecognized arguments: --scale=3; the factor is always 3 (see"),
         (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
     ],

@@ -15,6 +15,31 @@ from helpers import ROOT, assert_one_line, in_new_process
 import utils
 from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files
 
+# ------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--epochs 3", "unrecognized arguments: --epochs 3; did you mean --num-epoch? (see x --help)"),
+        ("--batchsize=3", "unrecognized arguments: --batchsize=3; did you mean --batch-size? (see x --help)"),
+        ("--num_epoch 1 --lrs", "unrecognized arguments: --num_epoch 1 --lrs; did you mean --num-epoch?; did you mean"),
+        ("--seed 3", "unrecognized arguments: --seed 3; it is fixed at the start (see x --help)"),
+        ("--recipe=a -3 b", "unrecognized arguments: --recipe=a -3 b (see x --help)"),  # unlike --precision
+        ("--" + "é\n" * 99, "unrecognized arguments: --é\\né\\n"),
+    ],
+)
+def test_unknown_option_is_reported_with_the_most_similar_one(capsys, arguments, message):
+    parser = utils.ArgumentParser(prog="x", hints={"--seed": "it is fixed at the start"})
+    for name in ("--num-epoch", "--batch-size", "--lr", "--save-freq", "--precision"):
+        parser.add_argument(name)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(arguments.split(" "))
+    err = capsys.readouterr().err
+    assert (end.value.code, err[: err.index(": ", 3)]) == (2, "x: error")
+    assert_one_line(err, f"x: error: {message}")
+
+
 # ------------------------------------------------------------------- errors and interrupts
 
 
