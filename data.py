@@ -34,6 +34,7 @@ from utils import (
 )
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
+GENERATED = "(GENERATED IMAGES)"  # in the names of sets
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
@@ -81,7 +82,7 @@ def load_images(folder: str, role: str) -> ImageSet:
     """
     require_folder(folder, f"--{role}-data")
     if folder == DEAD_LEAVES:
-        return ImageSet(f"{DEAD_LEAVES}-{role} (GENERATED IMAGES)", dead_leaves(role))
+        return ImageSet(f"{DEAD_LEAVES}-{role} {GENERATED}", dead_leaves(role))
     files = list_images(Path(folder))
     ground_truths = [file for file in files if file.stem.endswith("_GT")]
     if role == "test" and 0 < len(ground_truths) < len(files):
