@@ -38,7 +38,7 @@ from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 
 T = TypeVar("T", Image.Image, np.ndarray)
-CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
+CHECKPOINT = Path(__file__).resolve().with_name("checkpoint.pth")  # even if it is run by a link
 
 
 def parse_args() -> argparse.Namespace:

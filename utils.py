@@ -150,15 +150,17 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if not getattr(sys, name):  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # the terminal may not support all characters
-    torch.set_flush_denormal(True)  # with numbers close to zero, a hostile network could be forty times slower
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not support all characters
     status, message = 0, ""
     try:
-        with handle_signals(TERMINATION_SIGNALS, interrupt):
+        with handle_signals(TERMINATION_SIGNALS, interrupt), flush_denormal():
             main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head or less, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (CommandError, OSError, MemoryError, RuntimeError) as error:
         status, message = 1, f"error: {describe_error(error)}\n"
@@ -212,6 +214,17 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | N
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def flush_denormal() -> Iterator[None]:
+    """Compute without numbers close to zero, with which a hostile network could be forty times slower."""
+    before = not torch.full((1,), 1e-39).mul(1).item()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)  # a notebook goes on
 
 
 # -------------------------------------------------------------------------------- files

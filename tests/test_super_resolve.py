@@ -1,5 +1,6 @@
 """The command super_resolve.py and its function upscale."""
 
+import importlib.util
 import io
 import os
 import re
@@ -42,6 +43,14 @@ def test_command_writes_output_beside_input_and_nothing_else(cli, pictures):
 def test_shipped_checkpoint_is_default(cli, pictures):
     assert cli("super_resolve.py", "--precision=fp32", "lr.bmp")[0] == 0
     assert_same(Image.open("lr_srcnn_x3.bmp"), expected(trained_model(), pictures[0]))
+
+
+def test_link_to_the_program_uses_the_checkpoint_beside_the_program():
+    Path("link.py").symlink_to(ROOT / "super_resolve.py")
+    spec = importlib.util.spec_from_file_location("link", "link.py")
+    linked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(linked)
+    assert linked.CHECKPOINT.samefile(ROOT / "checkpoint.pth")
 
 
 def test_file_names_are_printed_escaped(cli, pictures):

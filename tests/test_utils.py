@@ -107,6 +107,51 @@ def test_commands_compute_without_denormal_numbers():
     assert in_new_process(count_denormal_numbers) == [0, 0]
 
 
+class NotebookStream:
+    """The least that a notebook has in place of stdout: neither a descriptor nor an encoding to configure."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (None, 0, ""),
+        (CommandError("no"), 1, "error: no\n"),
+        (BrokenPipeError(), 1, ""),
+        (KeyboardInterrupt(), 130, "i"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("flushes", [False, True])
+def test_command_runs_in_a_notebook_and_leaves_it_as_it_was(monkeypatch, error, status, message, flushes):
+    def main():
+        utils.show("result")
+        list(utils.progress_bar([1], "images", "B"))
+        if error:
+            raise error
+
+    streams = {"stdout": NotebookStream(), "stderr": NotebookStream()}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    torch.set_flush_denormal(flushes)
+    handlers = [signal.getsignal(number) for number in utils.TERMINATION_SIGNALS]
+    with pytest.raises(SystemExit) as end:
+        utils.run_command(main)
+    assert (end.value.code, streams["stdout"].text) == (status, "result\n")
+    assert streams["stderr"].text.rpartition("\r")[2].startswith(message)  # after the progress bar
+    assert {name: getattr(sys, name) for name in streams} == streams
+    assert [signal.getsignal(number) for number in utils.TERMINATION_SIGNALS] == handlers
+    assert (torch.full((1,), 1e-39) * 1).count_nonzero().item() == 1 - flushes
+
+
 def test_bug_keeps_its_traceback():
     def main():
         raise RuntimeError("a bug")
