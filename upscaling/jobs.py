@@ -67,8 +67,6 @@ def find_jobs(
     CommandError if there are no images, a ground truth is missing, an output has no supported format, or an
     output would replace an input
     """
-    if recursive and not any(path.is_dir() for path in [*inputs, *([ground_truth] if ground_truth else [])]):
-        warn("--recursive has no effect, since no input is a folder")
     if STANDARD in inputs or output == str(STANDARD):
         return [pipe_job(inputs, output, ground_truth, checkpoint, extension)]
     several = len(inputs) > 1 or inputs[0].is_dir()
@@ -76,12 +74,8 @@ def find_jobs(
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
     truths = GroundTruths(ground_truth, recursive)
     images = find_images(inputs, truths, recursive)
-    file = Path(output) if output and not several and not names_folder(output) else None
+    file = output_file(output, several, extension)
     folder = Path(output) if output and not file else None
-    if file:
-        check_file_name(file, extension)
-    elif output:
-        check_folder_name(output)
     outputs = [file or output_path(image, folder, extension) for image in images]
     jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
     jobs = with_distinct_outputs(jobs)
@@ -154,6 +148,8 @@ class GroundTruths:
 
 def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> list[InputImage]:
     """Return the images to upscale, each once."""
+    if recursive and not truths.files and not any(input.is_dir() for input in inputs):
+        warn("--recursive has no effect, since no input is a folder")
     images: dict[str, InputImage] = {}
     for input in inputs:
         found = images_in_folder(input, truths, recursive) if input.is_dir() else [single_image(input, truths)]
@@ -165,10 +161,11 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
 def single_image(path: Path, truths: GroundTruths) -> InputImage:
     image = InputImage(path, path.parent)
     if truths.path and not truths.find(image):
+        itself = truths.candidate(image)
         problem = (
-            "the ground truth is the input itself" if truths.candidate(image) else f"no ground truth for {path.name}"
+            f"the ground truth of {path.name} is the image itself" if itself else f"no ground truth for {path.name}"
         )
-        raise CommandError(f"{truths.path}: {problem}; give the HR image of {path.name}")
+        raise CommandError(f"{truths.path}: {problem}")
     return image
 
 
@@ -196,8 +193,21 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
 # ------------------------------------------------------------------------------ outputs
 
 
-def names_folder(output: str) -> bool:
-    return output.endswith("/") or os.path.isdir(output)
+def output_file(output: str | None, several: bool, extension: str | None) -> Path | None:
+    """Return the path of --output if it names a file and not a folder.
+
+    Raises CommandError if the name is not suitable, or looks like a file's but there are several images.
+    """
+    if not output or output.endswith("/") or os.path.isdir(output):
+        return None
+    file = Path(output)
+    if several and writable(file):
+        advice = f"use --format={format_of(file).lower()}, or --output={output}/ for a folder of this name"
+        raise CommandError(f"{output}: several images need a folder; {advice}")
+    if several:
+        return None
+    check_file_name(file, extension)
+    return file
 
 
 def output_path(image: InputImage, folder: Path | None, extension: str | None) -> Path:
@@ -221,15 +231,6 @@ def check_file_name(file: Path, extension: str | None) -> None:
         raise CommandError(f"--format={extension} contradicts --output={file}; leave out one of them")
 
 
-def check_folder_name(output: str) -> None:
-    """Raise CommandError if the --output for several images is more likely meant as a file."""
-    if writable(Path(output)) and not names_folder(output):
-        format, folder = f"--format={format_of(Path(output)).lower()}", f"--output={output}/"
-        raise CommandError(
-            f"{output}: several images need a folder; use {format}, or {folder} for a folder of this name"
-        )
-
-
 def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
     """Keep the input's extension in outputs that would have the same name: x.jpg_srcnn_x3.png and x.png_srcnn_x3.png.
 
@@ -243,10 +244,8 @@ def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
         if any(writers[os.path.realpath(output)] > 1 for output in job.outputs):
             job = job._replace(sr=job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}"))
         outputs = [os.path.realpath(output) for output in job.outputs]
-        if others := [taken[output] for output in outputs if output in taken]:
-            problem = (
-                f"{job.lr}: {job.sr} is also the output of {others[0]}; upscale it separately, to another --output"
-            )
+        if other := next((taken[output] for output in outputs if output in taken), None):
+            problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale it alone, with another --output"
             job = job._replace(problem=problem)
         else:
             taken |= dict.fromkeys(outputs, job.lr)

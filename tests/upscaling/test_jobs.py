@@ -162,7 +162,9 @@ def test_outputs_of_same_name_keep_extension_of_input(outputs, inputs, truth, ex
 
 def test_second_of_two_inputs_with_same_name_fails_alone(outputs):
     found = outputs("p/x.png q/x.png p/y.png", "o")
-    assert found.pop("q/x.png").startswith("q/x.png: o/x.png_srcnn_x3.png is also the output of p/x.png; upscale it")
+    assert found.pop("q/x.png").startswith(
+        "q/x.png: o/x.png_srcnn_x3.png is also the output of p/x.png; upscale it alone, "
+    )
     assert found == {"p/x.png": "o/x.png_srcnn_x3.png", "p/y.png": "o/y_srcnn_x3.png"}
 
 
@@ -224,9 +226,9 @@ def test_ground_truths_are_found_in_same_subfolder(find):
     [
         ("lr.bmp", None, "missing.png", None, "missing.png: no such file"),
         ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images"),
-        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth is the input itself; give the HR image"),
-        ("deep/a.b.jpg", None, "deep", None, "deep: the ground truth is the input itself"),
-        ("link.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth is the input itself"),
+        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of lr.bmp is the image itself"),
+        ("deep/a.b.jpg", None, "deep", None, "deep: the ground truth of a.b.jpg is the image itself"),
+        ("link.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of link.bmp is the image itself"),
         ("lr.bmp", None, "hr", None, "hr: no ground truth for lr.bmp"),
         ("in", None, "in", None, "in: this folder contains no images with a ground truth in in"),
         ("done", None, None, None, "done: this folder contains no images"),
