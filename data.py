@@ -15,14 +15,26 @@ from torch import Tensor
 
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
-from imaging.folders import list_images
+from imaging.folders import list_images, search_folder
 from imaging.images import bicubic, read_hr, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
-from utils import ArgumentParser, CommandError, path, plural, printable, remove_stale_files, run_command, show, warn
+from utils import (
+    ArgumentParser,
+    CommandError,
+    one_line,
+    path,
+    plural,
+    printable,
+    remove_stale_files,
+    run_command,
+    show,
+    warn,
+)
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
+GENERATED = "(GENERATED IMAGES)"  # in the names of sets
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
@@ -65,11 +77,12 @@ def load_images(folder: str, role: str) -> ImageSet:
 
     Raises
     ------
-    CommandError if the folder is missing or empty, or an image cannot be read or is smaller than 9x9
+    CommandError if the folder is missing or empty, or if images cannot be read or are smaller than 9x9; each of them
+    is named
     """
-    require_folder(folder)
+    require_folder(folder, f"--{role}-data")
     if folder == DEAD_LEAVES:
-        return ImageSet(f"{DEAD_LEAVES}-{role} (GENERATED IMAGES)", dead_leaves(role))
+        return ImageSet(f"{DEAD_LEAVES}-{role} {GENERATED}", dead_leaves(role))
     files = list_images(Path(folder))
     ground_truths = [file for file in files if file.stem.endswith("_GT")]
     if role == "test" and 0 < len(ground_truths) < len(files):
@@ -78,16 +91,36 @@ def load_images(folder: str, role: str) -> ImageSet:
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
-    images = {printable(name): read_hr(file, MIN_SIDE) for name, file in zip(names, files, strict=True)}
-    return ImageSet(name_of_set(Path(folder), files), images)
+    return ImageSet(name_of_set(Path(folder), files), dict(zip(map(printable, names), read_all(files), strict=True)))
 
 
-def require_folder(folder: str) -> None:
-    """Raise CommandError unless ``folder`` exists or stands for generated images."""
+def read_all(files: list[Path]) -> list[Image.Image]:
+    """Read HR images. If there are errors, print each of them, and raise CommandError."""
+    images, failures = [], []
+    for file in files:
+        try:
+            images.append(read_hr(file, MIN_SIDE))
+        except CommandError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        show(*(f"error: {one_line(failure)}" for failure in failures), to_stderr=True)
+        raise CommandError(
+            f"{len(failures)} of {len(files)} images cannot be used; replace them or move them elsewhere"
+        )
+    return images
+
+
+def require_folder(folder: str, option: str) -> None:
+    """Raise CommandError unless ``folder``, the value of an option, exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
         where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
-        hint = f"; `python data.py` downloads {Path(folder).name}" if Path(folder).name in published_sets.SETS else ""
-        raise CommandError(f"{folder}: no such folder of images{where or hint}")
+        known = Path(folder).name in published_sets.SETS
+        hint = (
+            f"; `python data.py` downloads {Path(folder).name}, or give its place with" if known else "; give it with"
+        )
+        raise CommandError(f"{folder}: no such folder of images{where or f'{hint} {option}=DIR'}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
@@ -196,10 +229,10 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
 
     Raises
     ------
-    CommandError if a set is missing
+    CommandError if a set is missing, naming the option for its place
     """
     for name in sorted({"train_data", "test_data"} & given.keys()):
-        require_folder(given[name])
+        require_folder(given[name], option_of(name))
     defaults = [name for name, folder in folders.items() if folder in COURSE_FOLDERS]
     folders = {name: default_folder(folder) for name, folder in folders.items()}
     missing = {name: Path(folders[name]).name for name in defaults if not Path(folders[name]).exists()}
@@ -208,13 +241,17 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     try:
         published_sets.fetch(missing.values())
     except CommandError as error:
-        if not fresh:
-            raise
-        names = " AND ".join(missing).upper()
-        advice = "for the real ones run `python data.py` with network access, or with --from and a local copy"
-        warn(f"GENERATED IMAGES ARE USED AS {names}: {error}; {advice}")
-        return folders | dict.fromkeys(missing, DEAD_LEAVES)
+        absent = [name for name in missing if not Path(folders[name]).exists()]  # one of two may have been found
+        if absent and not fresh:
+            raise CommandError(f"{error}; or give {' and '.join(map(option_of, absent))}") from error
+        if absent:
+            warn(f"GENERATED IMAGES ARE USED AS {' AND '.join(absent).upper()}: {error}")
+        return folders | dict.fromkeys(absent, DEAD_LEAVES)
     return folders
+
+
+def option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # ------------------------------------------------------------------------- python data.py
@@ -249,7 +286,7 @@ def main() -> None:
 def is_published(folder: Path, name: str) -> bool:
     """Return whether a folder's images are a published set, and not for example the user's own."""
     try:
-        return name_of_set(folder, list_images(folder)) == name
+        return name_of_set(folder, search_folder(folder).images) == name
     except (CommandError, NotADirectoryError):  # without images, or a file
         return False
 

@@ -38,7 +38,7 @@ from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 
 T = TypeVar("T", Image.Image, np.ndarray)
-CHECKPOINT = Path(__file__).with_name("checkpoint.pth")
+CHECKPOINT = Path(__file__).resolve().with_name("checkpoint.pth")  # even if it is run by a link
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
         prog="super_resolve.py",
         description=__doc__,
         examples=f"  {start} lr.bmp\n  {start} photos --output=big",
+        hints={"--scale": f"the factor is always {SCALE}"},
     )
     text = "LR image, folder of LR images, or - for standard input"
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
@@ -153,6 +154,7 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
     results = Results({}, [], len(share) - len(todo))
     for job in show_progress(todo, hidden=len(jobs) == 1 or rank > 0):
         try:
+            job.check()
             scores = run_job(job, upscaler, max_pixels)
             if scores:
                 results.scores[str(job.lr)] = scores

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -43,9 +44,13 @@ class CommandError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser with examples below the help, and with usage errors in one line."""
+    """argparse's parser with examples below the help, and with usage errors in one line.
 
-    def __init__(self, examples: str = "", **options: Any) -> None:
+    ``hints`` is advice by the names of options that do not exist, but that users of other programs may expect.
+    """
+
+    def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
+        self.hints = hints or {}
         epilog = f"examples:\n{examples}" if examples else None
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, epilog=epilog, **options)
@@ -54,8 +59,15 @@ class ArgumentParser(argparse.ArgumentParser):
         """Report unknown arguments here, so that the error names the help of the subcommand."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *self.advice(unknown)]))
         return known, unknown
+
+    def advice(self, unknown: list[str]) -> Iterator[str]:
+        """Yield the hint or the most similar option for each unknown option, if there is one."""
+        for name in (argument.partition("=")[0] for argument in unknown if argument.startswith("--")):
+            similar = difflib.get_close_matches(name[:30], self._option_string_actions, n=1, cutoff=0.7)
+            if name in self.hints or similar:
+                yield self.hints.get(name) or f"did you mean {similar[0]}?"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
@@ -138,15 +150,17 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if not getattr(sys, name):  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # the terminal may not support all characters
-    torch.set_flush_denormal(True)  # with numbers close to zero, a hostile network could be forty times slower
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not support all characters
     status, message = 0, ""
     try:
-        with handle_signals(TERMINATION_SIGNALS, interrupt):
+        with handle_signals(TERMINATION_SIGNALS, interrupt), flush_denormal():
             main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head or less, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (CommandError, OSError, MemoryError, RuntimeError) as error:
         status, message = 1, f"error: {describe_error(error)}\n"
@@ -202,6 +216,17 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | N
             signal.signal(number, before)
 
 
+@contextlib.contextmanager
+def flush_denormal() -> Iterator[None]:
+    """Compute without numbers close to zero, with which a hostile network could be forty times slower."""
+    before = not torch.full((1,), 1e-39).mul(1).item()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)  # a notebook goes on
+
+
 # -------------------------------------------------------------------------------- files
 
 
@@ -253,7 +278,8 @@ def create_temporary_file(path: Path, stack: contextlib.ExitStack) -> io.FileIO:
     """
     attempts = 0
     while True:
-        temporary = path.with_name(f".{path.name[:30]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # within 255 bytes
+        # In UTF-8, its name has up to 141 bytes. Encrypted home folders allow 143, other file systems 255.
+        temporary = path.with_name(f".{path.name[:28]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
         try:
             with contextlib.ExitStack() as attempt:
                 raw = io.FileIO(temporary, "x+")

@@ -1,7 +1,8 @@
 """Images in a folder."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -9,26 +10,72 @@ from imaging.formats import readable_formats
 from utils import CommandError, plural, warn
 
 SUFFIX = "_srcnn_x3"  # of the names of outputs
-OUTPUT_SUFFIXES = (SUFFIX, f"{SUFFIX}_comparison")
+COMPARISON_SUFFIX = f"{SUFFIX}_comparison"
 
 
-def list_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """Return the image files in a folder, or also in its subdirectories, by their extensions, sorted.
+class Listing(NamedTuple):
+    """Images in a folder, sorted, and what is skipped, as text for messages; empty if there is nothing."""
 
-    Hidden files are left out. Raises CommandError if there are no images.
+    images: list[Path]
+    outputs: str  # of super_resolve.py
+    other_files: str
+    folders: str
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the images that :func:`search_folder` finds, and warn about all that is skipped."""
+    images, *skipped = search_folder(folder)
+    warn_of_skipped(folder, *skipped)
+    return images
+
+
+def warn_of_skipped(folder: Path, *skipped: str) -> None:
+    for text in filter(None, skipped):
+        warn(f"{folder}: skipping {text}")
+
+
+def search_folder(folder: Path, recursive: bool | None = None) -> Listing:
+    """Find the images in a folder by their extensions, without outputs of super_resolve.py and hidden files.
+
+    Parameters
+    ----------
+    folder : existing folder
+    recursive : search subfolders also, but not links to folders; None if the command has no such option
+
+    Raises
+    ------
+    CommandError if there are no images
     """
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable_formats()}
-    found = []
+    found, skipped = [], 0
     for place, folders, names in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in visible if recursive and not Path(place, name).is_symlink()]
+        skipped += len(visible) - len(folders)
         found += [Path(place, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.is_file())
     images = [file for file in files if file.suffix.lower() in extensions]
-    if not images:
-        raise CommandError(f"{folder}: this folder contains no images")
-    if skipped := len(files) - len(images):
-        warn(f"{folder}: skipping {plural(skipped, 'file')} without an image extension")
-    return images
+    inputs = [file for file in images if not is_output(file)]
+    listing = Listing(
+        inputs,
+        describe(len(images) - len(inputs), "earlier output", " of super_resolve.py"),
+        describe(len(files) - len(images), "file", " without an image extension"),
+        describe(skipped, "linked folder" if recursive else "subfolder", "; use --recursive" * (recursive is False)),
+    )
+    if not inputs:
+        kind = " other than earlier outputs" if images else ""
+        hint = f" (skipping {listing.folders})" if skipped else ""
+        raise CommandError(f"{folder}: this folder contains no images{kind}{hint}")
+    return listing
+
+
+def is_output(path: PurePath) -> bool:
+    """Return whether a file has the name of an output of super_resolve.py."""
+    return path.stem.endswith((SUFFIX, COMPARISON_SUFFIX))
+
+
+def describe(number: int, noun: str, detail: str) -> str:
+    return f"{plural(number, noun)}{detail}" if number else ""
 
 
 def raise_error(error: OSError) -> None:

@@ -235,7 +235,7 @@ def check_output(path: Path, size: tuple[int, int], mode: str, format: str | Non
         problem = f"{width}x{height} pixels are too many for {name}"
     else:
         return
-    raise CommandError(f"{path}: {problem}; use --output=NAME.png")
+    raise CommandError(f"{path}: {problem}; write PNG instead, by --format=png or the name in --output")
 
 
 def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None, scale: int = 1) -> None:

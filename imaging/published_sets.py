@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TypeVar
 
+from imaging.folders import is_output
 from utils import TEMPORARY_SUFFIX, CommandError, locked, progress_bar, remove_stale_files, show, sync_folder
 
 # For each set, the SHA-256 of what `sha256sum *.bmp` prints in its folder: the hashes and names of all files.
@@ -50,23 +51,35 @@ def fetch(names: Iterable[str], source: Path | None = None) -> None:
     Parameters
     ----------
     names : names in SETS
-    source : archive or folder to copy them from (default: the first mirror that has them)
+    source : archive or folder to copy them from (default: the first mirrors that have them)
 
     Raises
     ------
-    CommandError, with a reason for each source, if none has the sets as published
+    CommandError if sets are missing: the others are installed. The reason for each mirror is printed, with its
+    address, so that one can be downloaded by hand
     """
-    names, reasons = list(names), []
+    missing, reasons = list(names), []
     for origin in [source] if source else MIRRORS:
         try:
             files = read_bmp_files(download(origin) if isinstance(origin, str) else origin)
-            sets = find_sets(files, names)
         except (CommandError, OSError, HTTPException, ValueError) as error:
-            host = origin.split("/")[2] if isinstance(origin, str) else origin
-            reasons.append(f"{host}: {getattr(error, 'reason', error)}")
-        else:
-            return install(sets)
-    raise CommandError(f"cannot fetch {' and '.join(names)}: {'; '.join(reasons)}")
+            reasons.append(f"{origin}: {getattr(error, 'reason', error)}")
+            continue
+        sets = find_sets(files, missing)
+        install(sets)
+        missing = [name for name in missing if name not in sets]
+        if not missing:
+            return
+        hashes = (f"{name} as published (SHA-256 {SETS[name][:12]}…)" for name in missing)
+        reasons.append(f"{origin}: no folder in it contains {' or '.join(hashes)}")
+    problem = f"cannot fetch {' and '.join(missing)}"
+    if source:
+        raise CommandError(f"{problem}: {reasons[0]}")
+    for reason in reasons:
+        show(reason, to_stderr=True)
+    raise CommandError(
+        f"{problem}; download one of the addresses above elsewhere, and run `python data.py --from FILE`"
+    )
 
 
 def download(url: str) -> io.BytesIO:
@@ -90,10 +103,14 @@ def download(url: str) -> io.BytesIO:
 
 
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
-    """Read the .bmp files in a folder or a zip archive, by path. Raises CommandError if it is neither."""
+    """Read the .bmp files in a folder or a zip archive, by path, without outputs of super_resolve.py.
+
+    Raises CommandError if it is neither.
+    """
     if isinstance(source, Path):
         if source.is_dir():
-            sizes = ((file, file.stat().st_size) for file in source.rglob("*.bmp") if file.is_file())
+            files = (file for file in source.rglob("*.bmp") if file.is_file() and not is_output(file))
+            sizes = ((file, file.stat().st_size) for file in files)
             return {file: read_start(file.open("rb")) for file in select(sizes, "contains")}
         if not source.is_file():
             raise CommandError("no such archive or folder")
@@ -125,6 +142,7 @@ def directory_size(file: IO[bytes]) -> float:
 
 def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:
     members = {PurePosixPath(m.filename): m for m in archive.infolist() if m.filename.endswith(".bmp")}
+    members = {name: member for name, member in members.items() if not is_output(name)}
     for name, member in members.items():
         if name.is_absolute() or ".." in name.parts or "\\" in str(name):
             raise CommandError(f"its path {str(name)!r} leads outside, refused")
@@ -154,15 +172,12 @@ def read_start(file: IO[bytes]) -> bytes:
 
 
 def find_sets(files: dict[PurePath, bytes], names: list[str]) -> dict[str, Files]:
-    """Find published sets among files, whatever their folders are called. Raises CommandError if one is missing."""
+    """Return the published sets that are among files, whatever their folders are called."""
     folders: dict[PurePath, Files] = {}
     for file, content in files.items():
         folders.setdefault(file.parent, {})[file.name] = content
     found = {digest(folder.items()): folder for folder in folders.values()}
-    for name in names:
-        if SETS[name] not in found:
-            raise CommandError(f"no folder in it contains {name} as published (SHA-256 {SETS[name][:12]}…)")
-    return {name: found[SETS[name]] for name in names}
+    return {name: found[SETS[name]] for name in names if SETS[name] in found}
 
 
 def install(sets: dict[str, Files]) -> None:

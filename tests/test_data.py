@@ -57,6 +57,19 @@ def test_large_files_are_not_read_to_recognize_published_set(tmp_path, monkeypat
     assert data.name_of_set(tmp_path, files) == tmp_path.name
 
 
+def test_outputs_beside_the_images_are_not_part_of_the_set(tmp_path, monkeypatch, capfd):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a_GT.bmp")
+    digest = data.published_sets.digest([("a_GT.bmp", (tmp_path / "a_GT.bmp").read_bytes())])
+    monkeypatch.setattr(data.published_sets, "SETS", {"Set9": digest})
+    for suffix in ("_srcnn_x3.bmp", "_srcnn_x3_comparison.png"):
+        Image.new("RGB", (27, 27)).save(tmp_path / f"a_GT{suffix}")
+    for role in ("train", "test"):
+        image_set = data.load_images(str(tmp_path), role)
+        assert (image_set.name, list(image_set.images)) == ("Set9", ["a"])
+        assert_one_line(capfd.readouterr().err, "WARNING", "skipping 2 earlier outputs of super_resolve.py")
+    assert data.is_published(tmp_path, "Set9")
+
+
 def test_images_of_any_format_and_mode_have_unique_names(tmp_path):
     gray = Image.linear_gradient("L").crop((0, 0, 30, 60))
     gray.save(tmp_path / "a.tiff")
@@ -80,8 +93,9 @@ def test_only_ground_truths_of_course_images_are_tested_on(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("folder", "problem"),
     [
-        ("", "^: no such folder"),
-        ("small/a.png", r"^small/a\.png: no such folder"),
+        ("", "^: no such folder of images; give it with --train-data=DIR$"),
+        ("small/a.png", r"^small/a\.png: no such folder of images; give it with --train-data=DIR$"),
+        ("no/Set5", r"^no/Set5: .*; `python data\.py` downloads Set5, or give its place with --train-data=DIR$"),
         ("small", r"^small/a\.png: 8x20 pixels .*9x9$"),
     ],
 )
@@ -90,6 +104,19 @@ def test_bad_folder_is_named(folder, problem):
     Image.new("RGB", (8, 20)).save("small/a.png")
     with pytest.raises(CommandError, match=problem):
         data.load_images(folder, "train")
+
+
+def test_all_images_that_cannot_be_read_are_named(tmp_path, capfd):
+    for name in ("a.png", "c\x1b.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n")
+    for name, side in (("b.png", 9), ("d.png", 8)):
+        Image.new("RGB", (9, side)).save(tmp_path / name)
+    with pytest.raises(CommandError, match=r"^3 of 4 images cannot be used; "):
+        data.load_images(str(tmp_path), "train")
+    a, c, d = capfd.readouterr().err.splitlines()
+    assert a.startswith(f"error: {tmp_path}/a.png: not an image")
+    assert c.startswith(f"error: {tmp_path}/c\\x1b.png: not an image")
+    assert d == f"error: {tmp_path}/d.png: 9x8 pixels are too few; the minimum is 9x9"
 
 
 def test_missing_folder_on_another_node_is_named_with_node(monkeypatch):
@@ -193,16 +220,34 @@ def test_new_run_replaces_missing_default_set_by_generated_images(offline, capfd
     assert found == folders | dict.fromkeys(replaced, "dead-leaves")
     err = capfd.readouterr().err
     if replaced:
-        assert_one_line(err, "WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}: ".format(*facts))
-        assert "`python data.py`" in err
+        address, warning = err.splitlines()
+        assert address.startswith("http://127.0.0.1:9/archive.zip: ")
+        assert warning.startswith("WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}; ".format(*facts))
+        assert warning.endswith("`python data.py --from FILE`")
     else:
         assert err == ""
 
 
+def test_only_the_set_that_is_not_found_is_replaced(monkeypatch, capfd):
+    def fetch(names):
+        Path("data/91-image").mkdir(parents=True)
+        raise CommandError("cannot fetch Set5")
+
+    monkeypatch.setattr(data.published_sets, "fetch", fetch)
+    found = data.find_data(Options().folders(), {}, fresh=True)
+    assert found == {"train_data": "data/91-image", "test_data": "dead-leaves"}
+    assert capfd.readouterr().err == "WARNING: GENERATED IMAGES ARE USED AS TEST_DATA: cannot fetch Set5\n"
+
+
 @pytest.mark.parametrize(
     ("given", "fresh", "problem"),
-    [({"train_data": "data/91-image"}, True, "^data/91-image: no such"), ({}, False, "91-image and Set5")],
-    ids=["folder given", "run resumed"],
+    [
+        ({"train_data": "data/91-image"}, True, "^data/91-image: no such .* --train-data=DIR$"),
+        ({"test_data": "here"}, True, "^here: no such .* --test-data=DIR$"),
+        ({}, False, "^cannot fetch 91-image and Set5; .* or give --train-data and --test-data$"),
+        ({"hold_out": 2}, False, "^cannot fetch 91-image; .* or give --train-data$"),
+    ],
+    ids=["training folder given", "test folder given", "run resumed", "run with held-out images resumed"],
 )
 def test_other_missing_set_is_never_replaced(offline, given, fresh, problem):
     with pytest.raises(CommandError, match=problem):

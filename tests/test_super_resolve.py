@@ -1,5 +1,6 @@
 """The command super_resolve.py and its function upscale."""
 
+import importlib.util
 import io
 import os
 import re
@@ -42,6 +43,14 @@ def test_command_writes_output_beside_input_and_nothing_else(cli, pictures):
 def test_shipped_checkpoint_is_default(cli, pictures):
     assert cli("super_resolve.py", "--precision=fp32", "lr.bmp")[0] == 0
     assert_same(Image.open("lr_srcnn_x3.bmp"), expected(trained_model(), pictures[0]))
+
+
+def test_link_to_the_program_uses_the_checkpoint_beside_the_program():
+    Path("link.py").symlink_to(ROOT / "super_resolve.py")
+    spec = importlib.util.spec_from_file_location("link", "link.py")
+    linked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(linked)
+    assert linked.CHECKPOINT.samefile(ROOT / "checkpoint.pth")
 
 
 def test_file_names_are_printed_escaped(cli, pictures):
@@ -104,6 +113,22 @@ def test_invalid_image_is_reported_last_and_others_are_upscaled(cli, pictures):
     assert [line.split(":")[0] for line in lines] == [f"o/p/{name}" for name in names]
     assert re.fullmatch(r"3 of 4 images upscaled in 0:\d\d:\d\d", summary)
     assert sorted(os.listdir("o/p")) == sorted(names)
+
+
+def test_output_that_is_impossible_fails_alone_and_before_it_is_computed(cli, pictures, monkeypatch):
+    names = ["a.jpg", "a.png", "deep/a.png", f"{'x' * 250}.png"]
+    Path("deep").mkdir()
+    for name in names:
+        pictures[0].save(name)
+    read, image_read = [], super_resolve.read_image
+    monkeypatch.setattr(super_resolve, "read_image", lambda file, *args: read.append(str(file)) or image_read(file))
+    status, _, err = cli(*COMMAND, *names, "--format=png", "--output=o", "--skip-existing")
+    assert (status, read) == (1, names[:2])
+    same, long, total = err.splitlines()
+    assert same.startswith("error: deep/a.png: o/a.png_srcnn_x3.png is also the output of a.png; ")
+    assert long == f"error: cannot write o/{'x' * 250}_srcnn_x3.png: its name is too long; use a shorter one"
+    assert total == "error: 2 of 4 images failed"
+    assert sorted(os.listdir("o")) == ["a.jpg_srcnn_x3.png", "a.png_srcnn_x3.png"]
 
 
 @pytest.fixture
@@ -211,6 +236,8 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
+        (["x", "--scale", "4"], "unrecognized arguments: --scale 4; the factor is always 3 (see"),
+        (["x", "--scale=3"], "unrecognized arguments: --scale=3; the factor is always 3 (see"),
         (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
     ],

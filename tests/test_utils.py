@@ -15,6 +15,31 @@ from helpers import ROOT, assert_one_line, in_new_process
 import utils
 from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files
 
+# ------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--epochs 3", "unrecognized arguments: --epochs 3; did you mean --num-epoch? (see x --help)"),
+        ("--batchsize=3", "unrecognized arguments: --batchsize=3; did you mean --batch-size? (see x --help)"),
+        ("--num_epoch 1 --lrs", "unrecognized arguments: --num_epoch 1 --lrs; did you mean --num-epoch?; did you mean"),
+        ("--seed 3", "unrecognized arguments: --seed 3; it is fixed at the start (see x --help)"),
+        ("--recipe=a -3 b", "unrecognized arguments: --recipe=a -3 b (see x --help)"),  # unlike --precision
+        ("--" + "é\n" * 99, "unrecognized arguments: --é\\né\\n"),
+    ],
+)
+def test_unknown_option_is_reported_with_the_most_similar_one(capsys, arguments, message):
+    parser = utils.ArgumentParser(prog="x", hints={"--seed": "it is fixed at the start"})
+    for name in ("--num-epoch", "--batch-size", "--lr", "--save-freq", "--precision"):
+        parser.add_argument(name)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(arguments.split(" "))
+    err = capsys.readouterr().err
+    assert (end.value.code, err[: err.index(": ", 3)]) == (2, "x: error")
+    assert_one_line(err, f"x: error: {message}")
+
+
 # ------------------------------------------------------------------- errors and interrupts
 
 
@@ -80,6 +105,51 @@ def count_denormal_numbers():
 
 def test_commands_compute_without_denormal_numbers():
     assert in_new_process(count_denormal_numbers) == [0, 0]
+
+
+class NotebookStream:
+    """The least that a notebook has in place of stdout: neither a descriptor nor an encoding to configure."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (None, 0, ""),
+        (CommandError("no"), 1, "error: no\n"),
+        (BrokenPipeError(), 1, ""),
+        (KeyboardInterrupt(), 130, "i"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("flushes", [False, True])
+def test_command_runs_in_a_notebook_and_leaves_it_as_it_was(monkeypatch, error, status, message, flushes):
+    def main():
+        utils.show("result")
+        list(utils.progress_bar([1], "images", "B"))
+        if error:
+            raise error
+
+    streams = {"stdout": NotebookStream(), "stderr": NotebookStream()}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    torch.set_flush_denormal(flushes)
+    handlers = [signal.getsignal(number) for number in utils.TERMINATION_SIGNALS]
+    with pytest.raises(SystemExit) as end:
+        utils.run_command(main)
+    assert (end.value.code, streams["stdout"].text) == (status, "result\n")
+    assert streams["stderr"].text.rpartition("\r")[2].startswith(message)  # after the progress bar
+    assert {name: getattr(sys, name) for name in streams} == streams
+    assert [signal.getsignal(number) for number in utils.TERMINATION_SIGNALS] == handlers
+    assert (torch.full((1,), 1e-39) * 1).count_nonzero().item() == 1 - flushes
 
 
 def test_bug_keeps_its_traceback():
@@ -176,6 +246,7 @@ def test_file_name_may_have_the_maximum_length():
     assert len(name.encode()) == 255
     with atomic_write(Path(name)) as file:
         file.write(b"content")
+        assert [len(temporary) <= 143 for temporary in os.listdir(b".")] == [True]  # as encrypted folders allow
     assert os.listdir() == [name]
 
 

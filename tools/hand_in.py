@@ -8,8 +8,9 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+from data import GENERATED
 from info import Info, info
-from training.checkpoints import is_filled_in, load_checkpoint
+from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint
 from training.unpickling import MAX_BYTES
 from utils import (
     ArgumentParser,
@@ -45,6 +46,19 @@ def program_files() -> list[str]:
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
 
+def check_origin(path: Path, checkpoint: Checkpoint) -> None:
+    """Raise CommandError if a checkpoint names no student, and warn if it is another's or knows no real images."""
+    name = checkpoint.info.name
+    if not is_filled_in(checkpoint.info):
+        raise CommandError(
+            f"{path} was saved without your info.py (name: {name or 'none'}); train or resume with yours"
+        )
+    if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
+        warn(f"{path} was saved with another info.py (name: {name}); train with yours")
+    if checkpoint.training and GENERATED in checkpoint.training.train_set:
+        warn(f"{path} was trained on {checkpoint.training.train_set}; train on the real ones, see `python data.py`")
+
+
 def main() -> None:
     command = "python -m tools.hand_in"
     parser = ArgumentParser(prog=command, description=__doc__, examples=f"  {command} --checkpoint=checkpoint.100")
@@ -54,9 +68,7 @@ def main() -> None:
     if not is_filled_in(info):
         raise CommandError("info.py is not filled in; enter your name, id and email, then train")
     data = read_file(args.checkpoint, MAX_BYTES)
-    checkpoint = load_checkpoint(args.checkpoint, data)
-    if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
-        warn(f"{args.checkpoint} was saved with another info.py (name: {checkpoint.info.name}); train with yours")
+    check_origin(args.checkpoint, load_checkpoint(args.checkpoint, data))
     for name in SIGNED:
         if re.search(r"^# Name:\s*$", (ROOT / name).read_text("utf-8"), re.MULTILINE):
             warn(f"the declaration in {name} is not filled in")

@@ -1,10 +1,12 @@
 """Jobs: LR images with their outputs and ground truths."""
 
+import errno
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from imaging.folders import OUTPUT_SUFFIXES, SUFFIX, list_images
+from imaging.folders import COMPARISON_SUFFIX, SUFFIX, search_folder, warn_of_skipped
 from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD
 from utils import CommandError, make_folder, plural, remove_stale_files, warn
@@ -15,10 +17,11 @@ class Job(NamedTuple):
     sr: Path
     hr: Path | None  # ground truth
     format: str  # Pillow's name of the format to write sr in
+    problem: str = ""  # why it cannot be done, although the other jobs can
 
     @property
     def comparison(self) -> Path:
-        return self.sr.with_name(f"{self.sr.stem}_comparison.png")
+        return self.sr.with_name(f"{self.sr.stem.removesuffix(SUFFIX)}{COMPARISON_SUFFIX}.png")
 
     @property
     def outputs(self) -> list[Path]:
@@ -26,7 +29,18 @@ class Job(NamedTuple):
 
     def is_done(self) -> bool:
         """Return whether all outputs exist. Each is complete, since files are written atomically."""
-        return all(output.exists() for output in self.outputs)
+        return not self.problem and all(map(os.path.exists, self.outputs))
+
+    def check(self) -> None:
+        """Raise CommandError if an output belongs to another job, or if its name is too long for the file system."""
+        if self.problem:
+            raise CommandError(self.problem)
+        for output in self.outputs:
+            try:
+                os.lstat(output)
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise CommandError(f"cannot write {output}: its name is too long; use a shorter one") from error
 
 
 def find_jobs(
@@ -51,7 +65,7 @@ def find_jobs(
     Raises
     ------
     CommandError if there are no images, a ground truth is missing, an output has no supported format, or an
-    output would replace an input or another output
+    output would replace an input
     """
     if STANDARD in inputs or output == str(STANDARD):
         return [pipe_job(inputs, output, ground_truth, checkpoint, extension)]
@@ -60,12 +74,11 @@ def find_jobs(
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
     truths = GroundTruths(ground_truth, recursive)
     images = find_images(inputs, truths, recursive)
-    file = Path(output) if output and not several and not names_folder(output) else None
+    file = output_file(output, several, extension)
     folder = Path(output) if output and not file else None
-    if file:
-        check_file_name(file, extension)
     outputs = [file or output_path(image, folder, extension) for image in images]
     jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
+    jobs = with_distinct_outputs(jobs)
     check_overwrites(jobs, [checkpoint, *(job.lr for job in jobs)])
     if not file and not extension:
         warn_of_png([job.lr for job in jobs])
@@ -114,16 +127,20 @@ class GroundTruths:
     def __init__(self, path: Path | None, recursive: bool) -> None:
         self.path, self.files = path, {}
         if path and path.is_dir():
-            self.files = {file.relative_to(path).with_suffix(""): file for file in list_images(path, recursive)}
+            images = search_folder(path, recursive).images
+            self.files = {file.relative_to(path).with_suffix(""): file for file in images}
         elif path and not path.exists():
             raise CommandError(f"{path}: no such file or folder")
 
     def find(self, image: InputImage) -> Path | None:
         """Return the ground truth of an image, if there is one. Names match without the course's _lr and _GT."""
-        found = self.find_by_name(image) if self.files else self.path
+        found = self.candidate(image)
         return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
 
-    def find_by_name(self, image: InputImage) -> Path | None:
+    def candidate(self, image: InputImage) -> Path | None:
+        """Return what would be the ground truth, even if it is the image itself."""
+        if not self.files:
+            return self.path
         name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
         keys = [image.subfolder / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
         return next((self.files[key] for key in keys if key in self.files), None)
@@ -131,6 +148,8 @@ class GroundTruths:
 
 def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> list[InputImage]:
     """Return the images to upscale, each once."""
+    if recursive and not truths.files and not any(input.is_dir() for input in inputs):
+        warn("--recursive has no effect, since no input is a folder")
     images: dict[str, InputImage] = {}
     for input in inputs:
         found = images_in_folder(input, truths, recursive) if input.is_dir() else [single_image(input, truths)]
@@ -142,19 +161,22 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
 def single_image(path: Path, truths: GroundTruths) -> InputImage:
     image = InputImage(path, path.parent)
     if truths.path and not truths.find(image):
-        raise CommandError(f"{truths.path}: no ground truth for {path.name}")
+        itself = truths.candidate(image)
+        problem = (
+            f"the ground truth of {path.name} is the image itself" if itself else f"no ground truth for {path.name}"
+        )
+        raise CommandError(f"{truths.path}: {problem}")
     return image
 
 
 def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> list[InputImage]:
-    """Return the LR images in a folder, without earlier outputs.
+    """Return the LR images in a folder.
 
     With ground truths, these are the images that have one; otherwise, in a folder with names in _lr, only those.
     """
-    files = [file for file in list_images(folder, recursive) if not file.stem.endswith(OUTPUT_SUFFIXES)]
-    images = [InputImage(file, folder) for file in files]
-    if not images:
-        raise CommandError(f"{folder}: this folder contains no images other than earlier outputs")
+    found = search_folder(folder, recursive)
+    warn_of_skipped(folder, found.other_files, found.folders)  # its own outputs are expected there
+    images = [InputImage(file, folder) for file in found.images]
     if truths.path:
         selected, others = [image for image in images if truths.find(image)], "a ground truth"
     else:
@@ -171,8 +193,21 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
 # ------------------------------------------------------------------------------ outputs
 
 
-def names_folder(output: str) -> bool:
-    return output.endswith("/") or Path(output).is_dir()
+def output_file(output: str | None, several: bool, extension: str | None) -> Path | None:
+    """Return the path of --output if it names a file and not a folder.
+
+    Raises CommandError if the name is not suitable, or looks like a file's but there are several images.
+    """
+    if not output or output.endswith("/") or os.path.isdir(output):
+        return None
+    file = Path(output)
+    if several and writable(file):
+        advice = f"use --format={format_of(file).lower()}, or --output={output}/ for a folder of this name"
+        raise CommandError(f"{output}: several images need a folder; {advice}")
+    if several:
+        return None
+    check_file_name(file, extension)
+    return file
 
 
 def output_path(image: InputImage, folder: Path | None, extension: str | None) -> Path:
@@ -196,11 +231,31 @@ def check_file_name(file: Path, extension: str | None) -> None:
         raise CommandError(f"--format={extension} contradicts --output={file}; leave out one of them")
 
 
-def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
-    """Raise CommandError if an output would replace an input, a ground truth or another output."""
-    taken = {os.path.realpath(file): "an input" for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
+def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
+    """Keep the input's extension in outputs that would have the same name: x.jpg_srcnn_x3.png and x.png_srcnn_x3.png.
+
+    That does not depend on the order of the inputs, so --skip-existing never mistakes one output for the other. If
+    the inputs have the same name, in two folders, only the first can be written.
+    """
+    writers = Counter(os.path.realpath(output) for job in jobs for output in job.outputs)
+    taken: dict[str, Path] = {}
+    distinct = []
     for job in jobs:
-        for file in job.outputs:
-            if os.path.realpath(file) in taken:
-                raise CommandError(f"{file} is {taken[os.path.realpath(file)]}; use another --output")
-            taken[os.path.realpath(file)] = f"also the output of {job.lr}"
+        if any(writers[os.path.realpath(output)] > 1 for output in job.outputs):
+            job = job._replace(sr=job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}"))
+        outputs = [os.path.realpath(output) for output in job.outputs]
+        if other := next((taken[output] for output in outputs if output in taken), None):
+            problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale it alone, with another --output"
+            job = job._replace(problem=problem)
+        else:
+            taken |= dict.fromkeys(outputs, job.lr)
+        distinct.append(job)
+    return distinct
+
+
+def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
+    """Raise CommandError if an output would replace an input or a ground truth."""
+    taken = {os.path.realpath(file) for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
+    for output in (output for job in jobs for output in job.outputs):
+        if os.path.realpath(output) in taken:
+            raise CommandError(f"{output} is an input; use another --output")

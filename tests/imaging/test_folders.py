@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imaging.folders import list_images
+from imaging.folders import list_images, search_folder
 from utils import CommandError
 
 
@@ -17,15 +17,53 @@ def folder():
     return Path("in")
 
 
-@pytest.mark.parametrize("recursive", [False, True])
-def test_folder_lists_images_by_name_and_warns_about_other_files(folder, recursive, capfd):
-    found = [str(path.relative_to(folder)) for path in list_images(folder, recursive)]
-    assert found == ["a.jpg", "b.PNG", "c.webp"] + ["deeper.png/d.png"] * recursive
-    assert capfd.readouterr().err.startswith("WARNING: in: skipping 2 files ")
+@pytest.mark.parametrize("recursive", [None, False, True])
+def test_images_are_found_by_their_extensions(folder, recursive):
+    found = [str(path.relative_to(folder)) for path in search_folder(folder, recursive).images]
+    assert found == ["a.jpg", "b.PNG", "c.webp"] + ["deeper.png/d.png"] * bool(recursive)
 
 
-def test_folder_without_images_is_refused(folder):
-    for image in list_images(folder):
-        image.unlink()
-    with pytest.raises(CommandError, match=r"^in: "):
-        list_images(folder)
+def test_everything_skipped_is_counted_in_a_warning(folder, capfd):
+    for name in ("a_srcnn_x3.jpg", "x_srcnn_x3_comparison.png"):
+        Path("in", name).touch()
+    assert [path.name for path in list_images(folder)] == ["a.jpg", "b.PNG", "c.webp"]
+    assert capfd.readouterr().err == (
+        "WARNING: in: skipping 2 earlier outputs of super_resolve.py\n"
+        "WARNING: in: skipping 2 files without an image extension\n"
+        "WARNING: in: skipping 1 subfolder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recursive", "names", "skipped"),
+    [
+        (None, "a.jpg b.PNG c.webp link.png", "3 subfolders"),
+        (False, "a.jpg b.PNG c.webp link.png", "3 subfolders; use --recursive"),
+        (True, "a.jpg b.PNG c.webp deeper.png/d.png link.png", "2 linked folders"),
+    ],
+)
+def test_links_to_files_are_followed_but_not_links_to_folders(folder, recursive, names, skipped):
+    """A link to a parent folder would never end."""
+    Path("in/link.png").symlink_to("a.jpg")
+    Path("in/loop").symlink_to(".")
+    Path("in/deeper").symlink_to("deeper.png")
+    Path("in/.hidden").mkdir()
+    found = search_folder(folder, recursive)
+    assert (" ".join(str(path.relative_to(folder)) for path in found.images), found.folders) == (names, skipped)
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ("", "no images"),
+        ("a.txt a/b.png", r"no images \(skipping 1 subfolder; use --recursive\)"),
+        ("a_srcnn_x3.png", "no images other than earlier outputs"),
+    ],
+)
+def test_folder_without_images_is_refused(files, problem):
+    Path("in").mkdir()
+    for file in files.split():
+        Path("in", file).parent.mkdir(exist_ok=True)
+        Path("in", file).touch()
+    with pytest.raises(CommandError, match=f"^in: this folder contains {problem}$"):
+        search_folder(Path("in"), recursive=False)

@@ -47,7 +47,9 @@ def test_webp_keeps_alpha_and_gif_rounds_it(mode):
     ],
 )
 def test_format_refuses_mode_that_it_does_not_support(extension, mode, problem):
-    with pytest.raises(CommandError, match=rf"^o\.{extension}: .* does not support {problem}; use --output=NAME\.png$"):
+    with pytest.raises(
+        CommandError, match=rf"^o\.{extension}: .* does not support {problem}; write PNG instead, by --format=png or"
+    ):
         check_output(Path(f"o.{extension}"), (9, 9), mode)
 
 

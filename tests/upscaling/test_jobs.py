@@ -1,16 +1,18 @@
 """Pairing of LR images with outputs and ground truths."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 from helpers import contents
 
-from upscaling.jobs import find_jobs
+from imaging.folders import is_output
+from upscaling.jobs import Job, find_jobs
 from utils import TEMPORARY_SUFFIX, CommandError
 
 FILES = """
-    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_comparison.png net.png there/x done/x_srcnn_x3.png
+    lr.bmp deep/a.b.jpg hr.png hr_srcnn_x3.png x_srcnn_x3_comparison.png net.png there/x done/x_srcnn_x3.png
     in/b.png in/a.jpg in/a_srcnn_x3.jpg in/.hidden.png in/deeper.png/x
     mixed/a.psd mixed/b.JP2 mixed/c.tif mixed/d_srcnn_x3_.png mixed/e_srcnn_x3_comparison.png
     course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
@@ -25,6 +27,7 @@ def find():
     for path in map(Path, FILES.split()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    Path("link.bmp").symlink_to("lr.bmp")
 
     def call(inputs, output=None, truth=None, **options):
         files = [Path(name) for name in inputs.split()]
@@ -57,6 +60,13 @@ def test_output_is_named_file_or_in_named_folder_or_beside_input(find, inputs, o
     assert output in (None, "big.png") or Path(output).is_dir()
 
 
+@pytest.mark.parametrize(("output", "name"), [(None, "lr"), ("o/", "lr"), ("big.png", "big"), ("x_srcnn_x3.png", "x")])
+def test_comparison_is_named_as_an_output_whatever_the_output_is_called(find, output, name):
+    (job,) = find("lr.bmp", output, "hr.png")
+    assert job.comparison == job.sr.with_name(f"{name}_srcnn_x3_comparison.png")
+    assert is_output(job.comparison)
+
+
 def test_output_is_png_if_format_of_input_cannot_be_written(find, capsys):
     assert [job.sr.suffix for job in find("mixed")] == [".png", ".png", ".tif", ".png"]
     assert capsys.readouterr().err == "WARNING: cannot write .JP2, .psd; writing PNG instead\n"
@@ -84,6 +94,15 @@ def test_subfolders_are_ignored_by_default(find):
 
 
 @pytest.mark.parametrize(
+    ("inputs", "truth", "warns"),
+    [("lr.bmp hr.png", None, True), ("lr.bmp", "hr.png", True), ("course", None, False), ("lr/a.png", "hr", False)],
+)
+def test_recursive_search_without_a_folder_is_pointed_out(find, capsys, inputs, truth, warns):
+    find(inputs, truth=truth, recursive=True)
+    assert ("WARNING: --recursive has no effect, since no input is a folder\n" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
     ("inputs", "output", "truth", "extension", "job"),
     [
         ("-", None, None, "tif", ("-", "-", None, "TIFF")),
@@ -94,7 +113,7 @@ def test_subfolders_are_ignored_by_default(find):
 )
 def test_format_is_given_by_extension_or_output_name(find, inputs, output, truth, extension, job):
     lr, sr, hr, format = job
-    assert find(inputs, output, truth, extension=extension) == [(Path(lr), Path(sr), hr and Path(hr), format)]
+    assert find(inputs, output, truth, extension=extension) == [Job(Path(lr), Path(sr), hr and Path(hr), format)]
 
 
 @pytest.mark.parametrize(("inputs", "output"), [("-", "o/a.png"), ("lr.bmp", "o/a.png"), ("mixed", "o/")])
@@ -103,6 +122,70 @@ def test_temporary_files_beside_outputs_are_removed(find, inputs, output):
     Path(f"o/.a.png.1{TEMPORARY_SUFFIX}").touch()
     find(inputs, output)
     assert os.listdir("o") == []
+
+
+# --------------------------------------------------- outputs that would have the same name
+
+
+@pytest.fixture
+def outputs(find):
+    """Call find_jobs for one extension, and return the outputs, or problems, by input."""
+
+    def call(inputs, output=None, truth=None, extension=None):
+        for name in inputs.split():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).touch()
+        jobs = find(inputs, output, truth, extension=extension)
+        return {str(job.lr): job.problem or str(job.sr) for job in jobs}
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("inputs", "truth", "extension", "expected"),
+    [
+        ("x.jpg y.jpg x.png", None, "png", "x.jpg_srcnn_x3.png y_srcnn_x3.png x.png_srcnn_x3.png"),
+        ("x.png x.avif", None, None, "x.png_srcnn_x3.png x.avif_srcnn_x3.png"),
+        ("x.jpg x.png", None, None, "x_srcnn_x3.jpg x_srcnn_x3.png"),
+        ("x.jpg x.png", "hr.png", None, "x.jpg_srcnn_x3.jpg x.png_srcnn_x3.png"),  # for the sake of comparisons
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_outputs_of_same_name_keep_extension_of_input(outputs, inputs, truth, extension, expected, order):
+    if truth:
+        Path("hrs").mkdir()
+        for name in ("x.png", "y.png"):
+            Path("hrs", name).touch()
+    wanted = dict(zip(inputs.split(), expected.split(), strict=True))
+    assert outputs(" ".join(inputs.split()[::order]), None, truth and "hrs", extension) == wanted
+
+
+def test_second_of_two_inputs_with_same_name_fails_alone(outputs):
+    found = outputs("p/x.png q/x.png p/y.png", "o")
+    assert found.pop("q/x.png").startswith(
+        "q/x.png: o/x.png_srcnn_x3.png is also the output of p/x.png; upscale it alone, "
+    )
+    assert found == {"p/x.png": "o/x.png_srcnn_x3.png", "p/y.png": "o/y_srcnn_x3.png"}
+
+
+def test_output_of_another_job_is_not_taken_as_done(find):
+    for name in ("p/x.png", "q/x.png", "o/x.png_srcnn_x3.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert [job.is_done() for job in find("p/x.png q/x.png", "o")] == [True, False]
+
+
+@pytest.mark.parametrize("length", [255, 256])
+@pytest.mark.parametrize(("suffix", "truth"), [("_srcnn_x3.png", None), ("_srcnn_x3_comparison.png", "hr.png")])
+def test_names_of_outputs_may_be_as_long_as_the_file_system_allows(find, length, suffix, truth):
+    name = "é" * 100  # two bytes each
+    name += "x" * (length - len(f"{name}{suffix}".encode()))
+    Path(f"{name}.png").touch()
+    (job,) = find(f"{name}.png", truth=truth)
+    assert not job.is_done()
+    problem = pytest.raises(CommandError, match=r": its name is too long; use a shorter one$")
+    with problem if length > 255 else contextlib.nullcontext():
+        job.check()
 
 
 # ----------------------------------------------------------- LR images and ground truths
@@ -143,7 +226,9 @@ def test_ground_truths_are_found_in_same_subfolder(find):
     [
         ("lr.bmp", None, "missing.png", None, "missing.png: no such file"),
         ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images"),
-        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: no ground truth for lr.bmp"),
+        ("lr.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of lr.bmp is the image itself"),
+        ("deep/a.b.jpg", None, "deep", None, "deep: the ground truth of a.b.jpg is the image itself"),
+        ("link.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of link.bmp is the image itself"),
         ("lr.bmp", None, "hr", None, "hr: no ground truth for lr.bmp"),
         ("in", None, "in", None, "in: this folder contains no images with a ground truth in in"),
         ("done", None, None, None, "done: this folder contains no images"),
@@ -151,11 +236,12 @@ def test_ground_truths_are_found_in_same_subfolder(find):
         ("lr.bmp", "net.png", None, None, "net.png is an input"),
         ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
         ("lr.bmp hr_srcnn_x3.png hr.png", None, None, None, "hr_srcnn_x3.png is an input"),
-        ("lr/b.png in", "in", None, None, "in/b_srcnn_x3.png is also the output of lr/b.png"),
-        ("lr.bmp", "x.png", "x_comparison.png", None, "x_comparison.png is an input"),
+        ("lr.bmp", "x.png", "x_srcnn_x3_comparison.png", None, "x_srcnn_x3_comparison.png is an input"),
         ("lr.bmp", "new", None, None, "new: use one of the extensions .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg"),
-        ("lr.bmp hr.png", "lr.bmp", None, None, "cannot .* lr.bmp: File exists"),
+        ("lr.bmp hr.png", "lr.bmp/", None, None, "cannot .* lr.bmp: File exists"),
+        ("lr.bmp hr.png", "o.jpg", None, None, "o.jpg: several .* use --format=jpeg, or --output=o.jpg/ for a folder"),
+        ("in", "o.PNG", None, "png", "o.PNG: several images need a folder; use --format=png, or --output=o.PNG/"),
         ("-", None, None, None, "standard output needs a format"),
         ("lr.bmp -", None, None, "png", "- stands for a single image"),
         ("in", "-", None, "png", "- stands for a single image"),
