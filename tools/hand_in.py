@@ -3,6 +3,7 @@
 Fill in info.py and train first, then run `python -m tools.hand_in`.
 """
 
+import os
 import re
 import zipfile
 from dataclasses import asdict
@@ -41,7 +42,7 @@ def archive_name(student: Info) -> str:
 
 def program_files() -> list[str]:
     """Return the paths of the assignment's six files and of the modules in the folders that they import."""
-    files = [file for folder in FOLDERS for file in (ROOT / folder).iterdir()]  # glob() would ignore errors
+    files = [ROOT / folder / name for folder in FOLDERS for name in os.listdir(ROOT / folder)]  # glob() ignores errors
     modules = [file for file in files if file.suffix == ".py" and file.stem.isidentifier()]
     return sorted([*PROGRAMS, *(file.relative_to(ROOT).as_posix() for file in modules)])
 
