@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from imaging.comparison import compare
 from imaging.folders import SUFFIX
@@ -28,7 +29,10 @@ from imaging.images import (
     to_supported_mode,
     write_image,
 )
+from imaging.metadata import upscaled_metadata
 from imaging.metrics import MIN_SIDE, Report, Scores, table
+from imaging.png import read_cicp
+from imaging.tiff import load_pixels
 from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
@@ -112,12 +116,31 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
 
     Returns
     -------
-    Pillow image or array, as the input
+    Pillow image or array, as the input. The metadata in an image's ``info`` are options of its method ``save``.
+
+    Raises
+    ------
+    TypeError if ``image`` is neither, such as a path, or ValueError if it is of another mode, dtype or shape
     """
+    if not isinstance(image, Image.Image | np.ndarray):
+        kind = type(image).__name__
+        raise TypeError(
+            f"an image is a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
+        )
     upscaler = upscaler or shipped_upscaler()
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))
-    return upscaler(to_supported_mode(image))
+    if isinstance(image, ImageFile):
+        read_cicp(image)
+        load_pixels(image)
+    return upscale_with_metadata(to_supported_mode(image), upscaler)
+
+
+def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") -> Image.Image:
+    """Upscale an image of :func:`read_image`, and its resolution and size in metadata."""
+    sr = upscaler(lr, label)
+    sr.info = upscaled_metadata(lr.info, sr.size, SCALE)
+    return sr
 
 
 def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
@@ -128,8 +151,8 @@ def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     hr = read_hr(job.hr, MIN_SIDE, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
         raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
-    sr = upscaler(lr, job.lr.name)
-    write_image(sr, job.sr, lr.info, job.format, SCALE)
+    sr = upscale_with_metadata(lr, upscaler, job.lr.name)
+    write_image(sr, job.sr, sr.info, job.format)
     seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
     show(f"{job.sr}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.ImageFile import ImageFile
@@ -17,22 +18,24 @@ class Format:
 
     alpha: bool = False
     sixteen_bits: bool = False
-    exif: bool = False
     max_side: int = 2**62  # pixels
     max_bytes: int = 2**62  # before compression
-    max_profile: int = 2**62  # bytes of an ICC profile
-    options: dict[str, int] = field(default_factory=dict)
+    max_profile: int = 2**62  # bytes of an ICC profile; 0 if the format supports none
+    max_exif: int = 0  # bytes of EXIF data
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 # PNG at level 1 is written in a quarter of the time of Pillow's default, 6, and files are a third larger.
 FORMATS = {
-    "BMP": Format(max_bytes=2**32),
-    "GIF": Format(alpha=True, max_side=65535),
-    "JPEG": Format(exif=True, max_side=65500, max_profile=255 * 65519, options={"quality": 95, "subsampling": 0}),
-    "PNG": Format(alpha=True, sixteen_bits=True, exif=True, max_profile=2**20 - 1, options={"compress_level": 1}),
-    "PPM": Format(sixteen_bits=True),
+    "BMP": Format(max_bytes=2**32, max_profile=0, options={"dpi": (0, 0)}),  # unknown; Pillow's default is 96
+    "GIF": Format(alpha=True, max_side=65535, max_profile=0),
+    "JPEG": Format(max_side=65500, max_profile=255 * 65519, max_exif=65533, options={"quality": 95, "subsampling": 0}),
+    "PNG": Format(
+        alpha=True, sixteen_bits=True, max_profile=2**20 - 1, max_exif=2**31 - 1, options={"compress_level": 1}
+    ),
+    "PPM": Format(sixteen_bits=True, max_profile=0),
     "TIFF": Format(alpha=True, sixteen_bits=True, max_bytes=2**32),
-    "WEBP": Format(alpha=True, exif=True, max_side=16383, options={"quality": 95}),
+    "WEBP": Format(alpha=True, max_exif=2**31 - 1, max_side=16383, options={"quality": 95}),
 }
 # Formats that Pillow decodes itself. It runs Ghostscript for EPS, and opens any format inside IPTC.
 READABLE = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"

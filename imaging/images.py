@@ -17,7 +17,8 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from imaging.formats import FORMATS, format_of, has_further_frames, raw_mode, readable_formats
-from imaging.metadata import metadata, turn_upright
+from imaging.metadata import save_options, turn_upright
+from imaging.png import read_cicp, tolerant_png
 from imaging.tiff import load_pixels, tile_pixels
 from utils import CommandError, atomic_write, open_without_waiting, warn
 
@@ -40,7 +41,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Returns
     -------
-    Image of mode L, LA, RGB, RGBA or I;16 (16-bit gray), with Pillow's ``info``
+    Image of mode L, LA, RGB, RGBA or I;16 (16-bit gray), with the ``info`` that imaging/metadata.py describes
 
     Raises
     ------
@@ -78,11 +79,19 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
     memory = 16 * min(max_pixels, MAX_PIXELS)  # bytes that decoding needs, if the size is unknown
     try:
         source = read_standard_input(16 * max_pixels) if path == STANDARD else open_file(path)
-        with source, pixel_limit(max_pixels), Image.open(source, formats=readable_formats()) as file:
+        with (
+            source,
+            pixel_limit(max_pixels),
+            tolerant_png() as ignored,
+            Image.open(source, formats=readable_formats()) as file,
+        ):
             if tile_pixels(file) > max_pixels:
                 raise Image.DecompressionBombError
             memory = 16 * file.width * file.height
+            read_cicp(file)
             yield file
+        if ignored:
+            warn(f"{path}: metadata that are damaged or too large are ignored ({', '.join(sorted(ignored))})")
     except CommandError:
         raise
     except FileNotFoundError as error:
@@ -151,11 +160,8 @@ def to_supported_mode(image: Image.Image) -> Image.Image:
         result = convert_cmyk(image, mode) if image.mode == "CMYK" else image.convert(mode)
     if image.mode == "CMYK":  # the profile describes the inks
         info.pop("icc_profile", None)
-    info.pop("transparency", None)
     result.info = info
-    with contextlib.suppress(Exception):  # damaged EXIF data are ignored
-        turn_upright(result)
-    return result
+    return turn_upright(result, image.format)
 
 
 def to_16_bit_gray(image: Image.Image, transparent: int | None) -> Image.Image:
@@ -238,22 +244,18 @@ def check_output(path: Path, size: tuple[int, int], mode: str, format: str | Non
     raise CommandError(f"{path}: {problem}; write PNG instead, by --format=png or the name in --output")
 
 
-def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None, scale: int = 1) -> None:
-    """Write an image with the metadata in ``info``, Pillow's of the input. Raises CommandError.
-
-    ``scale``, the factor from the input's size to the output's, multiplies the resolution in the metadata.
-    """
+def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None) -> None:
+    """Write an image with metadata as imaging/metadata.py describes them. Raises CommandError."""
     format = format or format_of(path)
-    if len(info.get("icc_profile") or b"") > FORMATS[format].max_profile:
-        warn(f"{path}: its ICC profile is left out: it is too large for {format}")
-        info = info | {"icc_profile": None}
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
         image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha >= 128 else 0))
-    options = FORMATS[format].options | metadata(info, format, image.mode, scale)
+    options, problems = save_options(info, format, image.mode)
+    for problem in problems:
+        warn(f"{path}: {problem}")
     try:
         with standard_output() if path == STANDARD else atomic_write(path) as file:
-            image.save(file, format, **options)
+            image.save(file, format, **FORMATS[format].options | options)
     except (CommandError, MemoryError, BrokenPipeError):
         raise
     except Exception as error:  # Pillow's encoders raise errors of many types

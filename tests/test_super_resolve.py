@@ -5,16 +5,20 @@ import io
 import os
 import re
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line, assert_same, contents, expected, random_image, rows_of, trained_model
+from helpers import ROOT, SRGB, assert_one_line, assert_same, contents, expected, random_image, rows_of, trained_model
 from PIL import Image
+from PIL.ExifTags import IFD, Base
+from PIL.PngImagePlugin import PngInfo
 
 import super_resolve
+from imaging.formats import FORMATS
 from imaging.images import bicubic, flatten, to_tensor
 from imaging.metrics import Psnr, Scores, psnr
 from super_resolve import Results, load_upscaler, summarize, upscale
@@ -271,6 +275,73 @@ def test_upscale_converts_palette_images_to_rgb(pictures):
 def test_upscale_refuses_arrays_that_are_not_images(shape, dtype):
     with pytest.raises(ValueError, match="an image is uint8 of shape"):
         upscale(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("image", ["lr.png", Path("lr.png"), b"lr.png", [[1, 2]], None], ids=repr)
+def test_upscale_refuses_paths_and_other_types(image):
+    with pytest.raises(TypeError, match=f"not {type(image).__name__}; open a file with PIL.Image.open first"):
+        upscale(image)
+
+
+def rich_image(name):
+    """Write an image with all metadata that are kept."""
+    exif = Image.Exif()
+    exif.update({Base.Orientation: 6, Base.XResolution: 300.0, Base.YResolution: 150.0, Base.ResolutionUnit: 2})
+    exif.get_ifd(IFD.Exif).update({Base.ExifImageWidth: 24, Base.ExifImageHeight: 15})
+    chunks = PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", 45000))
+    chunks.add(b"cICP", bytes([9, 16, 0, 1]))
+    random_image().save(name, exif=exif, icc_profile=SRGB, dpi=(300, 150), pnginfo=chunks)
+
+
+OPTIONS = {"png": {"compress_level": 1}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}, "tif": {}}
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("extension", OPTIONS)
+def test_result_of_upscale_is_saved_as_command_saves_it(cli, extension):
+    name = f"in.{extension}"
+    rich_image(name)
+    assert cli(*COMMAND, name)[0] == 0
+    with Image.open(name) as image:
+        sr = upscale(image, load_upscaler("net", precision="fp32"))
+    kept = {key: value for key, value in sr.info.items() if extension != "tif" or key != "exif"}
+    sr.save(f"out.{extension}", **OPTIONS[extension], **kept)
+    assert Path(f"out.{extension}").read_bytes() == Path(f"in_srcnn_x3.{extension}").read_bytes()
+
+
+def test_result_of_upscale_has_metadata_of_its_size(pictures):
+    rich_image("in.png")
+    with Image.open("in.png") as image:
+        sr = upscale(image, load_upscaler("net", precision="fp32"))
+    exif, details = sr.getexif(), sr.getexif().get_ifd(IFD.Exif)
+    assert sr.size == (details[Base.ExifImageWidth], details[Base.ExifImageHeight]) == (45, 72)
+    assert (exif[Base.Orientation], exif[Base.XResolution], exif[Base.YResolution]) == (1, 450, 900)
+    assert sr.info.keys() == {"icc_profile", "exif", "dpi", "pnginfo"}
+    assert sr.info["dpi"] == pytest.approx((450, 900), abs=0.05)
+    sr.save("out.png")
+    with Image.open("out.png") as image:
+        assert image.info == {"icc_profile": SRGB}
+    for format in FORMATS:
+        sr.save("out", format, **sr.info)
+
+
+def test_image_that_is_upscaled_twice_keeps_its_metadata(pictures):
+    upscaler = load_upscaler("net", precision="fp32")
+    rich_image("in.png")
+    with Image.open("in.png") as image:
+        once = upscale(image, upscaler)
+    twice = upscale(once, upscaler)
+    assert twice.info["pnginfo"].chunks == once.info["pnginfo"].chunks
+    assert (twice.info["icc_profile"], twice.info["dpi"]) == (SRGB, pytest.approx((1350, 2700), abs=0.2))
+    assert twice.getexif()[Base.XResolution] == 1350
+
+
+def test_result_of_upscale_is_not_transparent_twice(pictures):
+    random_image("P").save("in.png", transparency=7)
+    with Image.open("in.png") as image:
+        sr = upscale(image, load_upscaler("net", precision="fp32"))
+    assert (sr.mode, sr.info) == ("RGBA", {})
 
 
 def test_upscale_loads_shipped_checkpoint_once(pictures, monkeypatch):

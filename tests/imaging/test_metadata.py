@@ -1,30 +1,39 @@
 """Metadata that an output keeps."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SRGB, random_image
+from helpers import SRGB, file_of, random_image
 from PIL import Image
 from PIL.ExifTags import IFD, Base
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
 from imaging.formats import FORMATS
 from imaging.images import read_image, write_image
-from imaging.metadata import metadata
+from imaging.metadata import is_srgb, upscaled_metadata
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
+SIZE = (72, 45)  # of an upscaled random_image()
+
+
+def upscaled(name, output):
+    """Read an image, and write one of three times its size with its metadata; return what Pillow reads of it."""
+    image = read_image(Path(name))
+    size = (3 * image.width, 3 * image.height)
+    write_image(image.resize(size), Path(output), upscaled_metadata(image.info, size, 3))
+    with Image.open(output) as copy:
+        copy.load()
+        return copy
 
 
 def copied(name, output="", mode="RGB", **options):
     """Save an image with these options; return what Pillow reads after it was read, upscaled by 3, and written."""
     random_image(mode).save(name, **options)
-    image = read_image(Path(name))
-    info, image.info = image.info, {}
-    write_image(image, Path(output or f"copy-{name}"), info, scale=3)
-    with Image.open(output or f"copy-{name}") as copy:
-        copy.load()
-        return copy
+    return upscaled(name, output or f"copy-{name}")
 
 
 def exif(**tags):
@@ -32,6 +41,9 @@ def exif(**tags):
     data = Image.Exif()
     data.update({Base[name]: value for name, value in tags.items()})
     return data
+
+
+# --------------------------------------------------------------------- EXIF data, orientation
 
 
 @pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.webp", "e.tif"])
@@ -48,33 +60,136 @@ def test_orientation_is_applied_once(name, orientation):
     assert name == "e.tif" or kept[Base.Make] == "a camera"
 
 
-@pytest.mark.parametrize("name", ["m.jpg", "m.png", "m.tif", "m.webp", "m.bmp"])
-def test_icc_profile_and_print_size_are_kept(name):
-    info = copied(name, icc_profile=SRGB, dpi=(96, 72)).info
-    assert name == "m.bmp" or info["icc_profile"] == SRGB
-    assert name == "m.webp" or info["dpi"] == pytest.approx((288, 216), abs=0.05)
+@pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.webp"])
+def test_accents_in_exif_text_are_kept(name):
+    content = exif(Artist="Jos? M?ller", Copyright="? 2024").tobytes()
+    content = content.replace(b"Jos? M?ller", "José Mül".encode() + b"r").replace(b"? 2024", b"\xa9 2024")
+    for input in ("e.jpg", "e.png", "e.webp"):
+        random_image().save(input, exif=content)
+        assert upscaled(input, f"copy-{name}").info["exif"].removeprefix(b"Exif\0\0") == content[6:]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", [2**16, 2**20 - 1, 2**20, 255 * 65519, 255 * 65519 + 1])
-def test_output_with_large_profile_can_be_read(format, size, capfd):
-    path, profile = Path(f"o.{format.lower()}"), SRGB + np.random.default_rng(0).bytes(size - len(SRGB))
-    write_image(random_image(), path, {"icc_profile": profile})
-    kept = read_image(path).info.get("icc_profile")
-    assert kept == (profile if size <= LARGEST_PROFILE.get(format, 0) else None)
-    warning = f"WARNING: {path}: its ICC profile is left out: it is too large for {format}\n"
-    assert capfd.readouterr().err == ("" if kept or format not in LARGEST_PROFILE else warning)
-
-
-LARGEST_PROFILE = {"JPEG": 255 * 65519, "PNG": 2**20 - 1, "TIFF": 2**32, "WEBP": 2**32}
-
-
-def test_exif_data_keep_resolution_but_not_size():
+def test_exif_data_get_resolution_and_size_of_output():
     data = exif(XResolution=96.0, YResolution=72.0, ResolutionUnit=2)
     data.get_ifd(IFD.Exif).update({Base.ExifImageWidth: 24, Base.ExifImageHeight: 15, Base.ISOSpeedRatings: 100})
     kept = copied("m.webp", exif=data).getexif()
     assert (kept[Base.XResolution], kept[Base.YResolution]) == (288, 216)
-    assert kept.get_ifd(IFD.Exif) == {Base.ISOSpeedRatings: 100}
+    details = {Base.ExifImageWidth: 72, Base.ExifImageHeight: 45, Base.ISOSpeedRatings: 100}
+    assert kept.get_ifd(IFD.Exif) == details
+
+
+def test_exif_data_in_text_of_imagemagick_are_kept():
+    content, text = exif(Orientation=6, Make="a camera").tobytes(), PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n", zip=True)
+    copy = copied("e.png", pnginfo=text)
+    assert copy.size == SIZE[::-1]
+    assert dict(copy.getexif()) == {Base.Orientation: 1, Base.Make: "a camera"}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_invalid_resolution_costs_no_other_exif_data(orientation):
+    data = exif(Orientation=orientation, Make="a camera", XResolution=IFDRational(123, 0), YResolution=72.0)
+    copy = copied("e.jpg", exif=data)
+    assert read_image(Path("e.jpg")).size == ((24, 15) if orientation == 1 else (15, 24))
+    kept, y = copy.getexif(), Base.YResolution if orientation == 1 else Base.XResolution
+    assert (kept[Base.Make], kept[Base.Orientation], kept[y]) == ("a camera", 1, 216)
+
+
+def test_damaged_exif_data_are_ignored():
+    assert "exif" not in copied("e.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff").info
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        expected = Image.open("e.jpg")
+    assert np.array_equal(read_image(Path("e.jpg")), expected)
+
+
+def test_exif_data_too_large_for_jpeg_are_left_out_with_a_warning(capfd):
+    for size, kept in ((65533, True), (65534, False)):
+        content = exif(Make="a camera").tobytes().ljust(size, b"\0")
+        copy = copied("e.png", "o.jpg", exif=content)
+        assert copy.info.get("exif") == (content if kept else None)
+        warning = "WARNING: o.jpg: its EXIF data are left out: they are too large for JPEG\n"
+        assert capfd.readouterr().err == ("" if kept else warning)
+
+
+# -------------------------------------------------------------------------------- resolution
+
+
+def jfif(unit, x, y):
+    """Return a JPEG file with this density. A unit is 0 (none: an aspect ratio), 1 (inch) or 2 (centimeter)."""
+    return file_of(random_image(), "JPEG").replace(
+        b"JFIF\0\1\1\0\0\1\0\1", b"JFIF\0\1\1" + struct.pack(">BHH", unit, x, y)
+    )
+
+
+def png_with(cid, content):
+    """Return a PNG file with a chunk that Pillow does not write."""
+    file = file_of(random_image(), "PNG")
+    chunk = struct.pack(">I", len(content)) + cid + content + struct.pack(">I", zlib.crc32(cid + content))
+    return file[:33] + chunk + file[33:]
+
+
+def pcx(x, y):
+    content = bytearray(file_of(random_image(), "PCX"))
+    content[12:16] = struct.pack("<HH", x, y)
+    return bytes(content)
+
+
+def files_without_resolution():
+    """Yield files of all formats that Pillow writes, without a resolution or with one that says nothing."""
+    Image.init()
+    names = {"AVIF", "DDS", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"}
+    for name in sorted(names & {*Image.SAVE}):
+        yield name, file_of(random_image(), name)
+    for name in ("BMP", "DIB"):
+        yield name, file_of(random_image(), name, dpi=(0, 0))
+    for density in ((0, 1, 1), (0, 4, 3), (1, 1, 1), (1, 0, 0)):
+        yield f"JFIF {density}", jfif(*density)
+    for data in (exif(Make="a camera"), exif(XResolution=4.0, YResolution=3.0, ResolutionUnit=1)):
+        yield "JPEG with EXIF", file_of(random_image(), "JPEG", exif=data)
+    for unit in (1, 2):
+        yield f"TIFF {unit}", file_of(random_image(), "TIFF", tiffinfo={Base.ResolutionUnit: unit})
+    yield "TIFF ratio", file_of(random_image(), "TIFF", resolution_unit=1, x_resolution=4, y_resolution=3)
+    yield "PNG ratio", png_with(b"pHYs", struct.pack(">IIB", 4, 3, 0))
+    yield from {"PCX 0": pcx(0, 0), "PCX 1": pcx(1, 1)}.items()
+
+
+def test_file_without_resolution_is_read_without():
+    for name, content in files_without_resolution():
+        Path("input").write_bytes(content)
+        assert "dpi" not in read_image(Path("input")).info, name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_output_without_resolution_says_so(format):
+    copy = copied("n.png", f"o.{format.lower()}")
+    pillow_default = {"TIFF": (1, 1), "BMP": (0, 0)}.get(format)  # for BMP, of older versions
+    assert copy.info.get("dpi", pillow_default) == pillow_default
+    assert copy.info.get("jfif_unit", 0) == 0
+    assert not {Base.XResolution, Base.YResolution} & {*getattr(copy, "tag_v2", ())}
+
+
+def files_of_300_by_150_dpi():
+    for name in ("BMP", "DIB", "JPEG", "PNG", "TIFF"):
+        yield name, file_of(random_image(), name, dpi=(300, 150))
+    data = exif(XResolution=300.0, YResolution=150.0, ResolutionUnit=2)
+    for name in ("JPEG", "PNG", "WEBP"):
+        yield f"{name} with EXIF", file_of(random_image(), name, exif=data)
+    centimeters = {"resolution_unit": 3, "x_resolution": 300 / 2.54, "y_resolution": 150 / 2.54}
+    yield "TIFF in cm", file_of(random_image(), "TIFF", **centimeters)
+    yield "JFIF in cm", jfif(2, 118, 59)
+    yield "PCX", pcx(300, 150)
+
+
+def test_resolution_is_read_in_any_unit():
+    for name, content in files_of_300_by_150_dpi():
+        Path("input").write_bytes(content)
+        assert read_image(Path("input")).info["dpi"] == pytest.approx((300, 150), abs=0.5), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_output_keeps_print_size_if_format_can(format):
+    wanted = None if format in ("GIF", "PPM", "WEBP") else pytest.approx((900, 450), abs=0.05)
+    assert copied("r.png", f"o.{format.lower()}", dpi=(300, 150)).info.get("dpi") == wanted
 
 
 @pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.tif"])
@@ -86,13 +201,41 @@ def test_resolutions_are_swapped_when_axes_are(name, orientation, dpi):
     assert name == "e.tif" or (copy.getexif()[Base.XResolution], copy.getexif()[Base.YResolution]) == dpi
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_invalid_resolution_costs_no_other_exif_data(orientation):
-    data = exif(Orientation=orientation, Make="a camera", XResolution=IFDRational(123, 0), YResolution=72.0)
-    copy = copied("e.jpg", exif=data)
-    assert read_image(Path("e.jpg")).size == ((24, 15) if orientation == 1 else (15, 24))
-    kept = {tag: copy.getexif().get(tag) for tag in (Base.Make, Base.Orientation, Base.XResolution, Base.YResolution)}
-    assert list(kept.values()) == ["a camera", None, None, 216]
+@pytest.mark.parametrize("dpi", [(0, 0), (30000, 30000)], ids=str)
+def test_invalid_dpi_are_dropped(dpi):
+    assert "dpi" not in copied("r.png", dpi=dpi).info
+
+
+def test_text_named_like_other_metadata_is_ignored():
+    text = PngInfo()
+    for key in ("dpi", "gamma", "chromaticity", "srgb", "cicp", "icc_profile", "exif", "xmp"):
+        text.add_text(key, "text")
+        text.add_text(key, "text", zip=True)
+    assert copied("t.png", pnginfo=text).info == {}
+
+
+# ------------------------------------------------------------------------------------ colors
+
+
+@pytest.mark.parametrize("name", ["m.jpg", "m.png", "m.tif", "m.webp"])
+def test_icc_profile_is_kept(name):
+    assert copied(name, icc_profile=SRGB).info["icc_profile"] == SRGB
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [2**16, 2**20 - 1, 2**20, 255 * 65519, 255 * 65519 + 1])
+def test_output_with_large_profile_can_be_read(format, size, capfd):
+    path, profile = Path(f"o.{format.lower()}"), SRGB + np.random.default_rng(0).bytes(size - len(SRGB))
+    image = random_image()
+    image.info = {"icc_profile": profile}  # as of upscale(); Pillow would write it of its own accord
+    write_image(image, path, image.info)
+    kept = read_image(path).info.get("icc_profile")
+    assert kept == (profile if size <= LARGEST_PROFILE.get(format, 0) else None)
+    warning = f"WARNING: {path}: its ICC profile is left out: it is too large for {format}\n"
+    assert capfd.readouterr().err == ("" if kept or format not in LARGEST_PROFILE else warning)
+
+
+LARGEST_PROFILE = {"JPEG": 255 * 65519, "PNG": 2**20 - 1, "TIFF": 2**32, "WEBP": 2**32}
 
 
 @pytest.mark.parametrize(
@@ -105,13 +248,41 @@ def test_profile_of_another_color_space_is_dropped(mode, space, output, kept):
     assert info.get("icc_profile") == (profile if kept else None)
 
 
-@pytest.mark.parametrize("dpi", [(0, 0), (30000, 30000), (float("nan"), 96), (96,), "damaged"], ids=str)
-def test_invalid_dpi_are_dropped(dpi):
-    assert metadata({"dpi": dpi}, "JPEG", "RGB", 3) == {}
+def profile_of(primaries):
+    """Return an ICC profile with these primaries (columns of XYZ) and a gamma of 2.2."""
+
+    def number(value):
+        return struct.pack(">i", round(65536 * value))
+
+    curve, white = b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(2.2 * 256)), (0.9642, 1.0, 0.8249)
+    tags = {b"wtpt": white, **dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True))}
+    parts = {name: b"XYZ " + bytes(4) + b"".join(map(number, xyz)) for name, xyz in tags.items()}
+    parts |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    start, table = 128 + 4 + 12 * len(parts), b""
+    for i, (name, part) in enumerate(parts.items()):
+        table += name + struct.pack(">II", start + sum(map(len, [*parts.values()][:i])), len(part))
+    body = struct.pack(">I", len(parts)) + table + b"".join(parts.values())
+    header = struct.pack(
+        ">I4x4s4s4s4s12x4s", 128 + len(body), bytes([2, 0x40, 0, 0]), b"mntr", b"RGB ", b"XYZ ", b"acsp"
+    )
+    return header.ljust(68, b"\0") + b"".join(map(number, white)).ljust(60, b"\0") + body
 
 
-def test_damaged_exif_data_are_ignored():
-    copied("e.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):
-        expected = Image.open("e.jpg")
-    assert np.array_equal(read_image(Path("e.jpg")), expected)
+P3 = profile_of([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)])
+BT709 = profile_of([(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)])
+
+
+@pytest.mark.parametrize(("profile", "same"), [(P3, False), (BT709, True), (SRGB, True), (b"damaged", True)])
+def test_profile_is_compared_with_srgb(profile, same):
+    assert is_srgb(profile) == same
+
+
+@pytest.mark.parametrize(("output", "warned"), [("o.png", False), ("o.jpg", False), ("o.bmp", True), ("o.gif", True)])
+def test_profile_has_precedence_over_other_chunks(output, warned, capfd):
+    chunks = PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", 100000))
+    copied("c.png", output, icc_profile=P3, pnginfo=chunks)
+    warning = (
+        f"WARNING: {output}: colors will look different, since {output[2:].upper()} does not support its ICC profile\n"
+    )
+    assert capfd.readouterr().err == (warning if warned else "")

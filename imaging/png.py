@@ -1,0 +1,95 @@
+"""PNG files: metadata that Pillow would refuse, and chunks about color."""
+
+import contextlib
+import struct
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import IO, Any
+
+from PIL import Image, ImageFile, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo, PngStream
+
+TEXT = (b"tEXt", b"zTXt", b"iTXt")
+METADATA = (*TEXT, b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"eXIf")
+# What sRGB would be: primaries, transfer function, matrix and range; gamma; white, red, green and blue as x and y.
+SRGB_CICP = bytes([1, 13, 0, 1])
+SRGB_GAMA = struct.pack(">I", 45455)
+SRGB_CHRM = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+class TolerantPngStream(PngStream):
+    """Pillow's reader of chunks, but metadata that it would refuse the whole file for are added to ``ignored``."""
+
+    def __init__(self, ignored: set[str], fp: IO[bytes]) -> None:
+        super().__init__(fp)
+        self.ignored = ignored
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        if cid not in METADATA:
+            return super().call(cid, pos, length)
+        if cid not in TEXT or self.text_memory <= PngImagePlugin.MAX_TEXT_MEMORY:
+            with contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error):
+                return super().call(cid, pos, length)
+        self.ignored.add(cid.decode())
+        assert self.fp
+        self.fp.seek(pos)
+        return ImageFile._safe_read(self.fp, length)
+
+
+@contextlib.contextmanager
+def tolerant_png() -> Iterator[set[str]]:
+    """Let Pillow read PNG files with damaged or too large metadata, and yield the names of the chunks it ignores.
+
+    As a setting of Pillow, it also concerns other threads meanwhile.
+    """
+    ignored: set[str] = set()
+    stream = PngImagePlugin.PngStream
+    PngImagePlugin.PngStream = partial(TolerantPngStream, ignored)  # type: ignore[misc, assignment]
+    try:
+        yield ignored
+    finally:
+        PngImagePlugin.PngStream = stream  # type: ignore[misc]
+
+
+def read_cicp(file: Image.Image) -> None:
+    """Add the chunk cICP of a PNG to its info, since Pillow ignores it. The image must not be loaded yet."""
+    source = getattr(file, "fp", None)
+    if file.format != "PNG" or not source:
+        return
+    position = source.tell()
+    source.seek(8)
+    while len(header := source.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
+        start, length = source.tell(), int.from_bytes(header[:4], "big")
+        if header[4:] == b"cICP":
+            file.info["cicp"] = source.read(4)
+        source.seek(start + length + 4)
+    source.seek(position)
+
+
+def color_chunks(info: Mapping[Any, Any]) -> PngInfo | None:
+    """Return the chunks about color that Pillow's info of an image describes, or None if there are none."""
+    if isinstance(info.get("pnginfo"), PngInfo):  # the image was upscaled before
+        return info["pnginfo"]
+    chunks = PngInfo()
+    for cid, key, encode in (
+        (b"gAMA", "gamma", lambda gamma: struct.pack(">I", round(1e5 * gamma))),
+        (b"cHRM", "chromaticity", lambda values: struct.pack(">8I", *(round(1e5 * value) for value in values))),
+        (b"sRGB", "srgb", lambda intent: bytes([intent])),
+        (b"cICP", "cicp", lambda content: struct.pack("4B", *content)),
+    ):
+        with contextlib.suppress(Exception):  # the value can be of any type, since texts are also in the info
+            chunks.add(cid, encode(info[key]))
+    return chunks if chunks.chunks else None
+
+
+def describes_srgb(info: PngInfo) -> bool:
+    """Return whether the chunks about color say what viewers assume without them."""
+    chunks = {chunk[0]: chunk[1] for chunk in info.chunks}
+    if b"cICP" in chunks:
+        return chunks[b"cICP"] == SRGB_CICP
+    if b"sRGB" in chunks:
+        return True
+    gamma, *point = struct.unpack(">9I", chunks.get(b"gAMA", SRGB_GAMA) + chunks.get(b"cHRM", SRGB_CHRM))
+    standard_gamma, *standard_point = struct.unpack(">9I", SRGB_GAMA + SRGB_CHRM)
+    close = all(abs(a - b) < 500 for a, b in zip(point, standard_point, strict=True))
+    return close and abs(gamma - standard_gamma) < 2273  # 5%, as in libpng
