@@ -6,10 +6,12 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, BinaryIO
 
 import numpy as np
 from PIL import ImagePalette, TiffImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -17,26 +19,16 @@ from imaging.metadata import swap_dpi, swaps_axes
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python would print what it logs about damaged TIFFs
 ADVICE = "convert it to 8-bit gray or RGB"
-# Tags that say how samples are stored
-WIDTH, LENGTH, STRIP_ROWS, STRIP_OFFSETS, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS = 256, 257, 278, 273, 322, 323, 324
-COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, PREDICTOR, INK_SET, DEPTH = (
-    259,
-    262,
-    266,
-    277,
-    284,
-    317,
-    332,
-    32997,
-)
-BITS, COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 320, 338, 339
-SIZES = (WIDTH, LENGTH, STRIP_ROWS, TILE_WIDTH, TILE_LENGTH)
-NUMBERS = (*SIZES, COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, PREDICTOR, INK_SET, DEPTH)
-LISTS = (BITS, COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT)
+IMAGE_DEPTH = 32997  # of a volume
+NUMBERS = [Base.ImageWidth, Base.ImageLength, Base.RowsPerStrip, Base.TileWidth, Base.TileLength, IMAGE_DEPTH]
+NUMBERS += [Base.Compression, Base.PhotometricInterpretation, Base.SamplesPerPixel, Base.PlanarConfiguration]
+NUMBERS += [Base.FillOrder, Base.Predictor, Base.InkSet]
+LISTS = [Base.StripOffsets, Base.TileOffsets]
+LISTS += [Base.BitsPerSample, Base.SampleFormat, Base.ExtraSamples, Base.ColorMap]
 UNSIGNED = (3, 4, 16)  # types of tags: 16, 32 and 64 bits
 # Values that Pillow reads rightly. tests/imaging/test_tiff.py compares it with another decoder.
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
-BITS_SUPPORTED = {
+BITS: dict[int | None, tuple[int, ...]] = {
     WHITE_IS_ZERO: (1, 2, 4, 8, 16),
     BLACK_IS_ZERO: (1, 2, 4, 8, 12, 16),
     RGB: (8, 16),
@@ -70,11 +62,12 @@ def tiff_decoder(source: BinaryIO) -> Iterator[None]:
     source.seek(tags.next)
     tags.load(source)
     check_tags(tags, tag_entries(source))
-    check_layout(tags)
-    check_jpeg(tags, source)
+    layout = layout_of(tags)
+    check_layout(layout, tags)
+    check_jpeg(layout, source)
     before = TiffImagePlugin.READ_LIBTIFF
     # Pillow's own decoder, for uncompressed samples, gets some of these wrong.
-    TiffImagePlugin.READ_LIBTIFF = 2 in (tags.get(PLANAR), tags.get(FILL_ORDER)) or tags.get(PHOTOMETRIC) == YCBCR
+    TiffImagePlugin.READ_LIBTIFF = layout.planar == 2 or tags.get(Base.FillOrder) == 2 or layout.photometric == YCBCR
     try:
         yield
     except UnidentifiedImageError as error:
@@ -88,45 +81,67 @@ def check_tags(tags: ImageFileDirectory_v2, entries: list[tuple[int, int, int]])
 
     ``entries`` are those of :func:`tag_entries`.
     """
-    for tag in (*NUMBERS, *LISTS):
-        found = [(kind, count) for number, kind, count in entries if number == tag]
-        valid = all(kind in UNSIGNED and (tag in LISTS or count == 1) for kind, count in found)
-        if not valid or len(found) != (tag in tags):
+    for tag in NUMBERS + LISTS:
+        found = [(kind in UNSIGNED, tag in LISTS or count == 1) for number, kind, count in entries if number == tag]
+        if found != [(True, True)] * (tag in tags):
             raise ValueError(f"invalid tag {tag}")
 
 
-def check_layout(tags: ImageFileDirectory_v2) -> None:
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a TIFF are stored, in the numbers of its specification."""
+
+    compression: int
+    photometric: int | None
+    bits: int
+    planar: int
+    samples: int
+    extra: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def layout_of(tags: ImageFileDirectory_v2) -> Layout:
+    """Return the layout that a TIFF's tags describe."""
+    compression = tags.get(Base.Compression, 1)
+    # Programs differ on what a missing photometric interpretation means, except in faxes.
+    photometric = tags.get(Base.PhotometricInterpretation, WHITE_IS_ZERO if compression in FAX else None)
+    return Layout(
+        compression=compression,
+        photometric=YCBCR if compression == OLD_JPEG else photometric,
+        bits=max(tags.get(Base.BitsPerSample, (1,))),
+        planar=tags.get(Base.PlanarConfiguration, 1),
+        samples=tags.get(Base.SamplesPerPixel, 1),
+        extra=tags.get(Base.ExtraSamples, ()),
+        offsets=tags.get(Base.StripOffsets) or tags.get(Base.TileOffsets) or (),
+    )
+
+
+def check_layout(layout: Layout, tags: ImageFileDirectory_v2) -> None:
     """Raise ValueError unless Pillow is known to read such samples rightly."""
-    compression, extra, bits = tags.get(COMPRESSION, 1), tags.get(EXTRA_SAMPLES, ()), max(tags.get(BITS, (1,)))
-    photometric = tags.get(PHOTOMETRIC, WHITE_IS_ZERO if compression in FAX else "missing")
-    if compression == OLD_JPEG:  # whatever the tag says
-        photometric = YCBCR
-    several_planes = {RGB: extra or tags.get(SAMPLES) == 3, CMYK: True, YCBCR: True, CIELAB: False}
-    colors = tags.get(COLOR_MAP, ())
+    extra = layout.extra
+    planes: dict[int | None, bool]
+    planes = {RGB: layout.samples == 3 or bool(extra), PALETTE: not extra, CMYK: True, YCBCR: True, CIELAB: False}
     for name, value, supported in (
-        ("SampleFormat", max(tags.get(SAMPLE_FORMAT, (1,))), (1,)),  # others, signed and float, have no known range
-        ("Compression", compression, COMPRESSIONS),
-        ("PhotometricInterpretation", photometric, BITS_SUPPORTED),
-        ("BitsPerSample", bits, BITS_SUPPORTED.get(photometric, ())),
-        (
-            "PlanarConfiguration",
-            tags.get(PLANAR, 1),
-            (1, 2) if several_planes.get(photometric, not any(extra)) else (1,),
-        ),
-        ("Predictor", tags.get(PREDICTOR, 1), (1, 2) if compression in WITH_PREDICTOR else (1,)),
-        ("InkSet", tags.get(INK_SET, 1), (1,)),
-        ("ImageDepth", tags.get(DEPTH, 1), (1,)),
-        ("ColorMap of length", len(colors), (3 << bits,) if photometric == PALETTE else (len(colors),)),
+        ("SampleFormat", max(tags.get(Base.SampleFormat, (1,))), (1,)),  # signed and float have no known range
+        ("Compression", layout.compression, COMPRESSIONS),
+        ("PhotometricInterpretation", layout.photometric, BITS),
+        ("BitsPerSample", layout.bits, BITS.get(layout.photometric, ())),
+        ("PlanarConfiguration", layout.planar, (1, 2) if planes.get(layout.photometric, not any(extra)) else (1,)),
+        ("Predictor", tags.get(Base.Predictor, 1), (1, 2) if layout.compression in WITH_PREDICTOR else (1,)),
+        ("InkSet", tags.get(Base.InkSet, 1), (1,)),
+        ("ImageDepth", tags.get(IMAGE_DEPTH, 1), (1,)),
     ):
         if value not in supported:
             raise ValueError(f"a TIFF with {name} {value} is not supported; {ADVICE}")
+    colors = len(tags.get(Base.ColorMap, ()))
+    if layout.photometric == PALETTE and (colors < 3 << layout.bits or colors % 3):
+        raise ValueError(f"the color map of this TIFF has the wrong length; {ADVICE}")
 
 
-def check_jpeg(tags: ImageFileDirectory_v2, file: IO[bytes]) -> None:
-    """Raise ValueError if JPEG data are YCbCr, since they begin with JFIF, but libtiff would believe tags: RGB."""
-    offsets = tags.get(STRIP_OFFSETS) or tags.get(TILE_OFFSETS)
-    if (tags.get(COMPRESSION), tags.get(PHOTOMETRIC), tags.get(PLANAR, 1)) == (JPEG, RGB, 1) and offsets:
-        file.seek(offsets[0])
+def check_jpeg(layout: Layout, file: IO[bytes]) -> None:
+    """Raise ValueError if a TIFF says RGB but contains JFIF, which is YCbCr. libtiff would believe the TIFF."""
+    if (layout.compression, layout.photometric, layout.planar) == (JPEG, RGB, 1) and layout.offsets:
+        file.seek(layout.offsets[0])
         if b"JFIF" in file.read(16):
             raise ValueError(f"a TIFF of RGB that contains JFIF is not supported; {ADVICE}")
 
@@ -149,7 +164,7 @@ def tile_pixels(file: ImageFile) -> int:
     if file.format != "TIFF":
         return 0
     tags = file.tag_v2  # type: ignore[attr-defined]
-    return tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
+    return tags.get(Base.TileWidth, 0) * tags.get(Base.TileLength, 0)
 
 
 # ------------------------------------------------------------------------------- pixels
@@ -161,7 +176,7 @@ def load_pixels(file: ImageFile) -> None:
         file.load()
         return
     tags = file.tag_v2  # type: ignore[attr-defined]
-    swapped, colors = swaps_axes(tags), tags.get(COLOR_MAP, ())
+    swapped, colors = swaps_axes(tags), tags.get(Base.ColorMap, ())
     if file.mode in ("P", "PA") and max(colors) < 256:  # 8 bits, which Pillow takes for the lower ones of 16
         file.palette = ImagePalette.raw("RGB;L", bytes(colors))
     with silent_stderr():  # where libtiff prints errors
@@ -172,9 +187,9 @@ def load_pixels(file: ImageFile) -> None:
 
 def full_range(gray: np.ndarray, tags: ImageFileDirectory_v2) -> np.ndarray:
     """Return a TIFF's 12 or 16-bit samples as 16-bit gray whose white is 65535."""
-    if tags.get(BITS) == (12,):
+    if tags.get(Base.BitsPerSample) == (12,):
         gray = np.rint(gray * (65535 / 4095)).astype(np.uint16)
-    return 65535 - gray if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else gray
+    return 65535 - gray if tags.get(Base.PhotometricInterpretation) == WHITE_IS_ZERO else gray
 
 
 @contextlib.contextmanager
