@@ -234,7 +234,8 @@ def matches():
 def test_common_tiff_is_read_as_by_tifffile(photometric, kind, bits):
     for options in written(photometric, kind, bits):
         unknown = (photometric, kind, bits) in BIG_ENDIAN_REFUSED and options["byteorder"] == ">"
-        assert matches() is (None if unknown else True), options
+        allowed = [None] if unknown else [True, None] if options["compression"] == "zstd" else [True]
+        assert matches() in allowed, options  # some builds of Pillow lack Zstandard
 
 
 @pytest.mark.parametrize(("photometric", "kind", "bits"), OTHERS)
@@ -246,10 +247,10 @@ def test_other_tiff_is_refused(photometric, kind, bits):
 @pytest.mark.parametrize("extra", [["unspecified"], ["unassalpha"], ["unspecified", "unassalpha"]], ids=str)
 @pytest.mark.parametrize(("photometric", "bits"), [("rgb", 8), ("rgb", 16), ("minisblack", 8), ("separated", 8)])
 def test_tiff_with_extra_samples_is_read_as_by_tifffile_or_refused(photometric, bits, extra):
+    common = (photometric, bits) == ("rgb", 8) and len(extra) == 1
     for options in written(photometric, "u", bits, extra):
-        common = options["planarconfig"] == "contig" and bits == 8 and len(extra) == 1
-        common = common and (photometric, extra) != ("separated", ["unassalpha"])
-        assert matches() in ([True] if common else [True, None]), options
+        certain = common and options["planarconfig"] == "contig" and options["compression"] != "zstd"
+        assert matches() in ([True] if certain else [True, None]), options
 
 
 @pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (2, 2)])
