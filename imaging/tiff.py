@@ -37,9 +37,9 @@ BITS: dict[int | None, tuple[int, ...]] = {
     YCBCR: (8,),
     CIELAB: (8,),
 }
-FAX, OLD_JPEG, JPEG = (2, 3, 4), 6, 7
+FAX, JPEG = (2, 3, 4), 7
 WITH_PREDICTOR = (5, 8, 32946, 34925, 50000)  # LZW, Deflate by two numbers, LZMA, Zstandard
-COMPRESSIONS = (1, *FAX, OLD_JPEG, JPEG, 32773, *WITH_PREDICTOR)  # 1: none, 32773: PackBits
+COMPRESSIONS = (1, *FAX, 6, JPEG, 32773, *WITH_PREDICTOR)  # 1: none, 6: old JPEG, 32773: PackBits
 
 
 # ------------------------------------------------------------------------------- layout
@@ -103,11 +103,10 @@ class Layout:
 def layout_of(tags: ImageFileDirectory_v2) -> Layout:
     """Return the layout that a TIFF's tags describe."""
     compression = tags.get(Base.Compression, 1)
-    # Programs differ on what a missing photometric interpretation means, except in faxes.
-    photometric = tags.get(Base.PhotometricInterpretation, WHITE_IS_ZERO if compression in FAX else None)
     return Layout(
         compression=compression,
-        photometric=YCBCR if compression == OLD_JPEG else photometric,
+        # Programs differ on what it means if it is missing, except in faxes.
+        photometric=tags.get(Base.PhotometricInterpretation, WHITE_IS_ZERO if compression in FAX else None),
         bits=max(tags.get(Base.BitsPerSample, (1,))),
         planar=tags.get(Base.PlanarConfiguration, 1),
         samples=tags.get(Base.SamplesPerPixel, 1),

@@ -13,19 +13,21 @@ from PIL import Image
 from imaging.images import read_image
 from utils import CommandError
 
+OFFSETS = (273, 513)  # StripOffsets, JPEGInterchangeFormat
+
 
 def tiff(tags, data, magic=b"II*\0"):
-    """Return a TIFF. A tag's value is an integer or a list of them; for StripOffsets they count from the data."""
+    """Return a TIFF. A tag's value is an integer or a list of them; those of OFFSETS count from the data."""
     order, entries, lists = ("<" if magic.startswith(b"I") else ">"), b"", b""
     start = 10 + 12 * len(tags) + 4
     size = sum(4 * len(values) for _, values in tags if isinstance(values, list))
     for tag, values in tags:
         if isinstance(values, list):
             entries += struct.pack(order + "2H2L", tag, 4, len(values), start + len(lists))
-            values = [value + start + size if tag == 273 else value for value in values]
+            values = [value + start + size if tag in OFFSETS else value for value in values]
             lists += struct.pack(f"{order}{len(values)}L", *values)
         else:
-            entries += struct.pack(order + "2H2L", tag, 4, 1, values + start + size if tag == 273 else values)
+            entries += struct.pack(order + "2H2L", tag, 4, 1, values + start + size if tag in OFFSETS else values)
     return struct.pack(order + "4sLH", magic, 8, len(tags)) + entries + bytes(4) + lists + data
 
 
@@ -84,9 +86,26 @@ def test_color_map_of_8_or_16_bits_is_read(unit, compression):
 
 
 def test_lab_is_converted_precisely():
-    """sRGB (0, 255, 170). Pillow's own conversion is (34, 253, 170)."""
-    Image.new("LAB", (9, 5), (228, 56, 153)).save("a.tif")
-    assert read_image(Path("a.tif")).getpixel((4, 2)) == pytest.approx((0, 255, 170), abs=3)
+    """sRGB (191, 0, 255). Pillow's own conversion is (191, 11, 252)."""
+    Image.new("LAB", (9, 5), (125, 211, 49)).save("a.tif", icc_profile=b"of Lab")
+    image = read_image(Path("a.tif"))
+    assert image.getpixel((4, 2)) == pytest.approx((191, 0, 255), abs=1)
+    assert "icc_profile" not in image.info
+
+
+def test_old_jpeg_is_read():
+    content = file_of(Image.new("RGB", (9, 5), (200, 30, 60)), "JPEG", quality=100, subsampling=0)
+    tags = gray(6, 8, (258, [8] * 3), (259, 6), (277, 3), (279, len(content)), (513, 0), (514, len(content)))
+    Path("a.tif").write_bytes(tiff(tags, content))
+    assert read_image(Path("a.tif")).getpixel((4, 2)) == pytest.approx((200, 30, 60), abs=2)
+
+
+def test_reversed_bits_are_read():
+    """FillOrder 2: the first pixel is in the lowest bit."""
+    Path("a.tif").write_bytes(
+        tiff(gray(0, 8, (266, 2)), np.packbits(np.unpackbits(SMALL), bitorder="little").tobytes())
+    )
+    assert np.array_equal(read_image(Path("a.tif")), 255 - SMALL)
 
 
 def test_reversed_bits_of_planes_are_read():
@@ -141,6 +160,12 @@ def test_layout_that_decoders_get_wrong_is_refused(tags, data, reason):
 def test_kind_that_pillow_does_not_know_is_refused_with_advice(magic):
     Path("a.tif").write_bytes(tiff(gray(0, 16), SAMPLES.tobytes(), magic))
     with pytest.raises(CommandError, match=r"Pillow does not support this kind of TIFF; convert it to 8-bit"):
+        read_image(Path("a.tif"))
+
+
+def test_big_endian_bigtiff_is_refused():
+    tifffile.imwrite("a.tif", SMALL, byteorder=">", bigtiff=True)
+    with pytest.raises(CommandError, match=r"^a\.tif: .*: big-endian BigTIFF is not supported; convert it"):
         read_image(Path("a.tif"))
 
 
