@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from PIL.ImageFile import ImageFile
@@ -73,6 +73,41 @@ def raw_mode(file: ImageFile) -> str:
         return ""
     arguments = file.tile[0][3]  # arguments of the decoder
     return arguments if isinstance(arguments, str) else arguments[0]  # type: ignore[index]
+
+
+def sample_bits(file: ImageFile) -> int:
+    """Return how many bits a file's samples have if that may be more than Pillow decodes, otherwise 8.
+
+    To be called before the file is decoded. Raises ValueError if Pillow would get the samples wrong.
+    """
+    assert file.fp
+    if file.format == "PPM" and file.tile[0][0].startswith("ppm") and file.mode != "1":
+        return file.tile[0][3][1].bit_length()  # type: ignore[index,union-attr]  # the largest value
+    if file.format == "SGI":
+        file.fp.seek(3)
+        return 8 * file.fp.read(1)[0]
+    if file.format == "JPEG2000":
+        return jpeg_2000_bits(file.fp)
+    if file.format == "AVIF":
+        file.fp.seek(0)
+        flags = file.fp.read().partition(b"av1C")[2][2:3]  # in its third byte: more than 8 bits, 12 bits
+        return 8 if not flags or not flags[0] & 0x40 else 12 if flags[0] & 0x20 else 10
+    return 16 if ";16" in raw_mode(file) else 8
+
+
+def jpeg_2000_bits(file: IO[bytes]) -> int:
+    """Return how many bits the samples of a JPEG 2000 file have. Raises ValueError if Pillow would get them wrong."""
+    file.seek(0)
+    header = file.read().partition(b"\xff\x4f\xff\x51")[2]  # begins with 36 bytes about sizes
+    components = header[38 : 38 + 3 * int.from_bytes(header[36:38], "big") : 3]  # bits - 1, and a sign
+    if any(component & 0x80 for component in components):
+        raise ValueError("its samples are signed, so their range is unknown; convert it to 8 bits, unsigned")
+    bits = sorted({component + 1 for component in components})
+    if bits != [8] and not (len(components) == 1 and 8 <= bits[0] <= 16):  # in color, Pillow makes 12-bit white black
+        depths = ", ".join(map(str, bits))
+        problem = f"JPEG 2000 with {depths} bits in {len(components)} components is not supported"
+        raise ValueError(f"{problem}; convert it to 8 bits")
+    return bits[0]
 
 
 def has_further_frames(file: ImageFile) -> bool:

@@ -16,10 +16,10 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from imaging.formats import FORMATS, format_of, has_further_frames, raw_mode, readable_formats
+from imaging.formats import FORMATS, format_of, has_further_frames, raw_mode, readable_formats, sample_bits
 from imaging.metadata import save_options, turn_upright
 from imaging.png import read_cicp, tolerant_png
-from imaging.tiff import load_pixels, tile_pixels
+from imaging.tiff import full_range, load_pixels, tiff_decoder, tile_pixels
 from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
@@ -32,7 +32,7 @@ STANDARD = Path("-")  # standard input or output
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image and turn it upright.
 
-    Warns about further frames or pages, and about 16-bit color, which is read as 8-bit.
+    Warns about further frames or pages, and about color of more than 8 bits, which is read as 8-bit.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     CommandError, naming the file, if it cannot be decoded
     """
     with open_image(path, max_pixels) as file:
-        stored = raw_mode(file)
+        stored, bits = raw_mode(file), sample_bits(file)
         load_pixels(file)
         image = to_supported_mode(file)
         if stored.startswith("LA;16"):  # Pillow decodes it as RGBA
@@ -56,8 +56,8 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         animated = has_further_frames(file)
     if animated:
         warn(f"{path}: only the first of its frames is read")
-    if ";16" in stored and image.mode != "I;16":
-        warn(f"{path}: its 16 bits are read as 8, the most that Pillow supports for color and transparency")
+    if bits > 8 and image.mode != "I;16":
+        warn(f"{path}: its {bits} bits are read as 8, the most that Pillow supports for such images")
     return image
 
 
@@ -83,6 +83,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
             source,
             pixel_limit(max_pixels),
             tolerant_png() as ignored,
+            tiff_decoder(source),
             Image.open(source, formats=readable_formats()) as file,
         ):
             if tile_pixels(file) > max_pixels:
@@ -151,14 +152,14 @@ def to_supported_mode(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16 bits in Pillow's PPM
         result = to_16_bit_gray(image, info.get("transparency"))
     elif image.mode in ("I", "F"):
-        signed = image.format == "TIFF" and image.tag_v2.get(258) == (16,)  # type: ignore[attr-defined]
-        kind = "are signed numbers" if signed else "have 32 bits"
-        raise ValueError(f"its pixels {kind}, whose range is unknown; convert it to 8 or 16 bits")
+        raise ValueError("its pixels have 32 bits, whose range is unknown; convert it to 8 or 16 bits")
+    elif image.mode == "LAB":
+        result = convert_lab(image)
     else:
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         mode += "A" if image.has_transparency_data else ""
         result = convert_cmyk(image, mode) if image.mode == "CMYK" else image.convert(mode)
-    if image.mode == "CMYK":  # the profile describes the inks
+    if image.mode in ("CMYK", "LAB"):  # the profile describes the inks, or Lab
         info.pop("icc_profile", None)
     result.info = info
     return turn_upright(result, image.format)
@@ -167,6 +168,8 @@ def to_supported_mode(image: Image.Image) -> Image.Image:
 def to_16_bit_gray(image: Image.Image, transparent: int | None) -> Image.Image:
     """Convert to mode I;16, or to LA if a value is transparent: no mode of Pillow has 16 bits and alpha."""
     values = np.asarray(image).astype(np.uint16)
+    if image.format == "TIFF":
+        values = full_range(values, image.tag_v2)  # type: ignore[attr-defined]
     result = Image.fromarray(values)
     if transparent is not None:
         result = to_8_bit_gray(result)
@@ -187,6 +190,14 @@ def convert_cmyk(image: Image.Image, mode: str) -> Image.Image:
         if converted:
             return converted
     return image.convert(mode)
+
+
+def convert_lab(image: Image.Image) -> Image.Image:
+    """Convert CIELAB to RGB without Pillow's usual optimization, which is wrong by up to 40 levels."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB", flags=ImageCms.Flags.NOOPTIMIZE)
+    assert converted
+    return converted
 
 
 def flatten(image: Image.Image) -> Image.Image:

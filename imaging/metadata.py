@@ -66,16 +66,6 @@ def read_orientation(image: Image.Image) -> int:
     return 1
 
 
-def swaps_axes(tags: Mapping[int, Any]) -> bool:
-    """Return whether the EXIF or TIFF orientation swaps width and height."""
-    return tags.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-
-
-def swap_dpi(info: dict[Any, Any]) -> None:
-    if "dpi" in info:
-        info["dpi"] = info["dpi"][::-1]
-
-
 def profile_fits(profile: Any, mode: str) -> bool:
     """Return whether an ICC profile describes the colors of images of this mode."""
     return isinstance(profile, bytes) and profile[16:20] == (b"GRAY" if mode in ("L", "LA", "I;16") else b"RGB ")

@@ -1,46 +1,170 @@
-"""Reading TIFF files safely."""
+"""Reading TIFF files safely and rightly."""
 
 import contextlib
 import logging
 import os
+import struct
 import sys
 from collections.abc import Iterator
-from typing import IO, Literal
+from dataclasses import dataclass
+from typing import IO, BinaryIO
 
-from PIL import ExifTags
+import numpy as np
+from PIL import ImagePalette, TiffImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
-
-from imaging.metadata import swap_dpi, swaps_axes
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python would print what it logs about damaged TIFFs
-TILE_SIZE = (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)
+ADVICE = "convert it to 8-bit gray or RGB"
+IMAGE_DEPTH = 32997  # of a volume
+NUMBERS = [Base.ImageWidth, Base.ImageLength, Base.RowsPerStrip, Base.TileWidth, Base.TileLength, IMAGE_DEPTH]
+NUMBERS += [Base.Compression, Base.PhotometricInterpretation, Base.SamplesPerPixel, Base.PlanarConfiguration]
+NUMBERS += [Base.FillOrder, Base.Predictor, Base.InkSet]
+LISTS = [Base.StripOffsets, Base.TileOffsets]
+LISTS += [Base.BitsPerSample, Base.SampleFormat, Base.ExtraSamples, Base.ColorMap]
+UNSIGNED = (3, 4, 16)  # types of tags: 16, 32 and 64 bits
+# Values that Pillow reads rightly. tests/imaging/test_tiff.py compares it with another decoder.
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
+BITS: dict[int | None, tuple[int, ...]] = {
+    WHITE_IS_ZERO: (1, 2, 4, 8, 16),
+    BLACK_IS_ZERO: (1, 2, 4, 8, 12, 16),
+    RGB: (8, 16),
+    PALETTE: (1, 2, 4, 8),
+    CMYK: (8, 16),
+    YCBCR: (8,),
+    CIELAB: (8,),
+}
+FAX, JPEG = (2, 3, 4), 7
+WITH_PREDICTOR = (5, 8, 32946, 34925, 50000)  # LZW, Deflate by two numbers, LZMA, Zstandard
+COMPRESSIONS = (1, *FAX, 6, JPEG, 32773, *WITH_PREDICTOR)  # 1: none, 6: old JPEG, 32773: PackBits
+
+
+# ------------------------------------------------------------------------------- layout
+
+
+@contextlib.contextmanager
+def tiff_decoder(source: BinaryIO) -> Iterator[None]:
+    """Choose the decoder for a TIFF that is opened in this context. Other files are none of its business.
+
+    Raises ValueError if Pillow may get the samples wrong.
+    """
+    source.seek(0)
+    header = source.read(16)
+    if not header.startswith(tuple(TiffImagePlugin.PREFIXES)):
+        yield
+        return
+    if header.startswith(b"MM\0\x2b"):
+        raise ValueError(f"big-endian BigTIFF is not supported; {ADVICE}")
+    tags = ImageFileDirectory_v2(header if header[2] == 43 else header[:8])  # 43: BigTIFF
+    source.seek(tags.next)
+    tags.load(source)
+    check_tags(tags, tag_entries(source))
+    layout = layout_of(tags)
+    check_layout(layout, tags)
+    check_jpeg(layout, source)
+    before = TiffImagePlugin.READ_LIBTIFF
+    # Pillow's own decoder, for uncompressed samples, gets some of these wrong.
+    TiffImagePlugin.READ_LIBTIFF = layout.planar == 2 or tags.get(Base.FillOrder) == 2 or layout.photometric == YCBCR
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Pillow does not support this kind of TIFF; {ADVICE}") from error
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = before
+
+
+def check_tags(tags: ImageFileDirectory_v2, entries: list[tuple[int, int, int]]) -> None:
+    """Raise ValueError if libtiff may read another layout than Pillow, from a tag that occurs twice or has an odd type.
+
+    ``entries`` are those of :func:`tag_entries`.
+    """
+    for tag in NUMBERS + LISTS:
+        found = [(kind in UNSIGNED, tag in LISTS or count == 1) for number, kind, count in entries if number == tag]
+        if found != [(True, True)] * (tag in tags):
+            raise ValueError(f"invalid tag {tag}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a TIFF are stored, in the numbers of its specification."""
+
+    compression: int
+    photometric: int | None
+    bits: int
+    planar: int
+    samples: int
+    extra: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def layout_of(tags: ImageFileDirectory_v2) -> Layout:
+    """Return the layout that a TIFF's tags describe."""
+    compression = tags.get(Base.Compression, 1)
+    return Layout(
+        compression=compression,
+        # Programs differ on what it means if it is missing, except in faxes.
+        photometric=tags.get(Base.PhotometricInterpretation, WHITE_IS_ZERO if compression in FAX else None),
+        bits=max(tags.get(Base.BitsPerSample, (1,))),
+        planar=tags.get(Base.PlanarConfiguration, 1),
+        samples=tags.get(Base.SamplesPerPixel, 1),
+        extra=tags.get(Base.ExtraSamples, ()),
+        offsets=tags.get(Base.StripOffsets) or tags.get(Base.TileOffsets) or (),
+    )
+
+
+def check_layout(layout: Layout, tags: ImageFileDirectory_v2) -> None:
+    """Raise ValueError unless Pillow is known to read such samples rightly."""
+    extra = layout.extra
+    planes: dict[int | None, bool]
+    planes = {RGB: layout.samples == 3 or bool(extra), PALETTE: not extra, CMYK: True, YCBCR: True, CIELAB: False}
+    for name, value, supported in (
+        ("SampleFormat", max(tags.get(Base.SampleFormat, (1,))), (1,)),  # signed and float have no known range
+        ("Compression", layout.compression, COMPRESSIONS),
+        ("PhotometricInterpretation", layout.photometric, BITS),
+        ("BitsPerSample", layout.bits, BITS.get(layout.photometric, ())),
+        ("PlanarConfiguration", layout.planar, (1, 2) if planes.get(layout.photometric, not any(extra)) else (1,)),
+        ("Predictor", tags.get(Base.Predictor, 1), (1, 2) if layout.compression in WITH_PREDICTOR else (1,)),
+        ("InkSet", tags.get(Base.InkSet, 1), (1,)),
+        ("ImageDepth", tags.get(IMAGE_DEPTH, 1), (1,)),
+    ):
+        if value not in supported:
+            raise ValueError(f"a TIFF with {name} {value} is not supported; {ADVICE}")
+    colors = len(tags.get(Base.ColorMap, ()))
+    if layout.photometric == PALETTE and (colors < 3 << layout.bits or colors % 3):
+        raise ValueError(f"the color map of this TIFF has the wrong length; {ADVICE}")
+
+
+def check_jpeg(layout: Layout, file: IO[bytes]) -> None:
+    """Raise ValueError if a TIFF says RGB but contains JFIF, which is YCbCr. libtiff would believe the TIFF."""
+    if (layout.compression, layout.photometric, layout.planar) == (JPEG, RGB, 1) and layout.offsets:
+        file.seek(layout.offsets[0])
+        if b"JFIF" in file.read(16):
+            raise ValueError(f"a TIFF of RGB that contains JFIF is not supported; {ADVICE}")
+
+
+def tag_entries(file: IO[bytes]) -> list[tuple[int, int, int]]:
+    """Return the number, type and count of each tag of a TIFF's first image, in the file's order."""
+    file.seek(0)
+    header = file.read(16)
+    order = "<" if header.startswith(b"I") else ">"
+    offset, number, entry = (header[8:], "Q", "HHQ8x") if header[2] == 43 else (header[4:8], "H", "HHL4x")
+    file.seek(*struct.unpack(order + number.replace("H", "L"), offset))
+    (count,) = struct.unpack(order + number, file.read(struct.calcsize(order + number)))
+    size = struct.calcsize(order + entry)
+    content = file.read(count * size)
+    return list(struct.iter_unpack(order + entry, content[: len(content) // size * size]))
 
 
 def tile_pixels(file: ImageFile) -> int:
-    """Return how many pixels a tile of a TIFF has, since libtiff allocates one; 0 if there are no tiles.
-
-    Raises ValueError if libtiff may read another size than Pillow, from a tag that occurs twice or has an odd type.
-    """
-    if file.format != "TIFF" or not file.fp:
+    """Return how many pixels a tile of a TIFF has, since libtiff allocates one; 0 if there are no tiles."""
+    if file.format != "TIFF":
         return 0
-    tags, pixels = tiff_tags(file.fp), 1
-    for tag in TILE_SIZE:
-        size = file.tag_v2.get(tag)  # type: ignore[attr-defined]
-        if tags.count(tag) != isinstance(size, int):
-            raise ValueError("invalid tile size")
-        pixels *= size or 0
-    return pixels
+    tags = file.tag_v2  # type: ignore[attr-defined]
+    return tags.get(Base.TileWidth, 0) * tags.get(Base.TileLength, 0)
 
 
-def tiff_tags(file: IO[bytes]) -> list[int]:
-    """Return the numbers of all tags of a TIFF's first image, in the file's order."""
-    file.seek(0)
-    header = file.read(16)
-    order: Literal["little", "big"] = "little" if header.startswith(b"I") else "big"
-    offset, count_bytes, entry_bytes = (header[8:], 8, 20) if 43 in header[2:4] else (header[4:8], 2, 12)  # 43: BigTIFF
-    file.seek(int.from_bytes(offset, order))
-    entries = file.read(entry_bytes * int.from_bytes(file.read(count_bytes), order))
-    return [int.from_bytes(entries[i : i + 2], order) for i in range(0, len(entries), entry_bytes)]
+# ------------------------------------------------------------------------------- pixels
 
 
 def load_pixels(file: ImageFile) -> None:
@@ -48,11 +172,21 @@ def load_pixels(file: ImageFile) -> None:
     if file.format != "TIFF":
         file.load()
         return
-    swapped = swaps_axes(file.tag_v2)  # type: ignore[attr-defined]
+    tags = file.tag_v2  # type: ignore[attr-defined]
+    swapped, colors = tags.get(Base.Orientation, 1) in (5, 6, 7, 8), tags.get(Base.ColorMap, ())
+    if file.mode in ("P", "PA") and max(colors) < 256:  # 8 bits, which Pillow takes for the lower ones of 16
+        file.palette = ImagePalette.raw("RGB;L", bytes(colors))
     with silent_stderr():  # where libtiff prints errors
         file.load()
-    if swapped:
-        swap_dpi(file.info)
+    if swapped and "dpi" in file.info:
+        file.info["dpi"] = file.info["dpi"][::-1]
+
+
+def full_range(gray: np.ndarray, tags: ImageFileDirectory_v2) -> np.ndarray:
+    """Return a TIFF's 12 or 16-bit samples as 16-bit gray whose white is 65535."""
+    if tags.get(Base.BitsPerSample) == (12,):
+        gray = np.rint(gray * (65535 / 4095)).astype(np.uint16)
+    return 65535 - gray if tags.get(Base.PhotometricInterpretation) == WHITE_IS_ZERO else gray
 
 
 @contextlib.contextmanager

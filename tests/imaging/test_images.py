@@ -1,18 +1,20 @@
 """Reading images: modes, transparency, 16 bits, frames."""
 
+import functools
 import io
 import os
 import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from helpers import file_of, random_image
 from PIL import EpsImagePlugin, Image
 
 from data import load_images
-from imaging.formats import READABLE
+from imaging.formats import READABLE, readable_formats
 from imaging.images import flatten, read_image, write_image
 from utils import CommandError
 
@@ -183,6 +185,78 @@ def test_16_bit_rgb_tiff_is_read_as_8_bit_with_a_warning(capfd):
     Path("deep.tif").write_bytes(header + values.astype("<u2").tobytes())
     assert_equal(read_image(Path("deep.tif")), Image.fromarray(np.uint8(values >> 8)))
     assert capfd.readouterr().err.startswith("WARNING: deep.tif: its 16 bits are read as 8")
+
+
+RAMP = np.repeat(np.linspace(0, 65535, 12).astype(np.uint16)[None, :, None], 3, 2).repeat(5, 0)  # black to white
+
+
+def deep_ppm(bits, magic="P6"):
+    values = RAMP >> (16 - bits)
+    data = values.astype(">u2").tobytes() if magic == "P6" else " ".join(map(str, values.ravel())).encode()
+    return f"{magic} 12 5 {2**bits - 1}\n".encode() + data
+
+
+def deep_sgi(bits):
+    header = struct.pack(">hBB4H", 474, 0, 2, 3, 12, 5, 3).ljust(512, b"\0")
+    return header + RAMP.transpose(2, 0, 1).astype(">u2").tobytes()
+
+
+def deep_avif(bits):
+    return imagecodecs.avif_encode(RAMP >> (16 - bits), level=100, bitspersample=bits)
+
+
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        (deep_ppm, 16),
+        (deep_ppm, 12),
+        (functools.partial(deep_ppm, magic="P3"), 10),
+        (deep_sgi, 16),
+        (deep_avif, 10),
+        (deep_avif, 12),
+    ],
+)
+def test_deep_color_is_read_as_8_bit_with_a_warning(make, bits, capfd):
+    if make is deep_avif and "AVIF" not in readable_formats():
+        pytest.skip("this Pillow does not support AVIF")
+    Path("deep").write_bytes(make(bits))
+    image = read_image(Path("deep"))
+    assert image.mode == "RGB"
+    assert abs(np.asarray(image) - RAMP / 257).max() <= 1
+    expected = f"WARNING: deep: its {bits} bits are read as 8, the most that Pillow supports for such images\n"
+    assert capfd.readouterr().err == expected
+
+
+def jpeg_2000(bits, channels, kind="u", codec="jp2"):
+    values = (RAMP[..., :channels] >> (16 - bits)).squeeze().astype(f"{kind}{1 if bits <= 8 else 2}")
+    return imagecodecs.jpeg2k_encode(np.ascontiguousarray(values), codecformat=codec, level=0, bitspersample=bits)
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(8, 1), (8, 3), (10, 1), (12, 1), (16, 1)])
+@pytest.mark.parametrize("codec", ["jp2", "j2k"])
+def test_jpeg_2000_is_read_in_its_depth(bits, channels, codec, capfd):
+    Path("a.jp2").write_bytes(jpeg_2000(bits, channels, codec=codec))
+    image = read_image(Path("a.jp2"))
+    assert image.mode == ("RGB" if channels == 3 else "L" if bits == 8 else "I;16")
+    stored = (RAMP[..., :channels] >> (16 - bits)).squeeze()
+    assert np.array_equal(image, stored << (16 - bits if bits > 8 else 0))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "kind", "reason"),
+    [
+        (16, 3, "u", "16 bits in 3 components is not supported"),  # Pillow would make white black
+        (12, 2, "u", "12 bits in 2 components is not supported"),
+        (1, 1, "u", "1 bits in 1 components is not supported"),  # and here white gray
+        (8, 1, "i", "its samples are signed"),
+        (16, 1, "i", "its samples are signed"),
+    ],
+)
+def test_jpeg_2000_that_pillow_misreads_is_refused(bits, channels, kind, reason):
+    Path("a.jp2").write_bytes(jpeg_2000(bits, channels, kind))
+    with pytest.raises(CommandError, match=rf"^a\.jp2: not an image that can be read: .*{reason}.*; convert it"):
+        read_image(Path("a.jp2"))
 
 
 def frames_of(name, number):
