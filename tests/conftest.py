@@ -18,6 +18,7 @@ from data import ImageSet, degrade
 from imaging.dead_leaves import dead_leaves
 from info import Info
 from model import SRCNN
+from training import progress
 from training.random_patches import RandomPatches
 from utils import run_command
 
@@ -27,7 +28,7 @@ def _clean_environment(tmp_path, monkeypatch):
     """Run each test in an empty folder of its own, with a filled-in info.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
+    monkeypatch.setattr(progress, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
     yield
     torch.set_flush_denormal(False)  # as before a command
 

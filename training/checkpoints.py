@@ -110,6 +110,7 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
         if len(data) > MAX_BYTES:
             raise CommandError("it is too large")
         content = unpickle(data)
+        refuse_bare_weights(content, path)
         return parse(content if "model" in content else from_course(content))
     except Exception as error:  # a damaged or hostile file can provoke errors of many types
         if is_out_of_memory(error):
@@ -118,12 +119,25 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
         raise CommandError(f"{path}: not a valid SRCNN checkpoint: {reason}") from error
 
 
+def refuse_bare_weights(content: Any, path: Path) -> None:
+    """Raise CommandError if a file contains a state_dict and nothing else, and say how to make a checkpoint of it."""
+    if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
+        return
+    if [tensor.shape for tensor in content.values()] != list(shapes().values()):
+        raise CommandError("it contains only weights, and not those of SRCNN 9-1-5 for RGB images")
+    new = f"torch.save({{'model_state_dict': torch.load({str(path)!r})}}, 'checkpoint.new')"
+    raise CommandError(f"it contains only weights; make a checkpoint of them in Python: {new}")
+
+
 def from_course(content: Any) -> dict[str, Any]:
-    """Convert the layout of the course's skeleton, where layers may have other names and epochs count from 0."""
+    """Convert the layout of the course's skeleton, where layers may have other names and epochs count from 0.
+
+    All but the weights may be missing.
+    """
     weights, names = content["model_state_dict"], list(shapes())
     if len(weights) == len(names):
         weights = dict(zip(names, weights.values(), strict=True))
-    who, epoch, psnr = content.get("info", {}), content.get("epoch", 0) + 1, float(content.get("psnr", math.nan))
+    who, epoch, psnr = content.get("info", {}), content.get("epoch", -1) + 1, float(content.get("psnr", math.nan))
     who = {name: str(who[name])[:1000] for name in vars(info) if isinstance(who.get(name), str | int)}
     return {"model": weights, "args": valid_args(content.get("opt", {})), "info": who, "epoch": epoch, "psnr": psnr}
 

@@ -18,6 +18,7 @@ from utils import CommandError
 
 SIZE = 33  # side of a patch in HR pixels
 STRIDE = 14  # distance between neighboring patches
+COURSE_BATCH_SIZE = 8  # of the course's test program, unless another is given
 
 
 class GridPatches:

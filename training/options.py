@@ -22,6 +22,15 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
+FIXED = ("recipe", "seed")  # options that cannot change later: the optimizer and the random state depend on them
+
+
+def hold_out_number(text: str) -> int:
+    """Parse the value of --hold-out, 0 or at least 2: an argparse type."""
+    number = integer(0)(text)
+    if number == 1:
+        raise argparse.ArgumentTypeError("must be at least 2, or 0 for none, not '1', which leaves no training images")
+    return number
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
@@ -42,7 +51,7 @@ class Options:
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
-    hold_out:      int   = option(0,               integer(0),        "test on 1 of N training images instead")
+    hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
     # fmt: on
 
     def to_args(self) -> Args:
@@ -69,7 +78,9 @@ FIELDS = {field.metadata.get("name", field.name): field for field in dataclasses
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
     """Add the options to a parser. The namespace gets only the options that are given on the command line."""
     for name, field in FIELDS.items():
-        if resume and name in ("recipe", "seed"):  # the optimizer and the random state depend on them
+        if resume and name in FIXED:
+            hidden = argparse.SUPPRESS
+            parser.add_argument(f"--{name}", action=RefuseFixedOption, nargs="?", default=hidden, help=hidden)
             continue
         arguments = {key: value for key, value in field.metadata.items() if key != "name"}
         if "choices" not in arguments:
@@ -79,13 +90,26 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
+class RefuseFixedOption(argparse.Action):
+    """Report why ``resume`` does not have an option."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is fixed at the start of a run; leave it out")
+
+
 def given_options(namespace: argparse.Namespace) -> Args:
     """Return the options that were given on the command line."""
     return {name: value for name, value in vars(namespace).items() if name in FIELDS}
 
 
-def check_options(options: Options, world_size: int) -> None:
-    """Raise CommandError if the options contradict each other or ask for too much."""
+def check_options(options: Options, given: Args, world_size: int) -> None:
+    """Raise CommandError if the options contradict each other or ask for too much.
+
+    ``given`` are those from the command line.
+    """
+    if options.hold_out and "test_data" in given:
+        reason = f"would be ignored, since 1 of {options.hold_out} training images is held out to test on"
+        raise CommandError(f"--test-data {reason}; add --hold-out=0 to test on --test-data instead")
     if options.recipe == "assignment" and options.precision != "fp32":
         raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
     if options.batch_size * options.patch_size**2 > MAX_STEP:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from data import Batch
 from imaging.metrics import Report, summary, table
-from training.checkpoints import MAX_WEIGHT
+from info import info
+from training.checkpoints import MAX_WEIGHT, is_filled_in
 from training.options import Options
 from training.run import Patches, Run
 from upscaling.device import dtype_name
@@ -24,7 +25,10 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
-    show(f"training set {patches.name}: {size}")
+    larger = options.batch_size * options.patch_size**2 > patches.pixels
+    show(f"training set {patches.name}: {size}{', since a batch is larger than the set' if larger else ''}")
+    if not is_filled_in(info) and rank_and_world_size()[0] == 0:
+        warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
 
 def print_start(run: Run) -> None:

@@ -54,6 +54,7 @@ def test_help_shows_defaults_but_not_for_resume():
         ("patch_size", "32", "multiple of 3"),
         ("seed", "-1", "0 or greater"),
         ("hold_out", "-2", "0 or greater"),
+        ("hold_out", "1", "at least 2"),
         ("precision", "fp16", ""),
     ],
 )
@@ -73,17 +74,27 @@ def test_value_of_no_option_is_refused_in_checkpoint(name, value):
         check_args({name: value})
 
 
+@pytest.mark.parametrize("words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--rec default"])
+def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        parser(resume=True).parse_args(words.split())
+    name = "--recipe" if "rec" in words else "--seed"
+    assert_one_line(capsys.readouterr().err, f"{name} is fixed at the start of a run")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         (Options("assignment", precision="bf16"), "--precision"),
+        (Options(hold_out=4), "--hold-out=0"),
         (Options(batch_size=2**26 // 33**2 + 1), "67,108,864"),
         (Options(patch_size=2**31 - 2), "67,108,864"),
         (Options(batch_size=2), "3 processes"),
     ],
-    ids=["precision", "batch of many pixels", "large patch", "fewer patches than processes"],
+    ids=["precision", "ignored test data", "batch of many pixels", "large patch", "fewer patches than processes"],
 )
 def test_options_that_contradict_or_ask_too_much_are_refused(options, problem):
     with pytest.raises(CommandError, match=problem):
-        check_options(options, world_size=3)
-    check_options(Options(batch_size=2**26 // 33**2), world_size=3)
+        check_options(options, {"test_data": "Set5"}, world_size=3)
+    check_options(Options(batch_size=2**26 // 33**2), {"test_data": "Set5"}, world_size=3)
+    check_options(Options(hold_out=4), {}, world_size=3)

@@ -36,7 +36,7 @@ def test_resuming_finished_run_prints_hint_and_writes_nothing(train_small, saved
     files = contents("there")
     status, out, err = train_small(command=("resume", "there/checkpoint.last"))
     assert (status, err) == (0, "")
-    assert "--num-epoch=2 has been reached" in out
+    assert out == "there/checkpoint.last already has 2 epochs; give a larger --num-epoch to train on\n"
     assert contents("there") == files
 
 
