@@ -193,6 +193,9 @@ def test_incomplete_project_prints_one_line(folders, course_files, fact):
         Path(name).symlink_to(ROOT / name)
     for name in course_files:
         Path(name).write_text("class TrainDataset: ...\n")
-    end = subprocess.run([sys.executable, "train.py", "inspect", "checkpoint.pth"], capture_output=True, text=True)
-    assert (end.returncode, end.stdout) == (1, "")
-    assert_one_line(end.stderr, "error: ", fact, "requirements.txt")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/link.py").symlink_to(Path("train.py").resolve())
+    for script in ("train.py", "elsewhere/link.py"):
+        end = subprocess.run([sys.executable, script, "inspect", "checkpoint.pth"], capture_output=True, text=True)
+        assert (end.returncode, end.stdout) == (1, "")
+        assert_one_line(end.stderr, "error: ", fact, "requirements.txt")
