@@ -4,6 +4,7 @@ import io
 import math
 import re
 import time
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +75,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     }
     if state := checkpoint.training:
         content |= vars(state) | {"report": state.report.to_dict(), "history": state.history[1 - LIMITS[list] :]}
-    content["model_state_dict"], content["opt"] = content["model"], content["args"]
+    content["model_state_dict"], content["opt"] = content["model"], with_attributes(content["args"])
     content["optimizer_state_dict"] = for_plain_adam(content["optimizer"], checkpoint.args.get("lr", 0.001))
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(content, buffer)
@@ -82,6 +83,16 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     for path in paths:
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
+
+
+def with_attributes(args: Args) -> OrderedDict[str, Any]:
+    """Return options that are attributes as well: the course's program reads ``opt.lr``.
+
+    Of all classes whose objects have attributes, torch.load with weights_only=True allows only this one.
+    """
+    options = OrderedDict(args)
+    vars(options).update(args)
+    return options
 
 
 def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any]:

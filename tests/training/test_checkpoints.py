@@ -38,6 +38,14 @@ def test_file_contains_what_assignment_asks_for():
     assert (saved["epoch"], saved["psnr"]) == (1, 31.0)
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_options_for_course_are_items_and_attributes(weights_only):
+    PATH.write_bytes(trained_file())
+    saved = torch.load(PATH, weights_only=weights_only)
+    assert dict(saved["opt"]) == vars(saved["opt"]) == saved["args"]
+    assert (saved["opt"].save_freq, saved["opt"]["lr"]) == (10, 0.003)
+
+
 def test_full_disk_keeps_existing_file():
     """A limit on the size of files has the same effect as a full disk."""
     PATH.write_bytes(trained_file())
