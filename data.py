@@ -4,6 +4,7 @@
 `python data.py --from ARCHIVE_OR_FOLDER` copies them from a local archive or folder.
 """
 
+import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class ImageSet:
 
     name: str
     images: dict[str, Image.Image]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the images' sizes and RGB pixels, whatever the names and the order."""
+        contents = (str(image.size).encode() + image.convert("RGB").tobytes() for image in self.images.values())
+        hashes = sorted(hashlib.sha256(content).digest() for content in contents)
+        return hashlib.sha256(b"".join(hashes)).hexdigest()
 
     def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
         """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.

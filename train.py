@@ -280,10 +280,11 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
         precision = resumed_precision(precision, resumed.training.precision, device)
     check_options(options, given, world_size)
     with process_group(), lock_output_dir(args.output):
-        if rank == 0:
-            options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
-        options, dtype = broadcast((options, select_dtype(precision, device)))
-        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
+        with progress.data_hint(options, given):
+            if rank == 0:
+                options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
+            options, dtype = broadcast((options, select_dtype(precision, device)))
+            images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
         recipe = RECIPES[options.recipe]
         patches = recipe.patches(images, options.patch_size, device)
         progress.print_setup(patches, dtype, options)

@@ -37,6 +37,7 @@ class TrainingState:
     best: float  # highest PSNR on luma so far, in dB
     best_epoch: int
     train_set: str  # name of the training set
+    train_images: str  # fingerprint of its images; empty if unknown
     run: str  # identifies the run and its log
     history: list[ResumeRecord]
 
@@ -188,6 +189,7 @@ def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
         best=check(content["best"], float, "best"),
         best_epoch=check(content["best_epoch"], int, "best_epoch"),
         train_set=check(content.get("train_set", ""), str, "train_set"),
+        train_images=check(content.get("train_images", ""), str, "train_images"),
         run=content["run"],
         history=[(check(n, int, "history"), None if args is None else check_args(args)) for n, args in history],
     )

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch
+from data import Batch, default_folder
+from imaging.dead_leaves import DEAD_LEAVES
 from imaging.metrics import Report, summary, table
 from info import info
 from training.checkpoints import MAX_WEIGHT, is_filled_in
-from training.options import Options
+from training.options import Args, Options
 from training.run import Patches, Run
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
@@ -51,7 +52,10 @@ def print_epoch(run: Run, loss: float, speed: float) -> None:
 
 
 def print_result(run: Run, output: Path) -> None:
-    best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
+    best = f"best: epoch {run.best_epoch}" if run.best_epoch else "no epoch was better than the initial network"
+    best += f" with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
+    if run.best_epoch and not (output / "checkpoint.best").exists():  # resumed from another folder or an earlier epoch
+        best += f"; its checkpoint is not in {output}"
     show("", *table(run.report), "", f"saved: {output / f'checkpoint.{run.epoch}'}; {best}")
 
 
@@ -82,3 +86,17 @@ def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the terminal may be gone
             show(f"resume with: python train.py resume {last}{cuda}")
         raise
+
+
+@contextlib.contextmanager
+def data_hint(options: Options, given: Args) -> Iterator[None]:
+    """If images are missing where a checkpoint says they are, name the options that say where they are now."""
+    try:
+        yield
+    except CommandError as error:
+        folders = {name: default_folder(folder) for name, folder in options.folders().items() if name not in given}
+        missing = [name for name, folder in folders.items() if folder != DEAD_LEAVES and not Path(folder).is_dir()]
+        if not missing:
+            raise
+        names = " and ".join(f"--{name.replace('_', '-')}=DIR" for name in missing)
+        raise CommandError(f"{error}; if the images are elsewhere, add {names}") from error

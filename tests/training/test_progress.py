@@ -9,7 +9,7 @@ from helpers import assert_one_line, report, small_run
 
 from imaging.metrics import summary, table
 from training.checkpoints import MAX_WEIGHT, load_checkpoint
-from training.progress import check_finite, resume_hint, warn_if_worse
+from training.progress import check_finite, print_result, resume_hint, warn_if_worse
 from utils import CommandError
 
 
@@ -25,6 +25,25 @@ def test_run_prints_one_line_per_epoch_and_table_at_end(train_small, photos):
     mean = saved.mean.bicubic
     assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
     assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
+
+
+@pytest.mark.parametrize(
+    ("epoch", "saved", "fact"),
+    [
+        (0, False, "; no epoch was better than the initial network with 31.000 dB Y on Set5, trained on photos\n"),
+        (3, True, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos\n"),
+        (3, False, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos; its checkpoint is not in out\n"),
+    ],
+    ids=["initial network", "saved here", "saved elsewhere"],
+)
+def test_result_claims_no_checkpoint_that_does_not_exist(capfd, epoch, saved, fact):
+    run = small_run()
+    run.report, run.best, run.best_epoch = report(30.0, "Set5"), 31.0, epoch
+    Path("out").mkdir()
+    if saved:
+        Path("out/checkpoint.best").touch()
+    print_result(run, Path("out"))
+    assert capfd.readouterr().out.endswith(fact)
 
 
 @pytest.mark.parametrize(("before", "after", "warns"), [(30, 29.4, True), (30, 29.6, False), (29.4, 29.3, False)])

@@ -1,6 +1,7 @@
 """Options of a resumed run, checkpoints of the course, and what remains of a run that ends early."""
 
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,6 +53,33 @@ def test_resumed_run_keeps_precision_that_auto_had_chosen(train_small, monkeypat
     assert train_small("--num-epoch=2", command=("resume", "fp32/checkpoint.1"))[0] == 0
     saved = load("fp32/checkpoint.2")
     assert (saved["precision"], saved["args"]["precision"]) == ("fp32", "auto")
+
+
+def test_resume_where_images_are_missing_names_options(train_small, saved, photos, offline):
+    """The same images elsewhere are no change; others are mentioned."""
+    Path("data").mkdir()
+    moved = {"train_data": "gone", "test_data": "data/Set5"}
+    torch.save(saved | {"args": saved["args"] | moved}, "moved")
+    for words, fact in (
+        ((), "; if the images are elsewhere, add --train-data=DIR and --test-data=DIR\n"),
+        ((f"--train-data={photos}",), "; if the images are elsewhere, add --test-data=DIR\n"),
+        (
+            (f"--test-data={photos}",),
+            "gone: no such folder of images; if the images are elsewhere, add --train-data",
+        ),
+    ):
+        status, _, err = train_small(*words, command=("resume", "moved"))
+        assert status == 1
+        assert_one_line(err, fact)
+    shutil.copytree(photos, "elsewhere")
+    sets = ("--train-data=elsewhere", "--test-data=elsewhere")
+    status, out, _ = train_small(*sets, "--output=a", command=("resume", "moved"))
+    assert status == 0
+    assert "training images differ" not in out
+    next(Path("elsewhere").glob("*.png")).unlink()
+    status, out, _ = train_small(*sets, "--output=b", command=("resume", "moved"))
+    assert status == 0
+    assert out.count("the training images differ") == 1
 
 
 def test_checkpoint_of_course_is_resumed_from_its_weights(train_small, photos):
