@@ -40,7 +40,7 @@ try:
     from training.inspection import changes, course_to_json, describe, describe_course, to_json
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
-    from training.options import Args, Options, add_options, check_options, given_options
+    from training.options import Args, Options, add_options, check_memory, check_options, given_options
     from training.random_patches import RandomPatches
     from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
     from training.run import Patches, Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
@@ -279,11 +279,13 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
     if resumed and resumed.training and "precision" not in given:  # exact resuming needs the same precision
         precision = resumed_precision(precision, resumed.training.precision, device)
     check_options(options, given, world_size)
+    dtype = select_dtype(precision, device)
+    check_memory(options, dtype, device)
     with process_group(), lock_output_dir(args.output):
         with progress.data_hint(options, given):
             if rank == 0:
                 options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
-            options, dtype = broadcast((options, select_dtype(precision, device)))
+            options, dtype = broadcast((options, dtype))
             images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
         recipe = RECIPES[options.recipe]
         patches = recipe.patches(images, options.patch_size, device)

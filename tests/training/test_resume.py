@@ -63,10 +63,8 @@ def test_resume_where_images_are_missing_names_options(train_small, saved, photo
     for words, fact in (
         ((), "; if the images are elsewhere, add --train-data=DIR and --test-data=DIR\n"),
         ((f"--train-data={photos}",), "; if the images are elsewhere, add --test-data=DIR\n"),
-        (
-            (f"--test-data={photos}",),
-            "gone: no such folder of images; if the images are elsewhere, add --train-data",
-        ),
+        ((f"--test-data={photos}",), "gone: no such folder of images; if the images are elsewhere, add --train"),
+        ((f"--test-data={photos}", "--train-data=nowhere"), "error: nowhere: no such folder of images\n"),
     ):
         status, _, err = train_small(*words, command=("resume", "moved"))
         assert status == 1
