@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from data import TEST_DATA, Batch, TestSet, default_folder, find_data, load_images, load_sets
+    from data import TEST_DATA, Batch, TestSet, default_folder, load_images
     from imaging.images import to_tensor
     from imaging.metrics import Report, Scores, psnr
     from model import SRCNN
@@ -44,6 +44,8 @@ try:
     from training.random_patches import RandomPatches
     from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
     from training.run import Patches, Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
+    from training.sets import find_sets
+    from training.speed import warn_of_busy_cores
     from upscaling.device import keep_memory, resumed_precision, select_device, select_dtype
     from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
     from upscaling.fast_srcnn import FastSRCNN
@@ -132,10 +134,9 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
             before, report = report, evaluate(run.model, test_set)
             run.finish_epoch(report)
             run.save(output)
-            loss = losses.mean().item()
-            progress.print_epoch(run, loss, len(losses) * options.batch_size * options.patch_size**2 / seconds)
+            progress.print_epoch(run, losses, seconds)
             progress.warn_if_worse(before, report, epoch)
-            log.write(epoch, report, loss, run.optimizer.param_groups[0]["lr"])
+            log.write(epoch, report, losses.mean().item(), run.optimizer.param_groups[0]["lr"])
             if epoch == 1 or run.is_milestone():
                 log.write_pictures(epoch, run.model, test_set)
         log.write_result(run.epoch, report)
@@ -155,7 +156,7 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
         run.optimizer.param_groups[0]["lr"] = run.recipe.schedule(options.learning_rate, done, total)
         losses[step] = train_one_step(run, batch)
         if step % 20 == 0 and not bar.disable:  # not at each step, since item() waits for the GPU
-            bar.set_postfix(loss=f"{losses[step].item():.5f}")
+            progress.update_bar(bar, run, (epoch - 1) + (step + 1) / steps, losses[step].item())
     return losses
 
 
@@ -274,26 +275,20 @@ def resume_command(args: argparse.Namespace) -> None:
 
 def start(args: argparse.Namespace, options: Options, given: Args, resumed: Checkpoint | None = None) -> None:
     """Check the options, connect the processes, find the data, and train."""
-    rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
     if resumed and resumed.training and "precision" not in given:  # exact resuming needs the same precision
         precision = resumed_precision(precision, resumed.training.precision, device)
-    check_options(options, given, world_size)
+    check_options(options, given, rank_and_world_size()[1])
     dtype = select_dtype(precision, device)
     check_memory(options, dtype, device)
     with process_group(), lock_output_dir(args.output):
-        with progress.data_hint(options, given):
-            if rank == 0:
-                options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
-            options, dtype = broadcast((options, dtype))
-            images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
-        recipe = RECIPES[options.recipe]
-        patches = recipe.patches(images, options.patch_size, device)
+        options, images, test_set = find_sets(options, given, fresh=resumed is None)
+        dtype, recipe = broadcast(dtype), RECIPES[options.recipe]
+        with warn_of_busy_cores(device):
+            patches = recipe.patches(images, options.patch_size, device)
         progress.print_setup(patches, dtype, options)
-        if resumed:
-            run = restored_run(resumed, options, recipe, patches, dtype)
-        else:
-            run = new_run(options, recipe, patches, dtype)
+        parts = options, recipe, patches, dtype
+        run = restored_run(resumed, *parts) if resumed else new_run(*parts)
         train(run, patches, test_set, args.output)
 
 

@@ -136,7 +136,7 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
             while chunk := os.read(ours, 4096):
                 shown += chunk
     os.close(ours)
-    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+", shown)
+    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+, run=\d\d:\d\d left", shown)
 
 
 # ------------------------------------------------------------------------------- bad input

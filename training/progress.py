@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch, default_folder
-from imaging.dead_leaves import DEAD_LEAVES
+from data import Batch
 from imaging.metrics import Report, summary, table
 from info import info
 from training.checkpoints import MAX_WEIGHT, is_filled_in
-from training.options import Args, Options
+from training.options import Options
 from training.run import Patches, Run
+from training.speed import warn_if_slow
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
 from utils import CommandError, plural, progress_bar, show, warn
@@ -45,10 +46,20 @@ def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options
     return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
 
 
-def print_epoch(run: Run, loss: float, speed: float) -> None:
-    """Print one line. The speed is in HR pixels per second."""
-    figures = f"loss {loss:.6f}  {speed / 1e6:.2f} Mpx/s"
-    show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}")
+def update_bar(bar: "tqdm[Batch]", run: Run, epochs: float, loss: float) -> None:
+    """Show the loss and the remaining time of the run, of which so many epochs are done."""
+    epoch, start = run.began
+    left = (time.monotonic() - start) / (epochs - epoch) * (run.options.num_epoch - epochs)
+    bar.set_postfix(loss=f"{loss:.5f}", run=f"{bar.format_interval(left)} left")
+
+
+def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
+    """Print one line about an epoch that took so many seconds; the speed in it is in HR pixels per second."""
+    options = run.options
+    run.speeds.append(len(losses) * options.batch_size * options.patch_size**2 / seconds)
+    figures = f"loss {losses.mean():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"
+    show(f"epoch {run.epoch:3}/{options.num_epoch}  {summary(run.report)}  {figures}")
+    warn_if_slow(run.speeds, seconds, run.model.conv1.weight.device)
 
 
 def print_result(run: Run, output: Path) -> None:
@@ -86,17 +97,3 @@ def resume_hint(output: Path, device: torch.device) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the terminal may be gone
             show(f"resume with: python train.py resume {last}{cuda}")
         raise
-
-
-@contextlib.contextmanager
-def data_hint(options: Options, given: Args) -> Iterator[None]:
-    """If images are missing where a checkpoint says they are, name the options that say where they are now."""
-    try:
-        yield
-    except CommandError as error:
-        folders = {name: default_folder(folder) for name, folder in options.folders().items() if name not in given}
-        missing = [name for name, folder in folders.items() if folder != DEAD_LEAVES and not Path(folder).is_dir()]
-        if not missing:
-            raise
-        names = " and ".join(f"--{name.replace('_', '-')}=DIR" for name in missing)
-        raise CommandError(f"{error}; if the images are elsewhere, add {names}") from error

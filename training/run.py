@@ -58,12 +58,14 @@ class Run:
     best: float = -math.inf  # highest PSNR on luma, in dB
     best_epoch: int = 0
     history: list[ResumeRecord] = field(default_factory=list)
+    began: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # epoch and time of start
+    speeds: list[float] = field(default_factory=list)  # HR pixels per second of each epoch since then
 
     def start(self, report: Report) -> None:
         """Set the first report. The best PSNR so far counts only if the training and test images are the same."""
         if self.report.fingerprint() != report.fingerprint():
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
-        self.report = report
+        self.report, self.began = report, (self.epoch, time.monotonic())
 
     def finish_epoch(self, report: Report) -> None:
         self.epoch += 1
