@@ -57,7 +57,7 @@ def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
     """Print one line about an epoch that took so many seconds; the speed in it is in HR pixels per second."""
     options = run.options
     run.speeds.append(len(losses) * options.batch_size * options.patch_size**2 / seconds)
-    figures = f"loss {losses.mean():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"
+    figures = f"loss {losses.mean().item():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"
     show(f"epoch {run.epoch:3}/{options.num_epoch}  {summary(run.report)}  {figures}")
     warn_if_slow(run.speeds, seconds, run.model.conv1.weight.device)
 

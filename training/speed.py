@@ -27,17 +27,24 @@ def warn_of_busy_cores(device: torch.device) -> Iterator[None]:
 
     Nothing is measured if that does not matter, or under torchrun, whose processes are programs to each other.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or rank_and_world_size()[1] > 1 or not PROC_STAT.exists():
+    threads, known = torch.get_num_threads(), hasattr(os, "sched_getaffinity") and read_stat()
+    if device.type != "cpu" or threads == 1 or rank_and_world_size()[1] > 1 or not known:
         yield
         return
     cores = os.sched_getaffinity(0)
-    before = time.perf_counter(), time.process_time(), busy_seconds(PROC_STAT.read_text(), cores)
+    before = time.perf_counter(), time.process_time(), busy_seconds(read_stat(), cores)
     yield
-    after = time.perf_counter(), time.process_time(), busy_seconds(PROC_STAT.read_text(), cores)
+    after = time.perf_counter(), time.process_time(), busy_seconds(read_stat(), cores)
     seconds, own, busy = (end - start for start, end in zip(before, after, strict=True))
     if seconds >= MIN_SECONDS and (advice := advise(len(cores), (busy - own) / seconds, threads)):
         warn(advice)
+
+
+def read_stat() -> str:
+    """Return the text of /proc/stat, or nothing where it does not exist or may not be read."""
+    with contextlib.suppress(OSError):
+        return PROC_STAT.read_text()
+    return ""
 
 
 def busy_seconds(stat: str, cores: set[int]) -> float:

@@ -26,7 +26,7 @@ FOREIGN = dict.fromkeys(("data.py", "utils.py", "super_resolve.py"), "raise Impo
 def run(folder, *arguments):
     """Run Python in a folder, whose modules it imports; return status, stdout and stderr."""
     command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": "."}
+    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}  # no warning on a busy machine
     end = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     return end.returncode, end.stdout, end.stderr
 

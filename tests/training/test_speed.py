@@ -92,9 +92,10 @@ def test_busy_cores_warn_at_start(monkeypatch, capfd, seconds, own, ticks, devic
         assert err == ""
 
 
-def test_nothing_is_measured_with_one_thread_or_several_processes_or_without_proc(monkeypatch, capfd):
+def test_nothing_is_measured_with_one_thread_or_several_processes_or_without_proc(monkeypatch):
     monkeypatch.setattr(speed, "busy_seconds", lambda *_: pytest.fail("measured"))
-    for threads, world, stat in ((1, 1, "/dev/null"), (2, 2, "/dev/null"), (2, 1, "missing")):
+    Path("stat").write_text(STAT.format(4000))
+    for threads, world, stat in ((1, 1, "stat"), (2, 2, "stat"), (2, 1, "missing"), (2, 1, "/")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         monkeypatch.setattr(speed, "rank_and_world_size", lambda world=world: (0, world))
         monkeypatch.setattr(speed, "PROC_STAT", Path(stat))
