@@ -4,6 +4,7 @@
 `python data.py --from ARCHIVE_OR_FOLDER` copies them from a local archive or folder.
 """
 
+import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class ImageSet:
 
     name: str
     images: dict[str, Image.Image]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the images' sizes and RGB pixels, whatever the names and the order."""
+        contents = (str(image.size).encode() + image.convert("RGB").tobytes() for image in self.images.values())
+        hashes = sorted(hashlib.sha256(content).digest() for content in contents)
+        return hashlib.sha256(b"".join(hashes)).hexdigest()
 
     def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
         """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.
@@ -220,7 +227,7 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     Parameters
     ----------
     folders : folders of the sets in use by the names of their options, train_data and test_data
-    given : options from the command line, whose folders must exist
+    given : options from the command line, whose folders must exist, as must all that are not defaults
     fresh : whether the run is new, since a run that began on the real sets is resumed on them or not at all
 
     Returns
@@ -231,8 +238,9 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     ------
     CommandError if a set is missing, naming the option for its place
     """
-    for name in sorted({"train_data", "test_data"} & given.keys()):
-        require_folder(given[name], option_of(name))
+    for name, folder in folders.items():
+        if name in given or folder not in COURSE_FOLDERS:
+            require_folder(folder, option_of(name))
     defaults = [name for name, folder in folders.items() if folder in COURSE_FOLDERS]
     folders = {name: default_folder(folder) for name, folder in folders.items()}
     missing = {name: Path(folders[name]).name for name in defaults if not Path(folders[name]).exists()}

@@ -33,26 +33,26 @@ try:
     from data import TEST_DATA, Batch, TestSet, default_folder, find_data, load_images, load_sets
     from imaging.images import to_tensor
     from imaging.metrics import Report, Scores, psnr
-    from info import info
     from model import SRCNN
     from training import progress
-    from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint
-    from training.grid_patches import GridPatches, course_psnr, zero_padded_srcnn
+    from training.checkpoints import Checkpoint, load_checkpoint
+    from training.grid_patches import COURSE_BATCH_SIZE, GridPatches, course_psnr, zero_padded_srcnn
     from training.inspection import changes, course_to_json, describe, describe_course, to_json
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
-    from training.options import Args, Options, add_options, check_options, given_options
+    from training.options import Args, Options, add_options, check_memory, check_options, given_options
     from training.random_patches import RandomPatches
     from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
     from training.run import Patches, Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
+    from training.speed import warn_of_busy_cores
     from upscaling.device import keep_memory, resumed_precision, select_device, select_dtype
     from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
     from upscaling.fast_srcnn import FastSRCNN
     from upscaling.upscaler import Upscaler
-    from utils import ArgumentParser, CommandError, integer, path, run_command, show, warn
+    from utils import ArgumentParser, CommandError, integer, path, plural, run_command, show
 except ImportError as error:  # for example if the course's own data.py and utils.py are beside this file
     folders = ("imaging/", "training/", "upscaling/")
-    missing = [name for name in folders if not Path(__file__).parent.joinpath(name).is_dir()]
+    missing = [name for name in folders if not Path(__file__).resolve().parent.joinpath(name).is_dir()]
     reason = f"{', '.join(missing)} missing beside train.py" if missing else error
     sys.exit(f"error: {reason}; copy the whole project, replace existing files, and install requirements.txt")
 
@@ -133,10 +133,9 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
             before, report = report, evaluate(run.model, test_set)
             run.finish_epoch(report)
             run.save(output)
-            loss = losses.mean().item()
-            progress.print_epoch(run, loss, len(losses) * options.batch_size * options.patch_size**2 / seconds)
+            progress.print_epoch(run, losses, seconds)
             progress.warn_if_worse(before, report, epoch)
-            log.write(epoch, report, loss, run.optimizer.param_groups[0]["lr"])
+            log.write(epoch, report, losses.mean().item(), run.optimizer.param_groups[0]["lr"])
             if epoch == 1 or run.is_milestone():
                 log.write_pictures(epoch, run.model, test_set)
         log.write_result(run.epoch, report)
@@ -156,7 +155,7 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
         run.optimizer.param_groups[0]["lr"] = run.recipe.schedule(options.learning_rate, done, total)
         losses[step] = train_one_step(run, batch)
         if step % 20 == 0 and not bar.disable:  # not at each step, since item() waits for the GPU
-            bar.set_postfix(loss=f"{losses[step].item():.5f}")
+            progress.update_bar(bar, run, (epoch - 1) + (step + 1) / steps, losses[step].item())
     return losses
 
 
@@ -217,9 +216,20 @@ def parse_args() -> argparse.Namespace:
     )
     add_inspection_arguments(inspect)
     args = parser.parse_args()
-    if args.command == "inspect" and args.self_ensemble and (args.test_data is None or args.protocol == "course"):
-        inspect.error("--self-ensemble needs --test-data, and does not go with --protocol=course")
+    if problem := ignored_option(args):
+        commands.choices[args.command].error(problem)
     return args
+
+
+def ignored_option(args: argparse.Namespace) -> str | None:
+    """Describe an option that would be ignored because of another one, if there is one."""
+    if args.command == "inspect":
+        course = args.protocol == "course"
+        if args.self_ensemble and (args.test_data is None or course):
+            return "--self-ensemble needs --test-data, and does not go with --protocol=course"
+        return "--batch-size needs --protocol=course" if args.batch_size and not course else None
+    both = getattr(args, "hold_out", 0) and hasattr(args, "test_data")
+    return "--hold-out tests on training images, not on --test-data; leave out one of them" if both else None
 
 
 def add_training_arguments(parser: ArgumentParser, resume: bool) -> None:
@@ -237,8 +247,8 @@ def add_inspection_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--test-data", metavar="DIR", help="evaluate on these images, or on dead-leaves")
     text = "course: PSNR of batches of patches over RGB, as the course's test program prints it"
     parser.add_argument("--protocol", choices=("literature", "course"), default="literature", help=text)
-    text = "batch size for --protocol=course (default: %(default)s)"
-    parser.add_argument("--batch-size", type=integer(), default=8, metavar="N", help=text)
+    text = f"batch size for --protocol=course (default: {COURSE_BATCH_SIZE})"
+    parser.add_argument("--batch-size", type=integer(), metavar="N", help=text)
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--self-ensemble", action="store_true", help="average over eight flips and rotations")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -251,16 +261,15 @@ def train_command(args: argparse.Namespace) -> None:
 
 def resume_command(args: argparse.Namespace) -> None:
     given, checkpoint = given_options(args), load_checkpoint(args.checkpoint)
-    options = Options.from_args(checkpoint.args | given)
+    options, changed = Options.from_args(checkpoint.args | given), changes(checkpoint.args, given)
     args.output = args.output or args.checkpoint.parent
-    if checkpoint.epoch > options.num_epoch:
-        reason = f"already has {checkpoint.epoch} epochs, more than --num-epoch={options.num_epoch}"
-        raise CommandError(f"{args.checkpoint} {reason}")
-    show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changes(checkpoint.args, given)}")
-    if checkpoint.epoch == options.num_epoch:
-        show(f"its --num-epoch={options.num_epoch} has been reached; give a larger one to train further")
-    else:
-        start(args, options, given, checkpoint)
+    if checkpoint.epoch < options.num_epoch:
+        show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changed}")
+        return start(args, options, given, checkpoint)
+    reason = f"{args.checkpoint} already has {plural(checkpoint.epoch, 'epoch')}; give a larger --num-epoch to train on"
+    if changed:  # to be ignored
+        raise CommandError(reason)
+    show(reason)
 
 
 def start(args: argparse.Namespace, options: Options, given: Args, resumed: Checkpoint | None = None) -> None:
@@ -269,27 +278,21 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
     device, precision = select_device(args.cuda), options.precision
     if resumed and resumed.training and "precision" not in given:  # exact resuming needs the same precision
         precision = resumed_precision(precision, resumed.training.precision, device)
-    check_options(options, world_size)
-    warn_if_unsigned(rank)
+    check_options(options, given, world_size)
+    dtype = select_dtype(precision, device)
+    check_memory(options, dtype, device)
     with process_group(), lock_output_dir(args.output):
         if rank == 0:
             options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
-        options, dtype = broadcast((options, select_dtype(precision, device)))
+        options, dtype = broadcast((options, dtype))
         images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
         recipe = RECIPES[options.recipe]
-        patches = recipe.patches(images, options.patch_size, device)
+        with warn_of_busy_cores(device):
+            patches = recipe.patches(images, options.patch_size, device)
         progress.print_setup(patches, dtype, options)
-        if resumed:
-            run = restored_run(resumed, options, recipe, patches, dtype)
-        else:
-            run = new_run(options, recipe, patches, dtype)
+        parts = options, recipe, patches, dtype
+        run = restored_run(resumed, *parts) if resumed else new_run(*parts)
         train(run, patches, test_set, args.output)
-    warn_if_unsigned(rank)
-
-
-def warn_if_unsigned(rank: int) -> None:
-    if rank == 0 and not is_filled_in(info):
-        warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
 
 def inspect_command(args: argparse.Namespace) -> None:
@@ -299,8 +302,8 @@ def inspect_command(args: argparse.Namespace) -> None:
     model.to(select_device(args.cuda))
     if args.protocol == "course":
         images = load_images(args.test_data or default_folder(TEST_DATA), "test")
-        scores = course_psnr(model, images, args.batch_size)
-        facts = scores, images.name, args.batch_size
+        batch_size = args.batch_size or COURSE_BATCH_SIZE
+        facts = course_psnr(model, images, batch_size), images.name, batch_size
         show(*(course_to_json(*facts).splitlines() if args.json else describe_course(*facts)))
         return
     report = checkpoint.training.report if checkpoint.training else None

@@ -1,5 +1,6 @@
 """Fixtures. The environment variable SRCNN_DATA is the folder of the real images."""
 
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from data import ImageSet, degrade
 from imaging.dead_leaves import dead_leaves
 from info import Info
 from model import SRCNN
+from training import progress, speed
 from training.random_patches import RandomPatches
 from utils import run_command
 
@@ -27,7 +29,8 @@ def _clean_environment(tmp_path, monkeypatch):
     """Run each test in an empty folder of its own, with a filled-in info.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(train, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
+    monkeypatch.setattr(speed, "MIN_SECONDS", math.inf)  # no warnings that depend on other programs
+    monkeypatch.setattr(progress, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
     yield
     torch.set_flush_denormal(False)  # as before a command
 

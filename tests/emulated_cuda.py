@@ -101,6 +101,7 @@ def emulated(capability=(8, 0)):
     """Emulate a machine with one GPU within this context."""
     waits.clear()
     cuda = {"device_count": 1, "set_device": None, "get_device_capability": capability}
+    cuda["get_device_properties"] = mock.Mock(total_memory=2**34)
     cuda = {name: mock.Mock(return_value=value) for name, value in cuda.items()}
     with mock.patch.multiple(torch.cuda, **cuda), Transfers():
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -174,7 +174,7 @@ def small_run(**options):
     torch.manual_seed(0)
     model, whitening = SRCNN(), torch.eye(243) + 0.01
     optimizer, generator = WhitenedAdam(model, whitening), torch.Generator().manual_seed(5)
-    arguments = (Options(**options), RECIPES["default"], torch.float32, "photos", model, optimizer, generator)
+    arguments = (Options(**options), RECIPES["default"], torch.float32, "photos", "", model, optimizer, generator)
     return Run(*arguments, id="20250102-030405-6")
 
 

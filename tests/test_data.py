@@ -156,6 +156,15 @@ def test_split_into_empty_set_is_refused(hold_out):
         FIVE.split(hold_out)
 
 
+def test_fingerprint_depends_on_sizes_and_pixels_but_not_on_names_and_order():
+    image, turned = Image.frombytes("L", (2, 1), b"ab"), Image.frombytes("L", (1, 2), b"ab")
+    other = Image.frombytes("L", (2, 1), b"ac")
+    sets = [(image, turned), (turned, image.convert("RGB")), (image, other), (image, image), (image,)]
+    found = [data.ImageSet("x", dict(enumerate(images))).fingerprint() for images in sets]
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+
+
 def test_test_set_whose_figures_no_checkpoint_has_room_for_is_refused(photos, monkeypatch):
     monkeypatch.setattr(data, "MAX_TEST_IMAGES", 4)
     with pytest.raises(CommandError, match=f"^{photos.name}: at most 4 images can be tested on, not 5$"):

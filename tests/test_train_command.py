@@ -52,6 +52,7 @@ def test_inspect_measures_by_protocol_of_course(cli, photos):
     command = ("train.py", "inspect", "x", "--protocol=course", f"--test-data={photos}", "--batch-size=3")
     assert cli(*command) == (0, "\n".join([*describe_course(scores, photos.name, 3), ""]), "")
     assert cli(*command, "--json")[1] == course_to_json(scores, photos.name, 3) + "\n"
+    assert " in batches of 8:\n" in cli(*command[:-1])[1]  # as in the course's program
 
 
 # ------------------------------------------------------------------------ train and resume
@@ -102,7 +103,8 @@ def test_run_on_generated_images_names_them_and_resumes_without_network(cli, off
 
 
 def test_hold_out_tests_on_training_images(train_small, photos):
-    status, out, _ = train_small("--num-epoch=1", "--hold-out=2")
+    command = ("train", f"--train-data={photos}", "--num-epoch=1", "--batch-size=4", "--hold-out=2")
+    status, out, _ = train_small(command=command)
     assert status == 0
     assert f"training set {photos.name} (without 1 of 2): 3 images" in out
     saved = load("checkpoint.1")["report"]
@@ -111,13 +113,12 @@ def test_hold_out_tests_on_training_images(train_small, photos):
     assert list(load("checkpoint.2")["report"]["images"]) == ["leaves2", "leaves4"]
 
 
-def test_info_not_filled_in_warns_at_start_and_end(train_small, monkeypatch):
-    monkeypatch.setattr("train.info", Info("your name", "1155123456", "ctm@example.com"))
-    status, _, err = train_small("--num-epoch=1")
-    assert status == 0
-    first, second = err.splitlines(keepends=True)
-    assert first == second
-    assert_one_line(first, "WARNING: info.py")
+def test_info_not_filled_in_warns_once_a_run(train_small, monkeypatch):
+    monkeypatch.setattr("training.progress.info", Info("your name", "1155123456", "ctm@example.com"))
+    for options, words in ((["--num-epoch=1"], None), (["--num-epoch=2"], ("resume", "checkpoint.1"))):
+        status, _, err = train_small(*options, **({"command": words} if words else {}))
+        assert status == 0
+        assert_one_line(err, "WARNING: info.py")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -137,7 +138,7 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
             while chunk := os.read(ours, 4096):
                 shown += chunk
     os.close(ours)
-    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+", shown)
+    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+, run=\d\d:\d\d left", shown)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -149,8 +150,14 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
         ("resume x --output=", 2, "(see train.py resume --help)"),
         ("train --no-such", 2, "--no-such"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
+        ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
+        ("train --hold-out=2", 2, "--hold-out"),
+        ("resume x --hold-out=2 --test-data=empty", 2, "--test-data"),
+        ("resume held --test-data=empty", 1, "add --hold-out=0"),
+        ("resume x --seed 3", 2, "--seed is fixed"),
+        ("resume x --num-epoch=2", 1, "x already has 2 epochs"),
         ("inspect x --test-data=data/Set5", 1, "`python data.py` downloads Set5"),
-        ("resume x --num-epoch=1", 1, "--num-epoch=1"),
+        ("resume x --num-epoch=1", 1, "--num-epoch"),
         ("train --recipe=assignment --precision=bf16", 1, "--precision"),
         ("train --train-data=missing", 1, "missing"),
         ("train --test-data=empty", 1, "empty"),
@@ -160,32 +167,36 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
 )
 def test_bad_input_prints_one_line_and_writes_nothing(cli, photos, arguments, status, fact):
     torch.save(trained_content(epoch=2), "x")
+    torch.save(trained_content(args={"hold_out": 2}), "held")
     Path("empty").mkdir()
     Path("file").write_text("in the way")
     command, *options = arguments.split()
     sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
     found, out, err = cli("train.py", command, *sets, *options)
-    assert (found, out) == (status, "")
+    assert found == status
+    assert not out or out.startswith("resuming held after epoch 1")
     assert_one_line(err, fact)
-    assert sorted(os.listdir()) == ["empty", "file", "x"]
+    assert sorted(os.listdir()) == ["empty", "file", "held", "x"]
 
 
 @pytest.mark.parametrize(
-    ("folders", "course_files", "fact"),
+    ("folders", "course_files", "script", "fact"),
     [
-        ((), (), "training/"),
-        ((), ("data.py", "utils.py"), "training/"),
-        (("imaging", "training", "upscaling"), ("data.py", "utils.py"), "'data'"),
+        ((), (), "train.py", "training/"),
+        ((), ("data.py", "utils.py"), "train.py", "training/"),
+        (("imaging", "training", "upscaling"), ("data.py", "utils.py"), "elsewhere/link.py", "'data'"),
     ],
     ids=["alone", "beside course's files", "whole project with course's files"],
 )
-def test_incomplete_project_prints_one_line(folders, course_files, fact):
+def test_incomplete_project_prints_one_line(folders, course_files, script, fact):
     for name in ("train.py", "model.py", "info.py", "checkpoint.pth"):
         shutil.copy(ROOT / name, name)
     for name in folders:
         Path(name).symlink_to(ROOT / name)
     for name in course_files:
         Path(name).write_text("class TrainDataset: ...\n")
-    end = subprocess.run([sys.executable, "train.py", "inspect", "checkpoint.pth"], capture_output=True, text=True)
+    Path("elsewhere").mkdir()
+    Path("elsewhere/link.py").symlink_to(Path("train.py").resolve())
+    end = subprocess.run([sys.executable, script, "inspect", "checkpoint.pth"], capture_output=True, text=True)
     assert (end.returncode, end.stdout) == (1, "")
     assert_one_line(end.stderr, "error: ", fact, "requirements.txt")

@@ -4,6 +4,7 @@ import io
 import math
 import re
 import time
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ class TrainingState:
     best: float  # highest PSNR on luma so far, in dB
     best_epoch: int
     train_set: str  # name of the training set
+    train_images: str  # fingerprint of its images; empty if unknown
     run: str  # identifies the run and its log
     history: list[ResumeRecord]
 
@@ -74,7 +76,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     }
     if state := checkpoint.training:
         content |= vars(state) | {"report": state.report.to_dict(), "history": state.history[1 - LIMITS[list] :]}
-    content["model_state_dict"], content["opt"] = content["model"], content["args"]
+    content["model_state_dict"], content["opt"] = content["model"], with_attributes(content["args"])
     content["optimizer_state_dict"] = for_plain_adam(content["optimizer"], checkpoint.args.get("lr", 0.001))
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(content, buffer)
@@ -82,6 +84,16 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     for path in paths:
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
+
+
+def with_attributes(args: Args) -> OrderedDict[str, Any]:
+    """Return options that are attributes as well: the course's program reads ``opt.lr``.
+
+    Of all classes whose objects have attributes, torch.load with weights_only=True allows only this one.
+    """
+    options = OrderedDict(args)
+    vars(options).update(args)
+    return options
 
 
 def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any]:
@@ -110,6 +122,7 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
         if len(data) > MAX_BYTES:
             raise CommandError("it is too large")
         content = unpickle(data)
+        refuse_bare_weights(content, path)
         return parse(content if "model" in content else from_course(content))
     except Exception as error:  # a damaged or hostile file can provoke errors of many types
         if is_out_of_memory(error):
@@ -118,12 +131,25 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
         raise CommandError(f"{path}: not a valid SRCNN checkpoint: {reason}") from error
 
 
+def refuse_bare_weights(content: Any, path: Path) -> None:
+    """Raise CommandError if a file contains a state_dict and nothing else, and say how to make a checkpoint of it."""
+    if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
+        return
+    if [tensor.shape for tensor in content.values()] != list(shapes().values()):
+        raise CommandError("it contains only weights, and not those of SRCNN 9-1-5 for RGB images")
+    new = f"torch.save({{'model_state_dict': torch.load({str(path)!r})}}, 'checkpoint.new')"
+    raise CommandError(f"it contains only weights; make a checkpoint of them in Python: {new}")
+
+
 def from_course(content: Any) -> dict[str, Any]:
-    """Convert the layout of the course's skeleton, where layers may have other names and epochs count from 0."""
+    """Convert the layout of the course's skeleton, where layers may have other names and epochs count from 0.
+
+    All but the weights may be missing.
+    """
     weights, names = content["model_state_dict"], list(shapes())
     if len(weights) == len(names):
         weights = dict(zip(names, weights.values(), strict=True))
-    who, epoch, psnr = content.get("info", {}), content.get("epoch", 0) + 1, float(content.get("psnr", math.nan))
+    who, epoch, psnr = content.get("info", {}), content.get("epoch", -1) + 1, float(content.get("psnr", math.nan))
     who = {name: str(who[name])[:1000] for name in vars(info) if isinstance(who.get(name), str | int)}
     return {"model": weights, "args": valid_args(content.get("opt", {})), "info": who, "epoch": epoch, "psnr": psnr}
 
@@ -163,6 +189,7 @@ def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
         best=check(content["best"], float, "best"),
         best_epoch=check(content["best_epoch"], int, "best_epoch"),
         train_set=check(content.get("train_set", ""), str, "train_set"),
+        train_images=check(content.get("train_images", ""), str, "train_images"),
         run=content["run"],
         history=[(check(n, int, "history"), None if args is None else check_args(args)) for n, args in history],
     )

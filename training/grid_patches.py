@@ -18,6 +18,7 @@ from utils import CommandError
 
 SIZE = 33  # side of a patch in HR pixels
 STRIDE = 14  # distance between neighboring patches
+COURSE_BATCH_SIZE = 8  # of the course's test program, unless another is given
 
 
 class GridPatches:
@@ -31,7 +32,7 @@ class GridPatches:
     """
 
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
-        self.name, self.count = image_set.name, len(image_set.images)
+        self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
         self.patch_size, self.device = patch_size, device
         self.lr, self.hr = (patches.to(device) for patches in cut_patches(image_set, patch_size))
         self.pixels = len(self.hr) * patch_size**2

@@ -51,8 +51,8 @@ class Log:
         try:
             yield
         except Exception as error:  # whatever it is, training is worth more than its log
-            self.writer = None
-            warn(f"TensorBoard's log cannot be written: {error or type(error).__name__}")
+            self.writer, reason = None, str(error).partition("\n")[0] or type(error).__name__
+            warn(f"TensorBoard's log cannot be written, so training continues without it: {reason}")
 
     def write(self, epoch: int, report: Report, loss: float, learning_rate: float) -> None:
         if not self.writer:
@@ -75,16 +75,14 @@ class Log:
         """Write bicubic, SRCNN and ground truth of each test image side by side, and the filters of conv1."""
         if not self.writer:
             return
-        from torchvision.utils import make_grid  # slow to import
-
-        upscale, sheets = Upscaler(model), {}
-        for name, image in test_set.images.items():
-            panels = [image.bicubic, to_tensor(upscale(image.lr)), image.hr]
-            sheets[f"{test_set.name}/{name}: bicubic, SRCNN, ground truth"] = make_grid(panels)
-        sheets["conv1/filters"] = filters(model)
+        upscale = Upscaler(model)
         with self.errors_as_warning():
-            for name, sheet in sheets.items():
-                self.writer.add_image(name, sheet, epoch)
+            from torchvision.utils import make_grid  # slow to import
+
+            for name, image in test_set.images.items():
+                sheet = make_grid([image.bicubic, to_tensor(upscale(image.lr)), image.hr])
+                self.writer.add_image(f"{test_set.name}/{name}: bicubic, SRCNN, ground truth", sheet, epoch)
+            self.writer.add_image("conv1/filters", filters(model), epoch)
             self.writer.flush()
 
     def write_result(self, epoch: int, report: Report) -> None:

@@ -3,16 +3,27 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from data import TEST_DATA, TRAIN_DATA
 from model import SCALE
-from upscaling.device import PRECISION_HELP, PRECISIONS
+from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
+from upscaling.distributed import local_world_size, rank_and_world_size
 from utils import CommandError, integer, positive_float
 
-MAX_STEP = 2**26  # HR pixels in a batch; the features of more would take over 16 GB
+# Memory of a training step at its peak, in bytes for each HR pixel that is computed. The largest measured on a CPU, for
+# patches of 9 to 300 pixels in batches of 0.1 to 6.8 GB, were 1,680, 790 and 1,440.
+STEP_BYTES = {
+    ("default", torch.float32): 1700,
+    ("default", torch.bfloat16): 850,
+    ("assignment", torch.float32): 1500,
+}
+UNKNOWN_MEMORY = 2**34  # bytes that are assumed where the system does not say how much memory it has
 
 Args = dict[str, Any]  # options by their names on the command line and in a checkpoint
 # Options by recipe whose defaults differ from the fields of Options.
@@ -22,6 +33,15 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
+FIXED = ("recipe", "seed")  # options that cannot change later: the optimizer and the random state depend on them
+
+
+def hold_out_number(text: str) -> int:
+    """Parse the value of --hold-out, 0 or at least 2: an argparse type."""
+    number = integer(0)(text)
+    if number == 1:
+        raise argparse.ArgumentTypeError("must be at least 2, or 0 for none, not '1', which leaves no training images")
+    return number
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
@@ -42,7 +62,7 @@ class Options:
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
-    hold_out:      int   = option(0,               integer(0),        "test on 1 of N training images instead")
+    hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
     # fmt: on
 
     def to_args(self) -> Args:
@@ -69,7 +89,9 @@ FIELDS = {field.metadata.get("name", field.name): field for field in dataclasses
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
     """Add the options to a parser. The namespace gets only the options that are given on the command line."""
     for name, field in FIELDS.items():
-        if resume and name in ("recipe", "seed"):  # the optimizer and the random state depend on them
+        if resume and name in FIXED:
+            hidden = argparse.SUPPRESS
+            parser.add_argument(f"--{name}", action=RefuseFixedOption, nargs="?", default=hidden, help=hidden)
             continue
         arguments = {key: value for key, value in field.metadata.items() if key != "name"}
         if "choices" not in arguments:
@@ -79,19 +101,56 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
+class RefuseFixedOption(argparse.Action):
+    """Report why ``resume`` does not have an option."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is fixed at the start of a run; leave it out")
+
+
 def given_options(namespace: argparse.Namespace) -> Args:
     """Return the options that were given on the command line."""
     return {name: value for name, value in vars(namespace).items() if name in FIELDS}
 
 
-def check_options(options: Options, world_size: int) -> None:
-    """Raise CommandError if the options contradict each other or ask for too much."""
+def check_options(options: Options, given: Args, world_size: int) -> None:
+    """Raise CommandError if the options contradict each other or ask for too much.
+
+    ``given`` are those from the command line.
+    """
+    if options.hold_out and "test_data" in given:
+        reason = f"would be ignored, since 1 of {options.hold_out} training images is held out to test on"
+        raise CommandError(f"--test-data {reason}; add --hold-out=0 to test on --test-data instead")
     if options.recipe == "assignment" and options.precision != "fp32":
         raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
-    if options.batch_size * options.patch_size**2 > MAX_STEP:
-        raise CommandError(f"a batch has at most {MAX_STEP:,} pixels; use a smaller --batch-size or --patch-size")
     if options.batch_size < world_size:
         raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
+
+
+def check_memory(options: Options, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise CommandError if a training step needs more memory than there is, whether or not other programs use it.
+
+    Processes on one node share its memory, but each has a GPU of its own.
+    """
+    known = total_memory(device)
+    memory, needed = known or UNKNOWN_MEMORY, step_memory(options, dtype)
+    if device.type == "cpu":
+        needed *= local_world_size()
+    if needed > memory:
+        batch = f"a batch of {options.batch_size:,} patches of {options.patch_size}x{options.patch_size}"
+        owner = f"of this {'machine' if device.type == 'cpu' else 'GPU'}" if known else "that this machine may have"
+        reason = f"needs about {needed / 2**30:,.1f} GiB in each step, more than the {memory / 2**30:,.1f} GiB {owner}"
+        raise CommandError(f"{batch} {reason}; use a smaller --batch-size or --patch-size")
+
+
+def step_memory(options: Options, dtype: torch.dtype) -> int:
+    """Estimate the memory in bytes that this process needs for a training step."""
+    share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
+    pixels = share * size**2
+    if options.recipe == "default":
+        # Features reach 3 pixels beyond each side, and rows are padded. Each process has all of the gray patches.
+        pixels = share * ((size + 6) ** 2 + 150) + options.batch_size * 110
+    return pixels * STEP_BYTES[options.recipe, dtype]
 
 
 # ------------------------------------------------------------------------- in checkpoints

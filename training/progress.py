@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from tqdm import tqdm
 
 from data import Batch
 from imaging.metrics import Report, summary, table
-from training.checkpoints import MAX_WEIGHT
+from info import info
+from training.checkpoints import MAX_WEIGHT, is_filled_in
 from training.options import Options
 from training.run import Patches, Run
+from training.speed import warn_if_slow
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
 from utils import CommandError, plural, progress_bar, show, warn
@@ -24,7 +27,10 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
-    show(f"training set {patches.name}: {size}")
+    larger = options.batch_size * options.patch_size**2 > patches.pixels
+    show(f"training set {patches.name}: {size}{', since a batch is larger than the set' if larger else ''}")
+    if not is_filled_in(info) and rank_and_world_size()[0] == 0:
+        warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
 
 def print_start(run: Run) -> None:
@@ -40,14 +46,27 @@ def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options
     return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
 
 
-def print_epoch(run: Run, loss: float, speed: float) -> None:
-    """Print one line. The speed is in HR pixels per second."""
-    figures = f"loss {loss:.6f}  {speed / 1e6:.2f} Mpx/s"
-    show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(run.report)}  {figures}")
+def update_bar(bar: "tqdm[Batch]", run: Run, epochs: float, loss: float) -> None:
+    """Show the loss and the remaining time of the run, of which so many epochs are done."""
+    epoch, start = run.began
+    left = (time.monotonic() - start) / (epochs - epoch) * (run.options.num_epoch - epochs)
+    bar.set_postfix(loss=f"{loss:.5f}", run=f"{bar.format_interval(left)} left")
+
+
+def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
+    """Print one line about an epoch that took so many seconds; the speed in it is in HR pixels per second."""
+    options = run.options
+    run.speeds.append(len(losses) * options.batch_size * options.patch_size**2 / seconds)
+    figures = f"loss {losses.mean().item():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"
+    show(f"epoch {run.epoch:3}/{options.num_epoch}  {summary(run.report)}  {figures}")
+    warn_if_slow(run.speeds, seconds, run.model.conv1.weight.device)
 
 
 def print_result(run: Run, output: Path) -> None:
-    best = f"best: epoch {run.best_epoch} with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
+    best = f"best: epoch {run.best_epoch}" if run.best_epoch else "no epoch was better than the initial network"
+    best += f" with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
+    if run.best_epoch and not (output / "checkpoint.best").exists():  # resumed from another folder or an earlier epoch
+        best += f"; its checkpoint is not in {output}"
     show("", *table(run.report), "", f"saved: {output / f'checkpoint.{run.epoch}'}; {best}")
 
 

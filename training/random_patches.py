@@ -28,7 +28,7 @@ class RandomPatches:
     """
 
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
-        self.name, self.count = image_set.name, len(image_set.images)
+        self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
         self.patch_size, self.device = patch_size, device
         self.lr, self.hr = Atlas(), Atlas()
         errors = []

@@ -48,6 +48,7 @@ class Run:
     recipe: Recipe
     dtype: torch.dtype
     train_set: str  # name of the training set
+    train_images: str  # fingerprint of its images
     model: SRCNN
     optimizer: Adam
     generator: torch.Generator  # draws the patches
@@ -57,18 +58,24 @@ class Run:
     best: float = -math.inf  # highest PSNR on luma, in dB
     best_epoch: int = 0
     history: list[ResumeRecord] = field(default_factory=list)
+    began: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # epoch and time of start
+    speeds: list[float] = field(default_factory=list)  # HR pixels per second of each epoch since then
 
     def start(self, report: Report) -> None:
-        """Set the first report. The best PSNR so far counts only on the same test set."""
+        """Set the first report. The best PSNR so far counts only if the training and test images are the same."""
         if self.report.fingerprint() != report.fingerprint():
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
-        self.report = report
+        self.report, self.began = report, (self.epoch, time.monotonic())
 
     def finish_epoch(self, report: Report) -> None:
         self.epoch += 1
         self.report = report
         if report.mean.srcnn.y > self.best:
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+
+    def trains_on_images_of(self, state: TrainingState) -> bool:
+        """Return whether the training images are those of a checkpoint, as far as it says."""
+        return state.train_images in ("", self.train_images)
 
     def is_milestone(self) -> bool:
         """Return whether this epoch gets a numbered checkpoint."""
@@ -83,6 +90,7 @@ class Run:
             best=self.best,
             best_epoch=self.best_epoch,
             train_set=self.train_set,
+            train_images=self.train_images,
             run=self.id,
             history=self.history,
         )
@@ -114,7 +122,7 @@ def new_run(options: Options, recipe: Recipe, patches: Patches, dtype: torch.dty
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.optimizer(model, patches, generator)
-    return Run(options, recipe, dtype, patches.name, model, optimizer, generator)
+    return Run(options, recipe, dtype, patches.name, patches.fingerprint, model, optimizer, generator)
 
 
 def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
@@ -128,8 +136,11 @@ def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patch
         return run
     run.optimizer.load_state_dict(state.optimizer)
     run.generator.set_state(state.random_state)
-    run.id, run.report, run.best, run.best_epoch = state.run, state.report, state.best, state.best_epoch
-    run.history = list(state.history)
+    run.id, run.history = state.run, list(state.history)
+    if run.trains_on_images_of(state):
+        run.report, run.best, run.best_epoch = state.report, state.best, state.best_epoch
+    else:
+        show("the training images differ from those of this run so far; its best PSNR counts from here")
     if Options.from_args(checkpoint.args) != options:
         run.history.append((checkpoint.epoch, checkpoint.args))
     return run
@@ -164,7 +175,8 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
     epochs = [run.best_epoch]
     if saved and is_of_run(saved, run.id, [run.epoch]):
         kept.append(last)
-        if saved.args == run.options.to_args():
+        same_images = saved.training and run.trains_on_images_of(saved.training)
+        if saved.args == run.options.to_args() and same_images:
             # After a kill between checkpoint.best and checkpoint.last, the run repeats the epoch of checkpoint.best.
             epochs.append(run.epoch + 1)
     saved = load_if_valid(best)
@@ -177,7 +189,7 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
         while (other := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
         os.replace(path, other)
-        show(f"{path} belongs to another run or to a later epoch; it is kept as {other}")
+        show(f"{path} belongs to another run, other images or a later epoch; it is kept as {other}")
 
 
 def is_of_run(checkpoint: Checkpoint, run: str, epochs: list[int]) -> bool:

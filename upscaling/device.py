@@ -1,7 +1,9 @@
-"""The device and the precision to compute in."""
+"""The device, its memory, and the precision to compute in."""
 
 import contextlib
 import ctypes
+import os
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,41 @@ def select_device(cuda: bool) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise CommandError(f"PyTorch cannot use the GPU: {reason}; run without --cuda") from error
     return device
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Return the memory of the GPU, or else of the machine or its container, in bytes; None if it is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = cgroup_limits(Path("/"))
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def cgroup_limits(root: Path) -> list[int]:
+    """Return the limits on memory in bytes, in the first and second version of Linux's control groups.
+
+    A process is subject to the limits of its group and of all groups that contain it. In a container some of them may
+    not be visible.
+    """
+    limits: list[int] = []
+    with contextlib.suppress(OSError):  # not Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            folder, name = root / "sys/fs/cgroup", "memory.max"
+            if controllers:
+                folder, name = folder / "memory", "memory.limit_in_bytes"
+                if "memory" not in controllers.split(","):
+                    continue
+            path = PurePosixPath(group)
+            for place in (path, *path.parents):
+                with contextlib.suppress(OSError, ValueError):  # missing, or "max"
+                    limits.append(int((folder / place.relative_to("/") / name).read_text()))
+    return limits
 
 
 def keep_memory() -> None:

@@ -32,6 +32,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if rank_and_world_size()[1] > 1 else 0
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this node."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if rank_and_world_size()[1] > 1 else 1
+
+
 def node_rank() -> int:
     """Return the index of the node, or machine, of this process."""
     return int(os.environ["GROUP_RANK"]) if rank_and_world_size()[1] > 1 else 0

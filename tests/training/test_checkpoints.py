@@ -38,6 +38,14 @@ def test_file_contains_what_assignment_asks_for():
     assert (saved["epoch"], saved["psnr"]) == (1, 31.0)
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_options_for_course_are_items_and_attributes(weights_only):
+    PATH.write_bytes(trained_file())
+    saved = torch.load(PATH, weights_only=weights_only)
+    assert dict(saved["opt"]) == vars(saved["opt"]) == saved["args"]
+    assert (saved["opt"].save_freq, saved["opt"]["lr"]) == (10, 0.003)
+
+
 def test_full_disk_keeps_existing_file():
     """A limit on the size of files has the same effect as a full disk."""
     PATH.write_bytes(trained_file())
@@ -159,13 +167,27 @@ def test_checkpoint_of_course_is_loaded_whatever_its_layers_are_called(prefix):
 
 def test_course_checkpoint_needs_only_weights():
     found = loaded({"model_state_dict": course_content()["model_state_dict"]})
-    assert (found.epoch, found.args, found.info) == (1, {}, Info("", "", ""))
+    assert (found.epoch, found.args, found.info) == (0, {}, Info("", "", ""))
     assert math.isnan(found.psnr)
 
 
 def test_invalid_options_of_course_checkpoint_are_ignored():
     opt = argparse.Namespace(seed=None, batch_size=4, save_freq=0, patch_size=32, lr="fast")
     assert loaded(course_content(opt=opt)).args == {"batch_size": 4}
+
+
+def test_bare_weights_are_refused_with_code_that_makes_a_checkpoint():
+    model = SRCNN().state_dict()
+    torch.save({f"net.{name}": weight for name, weight in model.items()}, "it's")
+    with pytest.raises(CommandError, match="it contains only weights; make a checkpoint") as refusal:
+        load_checkpoint(Path("it's"))
+    exec(str(refusal.value).partition("in Python: ")[2])
+    found = load_checkpoint(Path("checkpoint.new"))
+    assert same(found.model, dict(model))
+    assert (found.epoch, found.args, found.training) == (0, {}, None)
+    torch.save({name: weight for name, weight in model.items() if "conv1" not in name}, PATH)
+    with pytest.raises(CommandError, match="it contains only weights, and not those of SRCNN"):
+        load_checkpoint(PATH)
 
 
 def test_long_names_and_the_last_of_a_long_history_are_loaded():

@@ -192,6 +192,7 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
         *(torch.full((5056,), value, dtype=torch.uint8) for value in (0, 255)),
         *(random_state(left, following) for left, following in ((624, 624), (625, 1), (2, 624), (0, 0), (1, -1))),
     ],
+    ("train_images", "missing or invalid 'train_images'"): [5, ["x"], "x" * 5000],
     ("history", UNSAFE): [[1], [[1]], [[1, 2]], [[1, [0]]], [[1, 0]], [[1, []]]],
     ("history", "missing or invalid 'history'"): [3, torch.zeros(9, 2), [["x", {}]], [[1, None]] * LIMITS[list]],
     ("history", "invalid 'lr'"): [[[1, {"lr": [[[]]]}]]],

@@ -1,7 +1,9 @@
 import io
 import signal
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,29 @@ def test_log_that_cannot_be_written_warns_once(monkeypatch, capfd, room, error):
     monkeypatch.setattr(RecordWriter, "write", write)
     write_everything(Path("runs/log"))
     assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "full")
+
+
+@pytest.mark.parametrize("module", ["torch.utils.tensorboard", "torchvision.utils"])
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError])
+def test_broken_package_ends_log_with_warning(monkeypatch, capfd, module, error):
+    def find_spec(name, *_):
+        if name == module:
+            raise error("operator torchvision::nms does not exist\nIt is not registered.")
+
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+    write_everything(Path("runs/log"))
+    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", "continues without it: ", "nms does not exist\n")
+
+
+def test_grid_that_cannot_be_made_ends_log_with_warning(monkeypatch, capfd):
+    def make_grid(*arguments, **options):
+        raise RuntimeError
+
+    monkeypatch.setattr("torchvision.utils.make_grid", make_grid)
+    write_everything(Path("runs/log"))
+    assert_one_line(capfd.readouterr().err, "WARNING: TensorBoard", ": RuntimeError\n")
+    assert values(events("runs/log"), "train/loss") == [(1, 0.5)]
 
 
 def test_lack_of_threads_ends_log_with_warning(monkeypatch, capfd):

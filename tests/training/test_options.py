@@ -1,7 +1,21 @@
-import pytest
-from helpers import assert_one_line
+import contextlib
+import re
+import resource
+from dataclasses import replace
+from pathlib import Path
 
-from training.options import Options, add_options, check_args, check_options, given_options
+import pytest
+import torch
+from helpers import assert_one_line, in_new_process, peak_memory_mib
+
+import training.options
+from data import ImageSet
+from imaging.dead_leaves import dead_leaves
+from train import RECIPES, train_one_step
+from training.options import Options, add_options, check_args, check_memory, check_options, given_options, step_memory
+from training.random_patches import RandomPatches
+from training.run import new_run
+from upscaling.device import keep_memory
 from utils import ArgumentParser, CommandError
 
 ALL = {"lr": 1e-9, "batch_size": 3, "num_epoch": 2**31 - 1, "save_freq": 1, "patch_size": 9, "seed": 7}
@@ -54,6 +68,7 @@ def test_help_shows_defaults_but_not_for_resume():
         ("patch_size", "32", "multiple of 3"),
         ("seed", "-1", "0 or greater"),
         ("hold_out", "-2", "0 or greater"),
+        ("hold_out", "1", "at least 2"),
         ("precision", "fp16", ""),
     ],
 )
@@ -73,17 +88,80 @@ def test_value_of_no_option_is_refused_in_checkpoint(name, value):
         check_args({name: value})
 
 
+@pytest.mark.parametrize("words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--rec default"])
+def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        parser(resume=True).parse_args(words.split())
+    name = "--recipe" if "rec" in words else "--seed"
+    assert_one_line(capsys.readouterr().err, f"{name} is fixed at the start of a run")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         (Options("assignment", precision="bf16"), "--precision"),
-        (Options(batch_size=2**26 // 33**2 + 1), "67,108,864"),
-        (Options(patch_size=2**31 - 2), "67,108,864"),
+        (Options(hold_out=4), "--hold-out=0"),
         (Options(batch_size=2), "3 processes"),
     ],
-    ids=["precision", "batch of many pixels", "large patch", "fewer patches than processes"],
+    ids=["precision", "ignored test data", "fewer patches than processes"],
 )
 def test_options_that_contradict_or_ask_too_much_are_refused(options, problem):
     with pytest.raises(CommandError, match=problem):
-        check_options(options, world_size=3)
-    check_options(Options(batch_size=2**26 // 33**2), world_size=3)
+        check_options(options, {"test_data": "Set5"}, world_size=3)
+    check_options(Options(hold_out=4), {}, world_size=3)
+
+
+GIB = 2**30
+PLAIN = Options("assignment", batch_size=3000, patch_size=33)  # 3000 * 33^2 * 1500 bytes are 4.56 GiB
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "world", "device", "fact"),
+    [
+        (
+            PLAIN,
+            4.5 * GIB,
+            (0, 1),
+            "cpu",
+            "a batch of 3,000 patches of 33x33 needs about 4.6 GiB in each step, more than ",
+        ),
+        (PLAIN, 4.5 * GIB, (0, 1), "cpu", "than the 4.5 GiB of this machine; use a smaller --batch-size"),
+        (PLAIN, 4.6 * GIB, (0, 1), "cpu", None),
+        (PLAIN, 4.5 * GIB, (1, 3), "cpu", "needs about 4.6 GiB"),  # the processes share the machine
+        (PLAIN, 1.5 * GIB, (1, 3), "cuda", "more than the 1.5 GiB of this GPU"),
+        (PLAIN, 1.6 * GIB, (1, 3), "cuda", None),
+        (
+            replace(PLAIN, batch_size=11_000),
+            None,
+            (0, 1),
+            "cpu",
+            "16.7 GiB in each step, more than the 16.0 GiB that",
+        ),
+        (replace(PLAIN, batch_size=10_000), None, (0, 1), "cpu", None),
+        (Options(batch_size=60_000), 24 * GIB, (0, 1), "cpu", "needs about 169.2 GiB"),
+        (Options(patch_size=2**31 - 2), 24 * GIB, (0, 1), "cpu", "use a smaller --batch-size or --patch-size"),
+    ],
+)
+def test_batch_that_needs_more_memory_than_there_is_is_refused(monkeypatch, options, memory, world, device, fact):
+    monkeypatch.setattr(training.options, "total_memory", lambda _: memory)
+    monkeypatch.setattr(training.options, "rank_and_world_size", lambda: world)
+    monkeypatch.setattr(training.options, "local_world_size", lambda: world[1])
+    with pytest.raises(CommandError, match=re.escape(fact)) if fact else contextlib.nullcontext():
+        check_memory(options, torch.float32, torch.device(device))
+
+
+def growth_in_one_step(options):
+    """Take two training steps in this process; return by how many bytes its peak of memory exceeds its start."""
+    train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 80)), options.patch_size, torch.device("cpu"))
+    run = new_run(options, RECIPES["default"], train_set, torch.float32)
+    keep_memory()
+    start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    for batch in train_set.batches(2, options.batch_size, run.generator):
+        train_one_step(run, batch)
+    return peak_memory_mib() * 2**20 - start
+
+
+def test_estimate_of_memory_is_not_below_peak_of_training():
+    options = Options(batch_size=128, precision="fp32")
+    peak, estimate = in_new_process(growth_in_one_step, options), step_memory(options, torch.float32)
+    assert estimate / 2.5 < peak < estimate

@@ -1,6 +1,7 @@
 import math
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from helpers import assert_one_line, report, small_run
 
 from imaging.metrics import summary, table
+from training import speed
 from training.checkpoints import MAX_WEIGHT, load_checkpoint
-from training.progress import check_finite, resume_hint, warn_if_worse
+from training.progress import check_finite, epoch_bar, print_epoch, print_result, resume_hint, update_bar, warn_if_worse
 from utils import CommandError
 
 
@@ -25,6 +27,50 @@ def test_run_prints_one_line_per_epoch_and_table_at_end(train_small, photos):
     mean = saved.mean.bicubic
     assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
     assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
+
+
+def test_bar_shows_remaining_time_of_resumed_run(monkeypatch):
+    """In 30 seconds it has done half an epoch of two and a half."""
+    run = small_run(num_epoch=6)
+    run.epoch = 3
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    run.start(report())
+    monkeypatch.setattr(time, "monotonic", lambda: 130.0)
+    bar = epoch_bar([], 4, 4, run.options)
+    update_bar(bar, run, 3.5, 0.00123)
+    assert bar.postfix == "loss=0.00123, run=02:30 left"
+
+
+def test_epochs_are_printed_with_speed_and_slow_one_with_warning(capfd, monkeypatch):
+    """They have two steps of 10 patches of 30x30, 18,000 pixels."""
+    monkeypatch.setattr(speed, "MIN_SECONDS", 0.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run = small_run(num_epoch=6, batch_size=10, patch_size=30)
+    run.start(report())
+    for seconds, wanted in ((0.1, "0.18"), (1.0, "0.02")):
+        print_epoch(run, torch.tensor([0.1, 0.3]), seconds)
+        out, err = capfd.readouterr()
+        assert out.endswith(f"  loss 0.200000  {wanted} Mpx/s\n")
+    assert_one_line(err, "WARNING: the last epoch was 10 times slower", "OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "saved", "fact"),
+    [
+        (0, False, "; no epoch was better than the initial network with 31.000 dB Y on Set5, trained on photos\n"),
+        (3, True, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos\n"),
+        (3, False, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos; its checkpoint is not in out\n"),
+    ],
+    ids=["initial network", "saved here", "saved elsewhere"],
+)
+def test_result_claims_no_checkpoint_that_does_not_exist(capfd, epoch, saved, fact):
+    run = small_run()
+    run.report, run.best, run.best_epoch = report(30.0, "Set5"), 31.0, epoch
+    Path("out").mkdir()
+    if saved:
+        Path("out/checkpoint.best").touch()
+    print_result(run, Path("out"))
+    assert capfd.readouterr().out.endswith(fact)
 
 
 @pytest.mark.parametrize(("before", "after", "warns"), [(30, 29.4, True), (30, 29.6, False), (29.4, 29.3, False)])

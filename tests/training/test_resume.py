@@ -1,6 +1,7 @@
 """Options of a resumed run, checkpoints of the course, and what remains of a run that ends early."""
 
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_resuming_finished_run_prints_hint_and_writes_nothing(train_small, saved
     files = contents("there")
     status, out, err = train_small(command=("resume", "there/checkpoint.last"))
     assert (status, err) == (0, "")
-    assert "--num-epoch=2 has been reached" in out
+    assert out == "there/checkpoint.last already has 2 epochs; give a larger --num-epoch to train on\n"
     assert contents("there") == files
 
 
@@ -52,6 +53,30 @@ def test_resumed_run_keeps_precision_that_auto_had_chosen(train_small, monkeypat
     assert train_small("--num-epoch=2", command=("resume", "fp32/checkpoint.1"))[0] == 0
     saved = load("fp32/checkpoint.2")
     assert (saved["precision"], saved["args"]["precision"]) == ("fp32", "auto")
+
+
+def test_resume_where_images_are_missing_names_options(train_small, saved, photos, offline):
+    """The same images elsewhere are no change; others are mentioned."""
+    Path("data").mkdir()
+    moved = {"train_data": "gone", "test_data": "data/Set5"}
+    torch.save(saved | {"args": saved["args"] | moved}, "moved")
+    for words, fact in (
+        ((), "gone: no such folder of images; give it with --train-data=DIR"),
+        ((f"--test-data={photos}", "--train-data=nowhere"), "nowhere: no such folder of images; give it with --train"),
+        ((f"--train-data={photos}",), "or give --test-data"),
+    ):
+        status, _, err = train_small(*words, command=("resume", "moved"))
+        assert status == 1
+        assert_one_line(err.removeprefix("http://127.0.0.1:9/archive.zip: [Errno 111] Connection refused\n"), fact)
+    shutil.copytree(photos, "elsewhere")
+    sets = ("--train-data=elsewhere", "--test-data=elsewhere")
+    status, out, _ = train_small(*sets, "--output=a", command=("resume", "moved"))
+    assert status == 0
+    assert "training images differ" not in out
+    next(Path("elsewhere").glob("*.png")).unlink()
+    status, out, _ = train_small(*sets, "--output=b", command=("resume", "moved"))
+    assert status == 0
+    assert out.count("the training images differ") == 1
 
 
 def test_checkpoint_of_course_is_resumed_from_its_weights(train_small, photos):

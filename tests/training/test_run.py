@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_one_line, contents, load, report, same, small_run, trained_checkpoint
 
+from imaging.metrics import Report
 from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.options import Options
@@ -54,6 +55,26 @@ def test_best_psnr_so_far_counts_only_on_same_test_set(train_set, first, best):
     run.start(first)
     assert (run.best, run.best_epoch, run.report) == (*best, first)
     assert saved.training.history == []  # the run has its own copy, with its changed options
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "best"),
+    [("same", (99.0, 1)), ("", (99.0, 1)), ("others", (31.0, 5))],
+    ids=["same", "unknown", "others"],
+)
+def test_best_psnr_so_far_counts_only_for_same_training_images(train_set, capfd, trained_on, best):
+    saved = trained_checkpoint()
+    saved.epoch, saved.training.best, saved.training.best_epoch = 5, 99.0, 1
+    saved.training.train_images = train_set.fingerprint if trained_on == "same" else trained_on
+    run = restored_run(saved, Options(), RECIPES["default"], train_set, torch.float32)
+    run.start(report(31.0))
+    assert (run.best, run.best_epoch) == best
+    assert run.checkpoint().training.train_images == train_set.fingerprint
+    out = capfd.readouterr().out
+    if trained_on == "others":
+        assert_one_line(out, "training images differ")
+    else:
+        assert out == ""
 
 
 def test_seed_determines_new_run(train_set):
@@ -123,6 +144,23 @@ def test_best_of_next_epoch_is_kept_aside_if_options_have_changed(run, tmp_path)
     assert contents().keys() == {"checkpoint.best.1", "checkpoint.last"}
     run.save_start(tmp_path)
     assert load("checkpoint.best")["epoch"] == 1
+
+
+@pytest.mark.parametrize("epoch_of_best", [1, 2])
+def test_best_of_other_training_images_is_kept_aside(run, tmp_path, epoch_of_best):
+    run.train_images = "before"
+    for y in (31.0, 30.5):
+        run.finish_epoch(report(y))
+        run.save(tmp_path)
+    # The second is as if it had been killed in the third epoch.
+    save_checkpoint(replace(run.checkpoint(), epoch=[1, 3][epoch_of_best - 1]), Path("checkpoint.best"))
+    saved = contents()["checkpoint.best"]
+    run.train_images, run.report = "after", Report("", {})  # as restored_run leaves it
+    run.start(report(30.5))
+    keep_other_checkpoints(tmp_path, run)
+    run.save_start(tmp_path)
+    assert contents()["checkpoint.best.1"] == saved
+    assert load("checkpoint.best")["epoch"] == load("checkpoint.last")["epoch"] == 2
 
 
 def test_checkpoint_that_cannot_be_read_is_neither_renamed_nor_replaced(run, tmp_path, monkeypatch):

@@ -11,7 +11,15 @@ from emulated_cuda import emulated
 from helpers import in_new_process
 
 from upscaling import device
-from upscaling.device import bf16_is_fast, keep_memory, resumed_precision, select_device, select_dtype
+from upscaling.device import (
+    bf16_is_fast,
+    cgroup_limits,
+    keep_memory,
+    resumed_precision,
+    select_device,
+    select_dtype,
+    total_memory,
+)
 from utils import CommandError
 
 CPU = torch.device("cpu")
@@ -49,6 +57,49 @@ def test_gpu_that_fails_at_first_kernel_is_reported_in_one_line(monkeypatch):
         monkeypatch.setattr(torch.nn.functional, "conv2d", fail)
         with pytest.raises(CommandError, match=r"^PyTorch cannot use the GPU: CUDA error: no kernel image[^\n]+$"):
             select_device(cuda=True)
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/\n", {"memory.max": "5000\n"}, [5000]),  # a container
+        ("0::/\n", {}, []),
+        ("0::/\n", {"memory.max": "max\n"}, []),
+        (
+            "0::/user.slice/a.scope\n",
+            {"user.slice/memory.max": "7000\n", "user.slice/a.scope/memory.max": "max"},
+            [7000],
+        ),
+        ("0::/../outside\n", {"memory.max": "5000\n"}, [5000]),
+        (
+            "4:cpu,cpuacct:/docker/abc\n3:hugetlb,memory:/docker/abc\n1:name=systemd:/a:b\n0::/\n",
+            {"memory/memory.limit_in_bytes": "6000\n", "docker/abc/memory.limit_in_bytes": "1\n"},
+            [6000],
+        ),
+        (None, {}, []),  # not Linux
+    ],
+    ids=["container", "host", "no limit", "limit of parent", "outside", "version 1", "no groups"],
+)
+def test_limits_of_control_groups_are_found(tmp_path, groups, files, limits):
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in (files | {"proc/self/cgroup": groups} if groups else files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cgroup_limits(tmp_path) == limits
+
+
+def test_memory_is_smaller_of_machine_and_limit(monkeypatch):
+    machine = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    for limits, wanted in (([], 4_096_000), ([9_000_000], 4_096_000), ([9_000_000, 5000], 5000)):
+        monkeypatch.setattr(device, "cgroup_limits", lambda root, limits=limits: [*limits])
+        monkeypatch.setattr(os, "sysconf", machine.__getitem__)
+        assert total_memory(CPU) == wanted
+    monkeypatch.delattr(os, "sysconf")  # Windows
+    monkeypatch.setattr(device, "cgroup_limits", lambda root: [])
+    assert total_memory(CPU) is None
 
 
 def page_faults(keep):
