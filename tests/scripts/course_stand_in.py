@@ -1,9 +1,4 @@
-"""Do what the course's programs do with a checkpoint: print it, upscale the tensor in ``lr``, and train one step.
-
-With the argument "resume", also read the options that its train.py reads.
-"""
-
-import sys
+"""Do what the course's programs do with a checkpoint: print it, upscale the tensor in ``lr``, and train one step."""
 
 import torch
 
@@ -13,9 +8,8 @@ from model import SRCNN
 torch.manual_seed(0)
 saved = torch.load("checkpoint.pth", map_location=torch.device("cpu"))
 print(saved["epoch"], saved["psnr"], saved["opt"], saved["info"])
-if "resume" in sys.argv:
-    opt = saved["opt"]
-    print(opt.batch_size, opt.num_epoch, opt.save_freq, opt.lr)
+opt = saved["opt"]
+print(opt.batch_size, opt.num_epoch, opt.save_freq, opt.lr)
 model = SRCNN()
 model.load_state_dict(saved["model_state_dict"])
 optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
