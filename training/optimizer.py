@@ -18,7 +18,9 @@ from upscaling.distributed import broadcast
 def plain_adam(model: SRCNN, patches: GridPatches, generator: torch.Generator) -> "Adam":
     """Set PyTorch's own initial weights, and return Adam for them."""
     for layer in (model.conv1, model.conv2, model.conv3):
-        layer.reset_parameters()
+        # A new layer, since the order in which values are drawn may depend on the memory format.
+        new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size)  # type: ignore[arg-type]
+        layer.load_state_dict(new.state_dict())
     return Adam(model.parameters())
 
 

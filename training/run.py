@@ -120,9 +120,8 @@ def new_run(options: Options, recipe: Recipe, patches: Patches, dtype: torch.dty
     """Return a run whose initial weights and patches are drawn with the seed."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    model = SRCNN().to(patches.device)
+    model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.optimizer(model, patches, generator)
-    model.to(memory_format=torch.channels_last)  # after it has drawn in the usual order
     return Run(options, recipe, dtype, patches.name, patches.fingerprint, model, optimizer, generator)
 
 
