@@ -13,6 +13,7 @@ from PIL import Image
 from imaging.images import read_image
 from utils import CommandError
 
+OLD_TIFFFILE = tifffile.__version__ < "2026"  # the last for Python 3.10, which neither decodes faxes nor packs bits
 OFFSETS = (273, 513)  # StripOffsets, JPEGInterchangeFormat
 
 
@@ -205,6 +206,8 @@ def samples(kind, bits, channels):
 
 def written(photometric, kind, bits, extra=()):
     """Write samples as TIFF with each compression, byte order, kind of tiles and of planes; yield the options."""
+    if OLD_TIFFFILE and bits in (2, 4, 10, 12):
+        pytest.skip("this tifffile does not pack bits")
     array = samples(kind, bits, CHANNELS[photometric] + len(extra))
     packed = bits not in (8, 16, 32)
     codecs = [None] if packed else [None, "lzw", "packbits", "zlib", "zstd"]
@@ -286,6 +289,7 @@ def test_jpeg_tiff_is_read_as_by_tifffile(subsampling, tile):
     assert abs(np.asarray(read_image(Path("a.tif"))).astype(int) - tifffile.imread("a.tif")).max() <= 1
 
 
+@pytest.mark.skipif(OLD_TIFFFILE, reason="this tifffile does not decode faxes")
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("compression", ["tiff_ccitt", "group3", "group4"])
 def test_fax_is_read_as_by_tifffile(compression, photometric):
