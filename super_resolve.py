@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from PIL.ImageFile import ImageFile
 
 from imaging.comparison import compare
 from imaging.folders import SUFFIX
@@ -24,15 +23,13 @@ from imaging.images import (
     check_output,
     flatten,
     from_array,
+    from_pillow,
     read_hr,
     read_image,
-    to_supported_mode,
     write_image,
 )
 from imaging.metadata import upscaled_metadata
 from imaging.metrics import MIN_SIDE, Report, Scores, table
-from imaging.png import read_cicp
-from imaging.tiff import load_pixels
 from model import SCALE, SRCNN
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
@@ -130,10 +127,7 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
     upscaler = upscaler or shipped_upscaler()
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))
-    if isinstance(image, ImageFile):
-        read_cicp(image)
-        load_pixels(image)
-    return upscale_with_metadata(to_supported_mode(image), upscaler)
+    return upscale_with_metadata(from_pillow(image), upscaler)
 
 
 def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") -> Image.Image:

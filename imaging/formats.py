@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
 
 from utils import CommandError
@@ -41,6 +42,7 @@ FORMATS = {
 READABLE = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
 # Formats whose further images are frames or pages. In other formats they are thumbnails or gain maps.
 WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
+NOT_THE_IMAGE = 1 | 4  # bits of a TIFF's NewSubfileType: a preview or a mask
 EXTENSIONS = ", ".join(f".{name.lower()}" for name in FORMATS)
 FORMAT_CHOICES = sorted({name.lower() for name in FORMATS} | {"jpg", "tif"})
 
@@ -111,7 +113,10 @@ def jpeg_2000_bits(file: IO[bytes]) -> int:
 
 
 def has_further_frames(file: ImageFile) -> bool:
-    """Return whether there are frames or pages after the first; False if they are damaged."""
+    """Return whether there are frames or pages after the first; False if they are damaged, or previews of a TIFF."""
     with contextlib.suppress(Exception):
+        if file.format == "TIFF":
+            file.seek(1)
+            return not file.tag_v2.get(Base.NewSubfileType, 0) & NOT_THE_IMAGE  # type: ignore[attr-defined]
         return file.format in WITH_FRAMES and file.is_animated  # type: ignore[attr-defined]
     return False

@@ -48,17 +48,22 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     CommandError, naming the file, if it cannot be decoded
     """
     with open_image(path, max_pixels) as file:
-        stored, bits = raw_mode(file), sample_bits(file)
-        load_pixels(file)
-        image = to_supported_mode(file)
-        if stored.startswith("LA;16"):  # Pillow decodes it as RGBA
-            image = image.convert("LA")
+        image, bits = decode(file)
         animated = has_further_frames(file)
     if animated:
-        warn(f"{path}: only the first of its frames is read")
+        warn(f"{path}: only the first of its {'pages' if file.format == 'TIFF' else 'frames'} is read")
     if bits > 8 and image.mode != "I;16":
         warn(f"{path}: its {bits} bits are read as 8, the most that Pillow supports for such images")
     return image
+
+
+def decode(file: ImageFile) -> tuple[Image.Image, int]:
+    """Decode the first frame. Return it as :func:`read_image` does, and how many bits the file's samples have."""
+    read_cicp(file)
+    stored, bits = raw_mode(file), sample_bits(file)
+    load_pixels(file)
+    image = to_supported_mode(file)
+    return image.convert("LA") if stored.startswith("LA;16") else image, bits  # Pillow decodes LA;16 as RGBA
 
 
 def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -89,7 +94,6 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
             if tile_pixels(file) > max_pixels:
                 raise Image.DecompressionBombError
             memory = 16 * file.width * file.height
-            read_cicp(file)
             yield file
         if ignored:
             warn(f"{path}: metadata that are damaged or too large are ignored ({', '.join(sorted(ignored))})")
@@ -144,6 +148,19 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
 
 
 # ---------------------------------------------------------------------------- conversion
+
+
+def from_pillow(image: Image.Image) -> Image.Image:
+    """Convert an image to what :func:`read_image` returns, whether or not its file is decoded yet.
+
+    Raises ValueError if Pillow cannot decode the file rightly.
+    """
+    if not (isinstance(image, ImageFile) and image.tile and image.fp):  # decoded, or not from a file
+        return to_supported_mode(image)
+    if image.format != "TIFF" or image.tell() > 0:
+        return decode(image)[0]
+    with tiff_decoder(image.fp):  # the decoder is chosen when the file is opened
+        return decode(Image.open(image.fp, formats=["TIFF"]))[0]
 
 
 def to_supported_mode(image: Image.Image) -> Image.Image:

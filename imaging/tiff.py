@@ -7,20 +7,22 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, BinaryIO
+from typing import IO
 
 import numpy as np
-from PIL import ImagePalette, TiffImagePlugin, UnidentifiedImageError
+from PIL import ImagePalette, TiffImagePlugin, TiffTags, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from imaging.formats import NOT_THE_IMAGE
+
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python would print what it logs about damaged TIFFs
-ADVICE = "convert it to 8-bit gray or RGB"
+ADVICE = "convert it to PNG with another program"
 IMAGE_DEPTH = 32997  # of a volume
 NUMBERS = [Base.ImageWidth, Base.ImageLength, Base.RowsPerStrip, Base.TileWidth, Base.TileLength, IMAGE_DEPTH]
 NUMBERS += [Base.Compression, Base.PhotometricInterpretation, Base.SamplesPerPixel, Base.PlanarConfiguration]
-NUMBERS += [Base.FillOrder, Base.Predictor, Base.InkSet]
+NUMBERS += [Base.FillOrder, Base.Predictor, Base.InkSet, Base.NewSubfileType]
 LISTS = [Base.StripOffsets, Base.TileOffsets]
 LISTS += [Base.BitsPerSample, Base.SampleFormat, Base.ExtraSamples, Base.ColorMap]
 UNSIGNED = (3, 4, 16)  # types of tags: 16, 32 and 64 bits
@@ -44,7 +46,7 @@ COMPRESSIONS = (1, *FAX, 6, JPEG, 32773, *WITH_PREDICTOR)  # 1: none, 6: old JPE
 
 
 @contextlib.contextmanager
-def tiff_decoder(source: BinaryIO) -> Iterator[None]:
+def tiff_decoder(source: IO[bytes]) -> Iterator[None]:
     """Choose the decoder for a TIFF that is opened in this context. Other files are none of its business.
 
     Raises ValueError if Pillow may get the samples wrong.
@@ -59,7 +61,10 @@ def tiff_decoder(source: BinaryIO) -> Iterator[None]:
     tags = ImageFileDirectory_v2(header if header[2] == 43 else header[:8])  # 43: BigTIFF
     source.seek(tags.next)
     tags.load(source)
-    check_tags(tags, tag_entries(source))
+    try:
+        check_tags(tags, tag_entries(source))
+    except struct.error as error:
+        raise ValueError("it is cut off or damaged") from error
     layout = layout_of(tags)
     check_layout(layout, tags)
     check_jpeg(layout, source)
@@ -82,7 +87,8 @@ def check_tags(tags: ImageFileDirectory_v2, entries: list[tuple[int, int, int]])
     for tag in NUMBERS + LISTS:
         found = [(kind in UNSIGNED, tag in LISTS or count == 1) for number, kind, count in entries if number == tag]
         if found != [(True, True)] * (tag in tags):
-            raise ValueError(f"invalid tag {tag}")
+            name = TiffTags.lookup(tag).name
+            raise ValueError(f"its tag {name} occurs twice or has an unusual type; {ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,12 @@ def check_layout(layout: Layout, tags: ImageFileDirectory_v2) -> None:
         ("InkSet", tags.get(Base.InkSet, 1), (1,)),
         ("ImageDepth", tags.get(IMAGE_DEPTH, 1), (1,)),
     ):
+        if value is None:
+            raise ValueError(f"a TIFF without {name} is not supported; {ADVICE}")
         if value not in supported:
             raise ValueError(f"a TIFF with {name} {value} is not supported; {ADVICE}")
+    if tags.get(Base.NewSubfileType, 0) & NOT_THE_IMAGE and tags.next:
+        raise ValueError("its first page is a preview or a mask; save the image itself as the first page")
     colors = len(tags.get(Base.ColorMap, ()))
     if layout.photometric == PALETTE and (colors < 3 << layout.bits or colors % 3):
         raise ValueError(f"the color map of this TIFF has the wrong length; {ADVICE}")

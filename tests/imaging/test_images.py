@@ -271,7 +271,8 @@ def frames_of(name, number):
 def test_multi_frame_image_reads_first_frame_and_warns(name, capfd):
     first = frames_of(name, 3)
     assert_equal(read_image(Path(name)), first)
-    assert capfd.readouterr().err == f"WARNING: {name}: only the first of its frames is read\n"
+    kind = "pages" if name == "f.tif" else "frames"
+    assert capfd.readouterr().err == f"WARNING: {name}: only the first of its {kind} is read\n"
 
 
 @pytest.mark.parametrize("name", ["f.gif", "f.png", "f.webp", "f.tif"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tifffile
 from helpers import file_of, random_image
-from PIL import Image
+from PIL import Image, TiffTags
 
-from imaging.images import read_image
+from imaging.images import from_pillow, read_image
 from utils import CommandError
 
 OLD_TIFFFILE = tifffile.__version__ < "2026"  # the last for Python 3.10, which neither decodes faxes nor packs bits
@@ -138,7 +138,7 @@ JFIF = file_of(Image.new("RGB", (9, 5), "red"), "JPEG")
         (gray(1, 10), bytes(60), "BitsPerSample 10"),
         (gray(8, 16, (258, [16] * 3), (277, 3)), bytes(270), "BitsPerSample 16"),
         (gray(4, 1), bytes(10), "PhotometricInterpretation 4"),
-        (gray(1, 8, (262, None)), SMALL.tobytes(), "PhotometricInterpretation None"),  # 0 or 1
+        (gray(1, 8, (262, None)), SMALL.tobytes(), "without PhotometricInterpretation"),  # 0 or 1
         (gray(1, 8, (317, 2)), SMALL.tobytes(), "Predictor 2"),
         (gray(1, 8, (284, 3)), SMALL.tobytes(), "PlanarConfiguration 3"),
         (gray(1, 8, (277, 2), (273, [0, 45]), (258, [8, 8]), (284, 2), (338, 2)), bytes(90), "PlanarConfiguration 2"),
@@ -160,7 +160,7 @@ def test_layout_that_decoders_get_wrong_is_refused(tags, data, reason):
 @pytest.mark.parametrize("magic", [b"MM*\0", b"MM\0*"])
 def test_kind_that_pillow_does_not_know_is_refused_with_advice(magic):
     Path("a.tif").write_bytes(tiff(gray(0, 16), SAMPLES.tobytes(), magic))
-    with pytest.raises(CommandError, match=r"Pillow does not support this kind of TIFF; convert it to 8-bit"):
+    with pytest.raises(CommandError, match=r"Pillow does not support this kind of TIFF; convert it to PNG"):
         read_image(Path("a.tif"))
 
 
@@ -170,7 +170,7 @@ def test_big_endian_bigtiff_is_refused():
         read_image(Path("a.tif"))
 
 
-LAYOUT_TAGS = (256, 257, 258, 259, 262, 266, 277, 278, 284, 317, 320, 322, 323, 338, 339)
+LAYOUT_TAGS = (254, 256, 257, 258, 259, 262, 266, 277, 278, 284, 317, 320, 322, 323, 338, 339)
 
 
 @pytest.mark.parametrize("tag", LAYOUT_TAGS)
@@ -178,8 +178,45 @@ def test_layout_tag_that_occurs_twice_is_refused(tag):
     """Pillow and libtiff may each read another one of them."""
     tags = gray(1, 8)
     Path("a.tif").write_bytes(tiff(sorted([*tags, (tag, 1), (tag, 2)]), SMALL.tobytes()))
-    with pytest.raises(CommandError, match=rf"^a\.tif: .*: invalid tag {tag}$"):
+    with pytest.raises(CommandError, match=rf"^a\.tif: .*: its tag {TiffTags.lookup(tag).name} occurs twice "):
         read_image(Path("a.tif"))
+
+
+def test_file_that_is_cut_off_is_called_damaged():
+    Path("a.tif").write_bytes(tiff(gray(1, 8), SMALL.tobytes())[:9])
+    with pytest.raises(CommandError, match=r"^a\.tif: not an image that can be read: it is cut off or damaged$"):
+        read_image(Path("a.tif"))
+
+
+def write_pages(*kinds):
+    """Write a page for each value of NewSubfileType: 0 is an image, 1 a preview, 2 a page, 4 a mask."""
+    with tifffile.TiffWriter("a.tif") as file:
+        for kind in kinds:
+            mask = kind == 4
+            pixels, photometric = (SMALL > 99, "mask") if mask else (SMALL, "minisblack")
+            file.write(pixels, photometric=photometric, subfiletype=kind, metadata=None)
+
+
+@pytest.mark.parametrize(("kinds", "warned"), [((0, 1, 1), False), ((0, 4), False), ((2, 2), True), ((1,), False)])
+def test_previews_and_masks_are_no_further_pages(kinds, warned, capfd):
+    write_pages(*kinds)
+    assert np.array_equal(read_image(Path("a.tif")), SMALL)
+    assert capfd.readouterr().err == "WARNING: a.tif: only the first of its pages is read\n" * warned
+
+
+def test_preview_before_the_image_is_not_taken_for_it():
+    write_pages(1, 0)
+    with pytest.raises(CommandError, match="its first page is a preview or a mask"):
+        read_image(Path("a.tif"))
+
+
+def test_image_that_is_not_decoded_yet_is_read_as_its_file_is():
+    rgb = np.stack([SAMPLES, SAMPLES[::-1], SAMPLES[:, ::-1]], -1)
+    tifffile.imwrite("a.tif", rgb.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    assert np.array_equal(from_pillow(Image.open("a.tif")), rgb >> 8)
+    tifffile.imwrite("a.tif", SMALL.view(np.int8), photometric="minisblack")
+    with pytest.raises(ValueError, match="SampleFormat 2"):
+        from_pillow(Image.open("a.tif"))
 
 
 # ----------------------------------------------------------------- a second decoder
