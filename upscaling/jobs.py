@@ -2,11 +2,10 @@
 
 import errno
 import os
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from imaging.folders import COMPARISON_SUFFIX, SUFFIX, search_folder, warn_of_skipped
+from imaging.folders import COMPARISON_SUFFIX, SUFFIX, is_output, search_folder, warn_of_skipped
 from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD
 from utils import CommandError, make_folder, plural, remove_stale_files, warn
@@ -151,11 +150,20 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
     if recursive and not truths.files and not any(input.is_dir() for input in inputs):
         warn("--recursive has no effect, since no input is a folder")
     images: dict[str, InputImage] = {}
-    for input in inputs:
+    for input in without_outputs(inputs):
         found = images_in_folder(input, truths, recursive) if input.is_dir() else [single_image(input, truths)]
         for image in found:
             images.setdefault(os.path.realpath(image.path), image)
     return list(images.values())
+
+
+def without_outputs(inputs: list[Path]) -> list[Path]:
+    """Leave out earlier outputs, which a pattern of the shell may match, unless there is nothing else."""
+    others = [path for path in inputs if path.is_dir() or not is_output(path)]
+    if not others or len(others) == len(inputs):
+        return inputs
+    warn(f"skipping {plural(len(inputs) - len(others), 'earlier output')} of super_resolve.py among the inputs")
+    return others
 
 
 def single_image(path: Path, truths: GroundTruths) -> InputImage:
@@ -237,20 +245,26 @@ def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
     That does not depend on the order of the inputs, so --skip-existing never mistakes one output for the other. If
     the inputs have the same name, in two folders, only the first can be written.
     """
-    writers = Counter(os.path.realpath(output) for job in jobs for output in job.outputs)
-    taken: dict[str, Path] = {}
-    distinct = []
-    for job in jobs:
-        if any(writers[os.path.realpath(output)] > 1 for output in job.outputs):
-            job = job._replace(sr=job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}"))
+    jobs, renamed = list(jobs), True
+    while renamed:  # a new name may be another job's
+        renamed = False
+        inputs: dict[str, set[str]] = {}  # names of inputs by output
+        for job in jobs:
+            for output in job.outputs:
+                inputs.setdefault(os.path.realpath(output), set()).add(job.lr.name)
+        for i, job in enumerate(jobs):
+            sr = job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}")
+            if sr != job.sr and any(len(inputs[os.path.realpath(output)]) > 1 for output in job.outputs):
+                jobs[i], renamed = job._replace(sr=sr), True
+    writers: dict[str, Path] = {}
+    for i, job in enumerate(jobs):
         outputs = [os.path.realpath(output) for output in job.outputs]
-        if other := next((taken[output] for output in outputs if output in taken), None):
-            problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale it alone, with another --output"
-            job = job._replace(problem=problem)
-        else:
-            taken |= dict.fromkeys(outputs, job.lr)
-        distinct.append(job)
-    return distinct
+        if other := next((writers[output] for output in outputs if output in writers), None):
+            problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale each folder to an --output of its own"
+            jobs[i] = job._replace(problem=problem)
+        for output in outputs:
+            writers.setdefault(output, job.lr)
+    return jobs
 
 
 def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:

@@ -147,6 +147,7 @@ def outputs(find):
         ("x.jpg y.jpg x.png", None, "png", "x.jpg_srcnn_x3.png y_srcnn_x3.png x.png_srcnn_x3.png"),
         ("x.png x.avif", None, None, "x.png_srcnn_x3.png x.avif_srcnn_x3.png"),
         ("x.jpg x.png", None, None, "x_srcnn_x3.jpg x_srcnn_x3.png"),
+        ("x.jpg x.png x.jpg.png", None, "png", "x.jpg_srcnn_x3.png x.png_srcnn_x3.png x.jpg.png_srcnn_x3.png"),
         ("x.jpg x.png", "hr.png", None, "x.jpg_srcnn_x3.jpg x.png_srcnn_x3.png"),  # for the sake of comparisons
     ],
 )
@@ -162,14 +163,36 @@ def test_outputs_of_same_name_keep_extension_of_input(outputs, inputs, truth, ex
 
 def test_second_of_two_inputs_with_same_name_fails_alone(outputs):
     found = outputs("p/x.png q/x.png p/y.png", "o")
-    assert found.pop("q/x.png").startswith(
-        "q/x.png: o/x.png_srcnn_x3.png is also the output of p/x.png; upscale it alone, "
+    assert found.pop("q/x.png").startswith("q/x.png: o/x_srcnn_x3.png is also the output of p/x.png; upscale each ")
+    assert found == {"p/x.png": "o/x_srcnn_x3.png", "p/y.png": "o/y_srcnn_x3.png"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected", "skipped"),
+    [
+        ("p/x.png p/x_srcnn_x3.png", ["p/x.png"], 1),
+        ("p/x_srcnn_x3_comparison.png p/x_srcnn_x3.png p/x.png p/y.png", ["p/x.png", "p/y.png"], 2),
+        ("p/x_srcnn_x3.png", ["p/x_srcnn_x3.png"], 0),
+    ],
+)
+def test_earlier_outputs_among_inputs_are_skipped(outputs, capsys, inputs, expected, skipped):
+    """A pattern of the shell, such as *.png, matches them in a second run."""
+    assert list(outputs(inputs)) == expected
+    number = {0: "", 1: "1 earlier output", 2: "2 earlier outputs"}[skipped]
+    assert capsys.readouterr().err == f"WARNING: skipping {number} of super_resolve.py among the inputs\n" * bool(
+        skipped
     )
-    assert found == {"p/x.png": "o/x.png_srcnn_x3.png", "p/y.png": "o/y_srcnn_x3.png"}
+
+
+def test_folder_with_name_of_an_output_is_searched(outputs, capsys):
+    Path("p_srcnn_x3").mkdir()
+    Path("p_srcnn_x3/a.png").touch()
+    assert list(outputs("b.png p_srcnn_x3")) == ["b.png", "p_srcnn_x3/a.png"]
+    assert capsys.readouterr().err == ""
 
 
 def test_output_of_another_job_is_not_taken_as_done(find):
-    for name in ("p/x.png", "q/x.png", "o/x.png_srcnn_x3.png"):
+    for name in ("p/x.png", "q/x.png", "o/x_srcnn_x3.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     assert [job.is_done() for job in find("p/x.png q/x.png", "o")] == [True, False]
@@ -235,7 +258,6 @@ def test_ground_truths_are_found_in_same_subfolder(find):
         ("lr.bmp", "lr.bmp", None, None, "lr.bmp is an input"),
         ("lr.bmp", "net.png", None, None, "net.png is an input"),
         ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
-        ("lr.bmp hr_srcnn_x3.png hr.png", None, None, None, "hr_srcnn_x3.png is an input"),
         ("lr.bmp", "x.png", "x_srcnn_x3_comparison.png", None, "x_srcnn_x3_comparison.png is an input"),
         ("lr.bmp", "new", None, None, "new: use one of the extensions .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg"),
