@@ -102,6 +102,15 @@ def test_damaged_exif_data_are_ignored():
     assert np.array_equal(read_image(Path("e.jpg")), expected)
 
 
+@pytest.mark.parametrize("place", [0, 1, 10, 14])  # in the header, or in the directory
+def test_exif_data_whose_resolution_has_an_impossible_position_are_kept(place):
+    tags = [(Base.Orientation, 3, 1, 6), (Base.XResolution, 5, 1, place), (Base.YResolution, 5, 1, 100)]
+    content = b"Exif\0\0II*\0\x08\0\0\0\3\0" + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(120)
+    copy = copied("e.jpg", exif=content)
+    assert copy.size == SIZE[::-1]
+    assert copy.info["exif"] == content.replace(struct.pack("<HHII", *tags[0]), struct.pack("<HHII", 274, 3, 1, 1))
+
+
 def test_exif_data_too_large_for_jpeg_are_left_out_with_a_warning(capfd):
     for size, kept in ((65533, True), (65534, False)):
         content = exif(Make="a camera").tobytes().ljust(size, b"\0")
