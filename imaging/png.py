@@ -88,7 +88,7 @@ def read_cicp(file: Image.Image) -> None:
     source.seek(8)
     while len(header := source.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
         start, length = source.tell(), int.from_bytes(header[:4], "big")
-        if header[4:] == b"cICP" and is_intact(b"cICP", content := source.read(4), source.read(4)):
+        if header[4:] == b"cICP" and length == 4 and is_intact(b"cICP", content := source.read(4), source.read(4)):
             file.info["cicp"] = content
         source.seek(start + length + 4)
     source.seek(position)
@@ -106,8 +106,21 @@ def color_chunks(info: Mapping[Any, Any]) -> PngInfo | None:
         (b"cICP", "cicp", lambda content: struct.pack("4B", *content)),
     ):
         with contextlib.suppress(Exception):  # the value can be of any type, since texts are also in the info
-            chunks.add(cid, encode(info[key]))
+            if is_usable(cid, content := encode(info[key])):
+                chunks.add(cid, content)
     return chunks if chunks.chunks else None
+
+
+def is_usable(cid: bytes, content: bytes) -> bool:
+    """Return whether viewers use a chunk about color. They ignore a gamma of 0, and chromaticities if a y is 0."""
+    if cid == b"gAMA":
+        return any(content)
+    return cid != b"cHRM" or all(struct.unpack(">8I", content)[1::2])
+
+
+def overrides_profile(info: PngInfo) -> bool:
+    """Return whether viewers use a chunk about color rather than an ICC profile. They do so with cICP alone."""
+    return any(cid == b"cICP" for cid, *_ in info.chunks)
 
 
 def describes_srgb(info: PngInfo) -> bool:

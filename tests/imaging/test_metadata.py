@@ -295,3 +295,15 @@ def test_profile_has_precedence_over_other_chunks(output, warned, capfd):
         f"WARNING: {output}: colors will look different, since {output[2:].upper()} does not support its ICC profile\n"
     )
     assert capfd.readouterr().err == (warning if warned else "")
+
+
+@pytest.mark.parametrize(("output", "names"), [("o.png", ""), ("o.jpg", "gAMA, cICP"), ("o.tif", "gAMA, cICP")])
+def test_cicp_has_precedence_over_profile(output, names, capfd):
+    for cicp, warned in ((bytes([9, 16, 0, 1]), bool(names)), (bytes([1, 13, 0, 1]), False)):
+        chunks = PngInfo()
+        chunks.add(b"gAMA", struct.pack(">I", 100000))
+        chunks.add(b"cICP", cicp)
+        assert copied("c.png", output, icc_profile=P3, pnginfo=chunks).info["icc_profile"] == P3
+        format = {"o.jpg": "JPEG", "o.tif": "TIFF"}.get(output)
+        warning = f"WARNING: {output}: colors will look different, since {format} does not support PNG's {names}\n"
+        assert capfd.readouterr().err == (warning if warned else "")

@@ -211,9 +211,33 @@ def test_png_keeps_chunks_about_color(contents, mode, capfd):
     assert capfd.readouterr().err == ""
 
 
+ZERO_Y = {"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 0)}
+ZERO_X = {"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 0, 6000)}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"gAMA": bytes(4)},
+        {"cHRM": bytes(32)},
+        ZERO_Y,
+        *({"cICP": bytes([9, 16, 0, 1, 0])[:length]} for length in (0, 1, 3, 5)),
+        {"cICP": PQ["cICP"] + struct.pack(">I", zlib.crc32(b"cICP" + PQ["cICP"]))},
+    ],
+    ids=str,
+)
+def test_chunks_that_viewers_ignore_are_dropped(contents, capfd):
+    for output in ("o.png", "o.jpg"):
+        copied(output, "RGB", chunks(**contents))
+        assert capfd.readouterr().err == ""
+    assert not {*contents} & {*chunks_in("o.png")}
+
+
 @pytest.mark.parametrize(
     ("contents", "names"),
     [
+        (ZERO_X, "cHRM"),
+        ({**GAMMA_1, **ZERO_Y}, "gAMA"),
         (GAMMA_1, "gAMA"),
         (P3_PRIMARIES, "cHRM"),
         (P3_CICP, "cICP"),
