@@ -12,6 +12,7 @@ SHORT, LONG, RATIONAL = 3, 4, 5  # types
 WIDTHS, HEIGHTS = (Base.ImageWidth, Base.ExifImageWidth), (Base.ImageLength, Base.ExifImageHeight)
 RESOLUTION = (Base.XResolution, Base.YResolution)
 NO_UNIT, INCH, CENTIMETER = 1, 2, 3  # of resolution
+Rational = tuple[int, int, int]  # position, numerator and denominator
 
 
 class ExifData:
@@ -23,6 +24,7 @@ class ExifData:
             raise ValueError("no TIFF header")
         self.content = bytearray(content)
         self.order = "<" if content.startswith(b"I") else ">"
+        self.structure = [range(8)]  # positions of the header and the directories, where no value can be
         self.main = self.read_entries(self.read("I", 4))
         if not self.main:
             raise ValueError("no tags")
@@ -38,16 +40,32 @@ class ExifData:
         struct.pack_into(self.order + format, self.content, position, *values)
 
     def read_entries(self, start: int) -> list[tuple[int, int]]:
-        """Return the tags of a directory, and the positions of their entries of 12 bytes: tag, type, count, value."""
+        """Return the tags of a directory, and the positions of their entries of 12 bytes: tag, type, count, value.
+
+        None are returned if the directory would overlap the header or one that was read before.
+        """
         end = min(start + 2 + 12 * self.read("H", start), len(self.content))
+        if not self.is_free(start, end + 4):  # the position of the next directory follows
+            return []
+        self.structure.append(range(start, end + 4))
         return [(self.read("H", position), position) for position in range(start + 2, end - 11, 12)]
 
-    def read_rational(self, tag: int) -> tuple[int, int, int] | None:
-        """Return the position, numerator and denominator of a number, or None if it is missing."""
+    def is_free(self, start: int, end: int) -> bool:
+        """Return whether these positions overlap neither the header nor a directory that has been read."""
+        return all(end <= part.start or part.stop <= start for part in self.structure)
+
+    def read_rational(self, tag: int) -> Rational | None:
+        """Return a number, or None if it is missing or would overlap the header or a directory."""
         for position in (self.read("I", entry + 8) for entry in self.find(tag, RATIONAL)):
-            if position + 8 <= len(self.content):
+            if position + 8 <= len(self.content) and self.is_free(position, position + 8):
                 return position, self.read("I", position), self.read("I", position + 4)
         return None
+
+    def read_resolution(self) -> tuple[Rational | None, Rational | None]:
+        """Return the resolutions in x and y, or None for those that are missing or damaged."""
+        x, y = (self.read_rational(tag) for tag in RESOLUTION)
+        overlap = x and y and 0 < abs(x[0] - y[0]) < 8
+        return (None, None) if overlap else (x, y)
 
     def find(self, tag: int, kind: int) -> list[int]:
         """Return the positions of the entries of this tag and type in the main directory."""
@@ -60,7 +78,7 @@ class ExifData:
     @property
     def dpi(self) -> tuple[float, float] | None:
         """Resolutions in x and y, or None if they are missing, invalid or without a unit."""
-        x, y = (self.read_rational(tag) for tag in RESOLUTION)
+        x, y = self.read_resolution()
         inch = {INCH: 1.0, CENTIMETER: 2.54}.get(self.unit)
         if not (x and y and x[2] and y[2] and inch):
             return None
@@ -70,7 +88,8 @@ class ExifData:
 def edit_exif(content: bytes, size: tuple[int, int], scale: int = 1, orientation: int = 1) -> bytes:
     """Return EXIF data for an image that has been turned upright and enlarged. Raises ValueError if they are damaged.
 
-    The length does not change. A thumbnail is kept, unless the image has been turned.
+    Neither the length nor the places of tags change, so that the result can be edited again. A thumbnail is kept,
+    unless the image has been turned.
 
     Parameters
     ----------
@@ -96,7 +115,7 @@ def edit_exif(content: bytes, size: tuple[int, int], scale: int = 1, orientation
 
 def edit_resolution(data: ExifData, scale: int, swap: bool) -> None:
     """Multiply the resolutions by ``scale``, and swap them if the image's sides have been swapped."""
-    found = [rational for tag in RESOLUTION if (rational := data.read_rational(tag))]
+    found = [rational for rational in data.read_resolution() if rational]
     values = [multiply(numerator, denominator, scale) for _, numerator, denominator in found]
     for (position, *_), value in zip(found, reversed(values) if swap else values, strict=True):
         data.write("II", position, *value)

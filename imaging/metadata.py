@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from imaging.exif import PREFIX, ExifData, edit_exif
 from imaging.formats import FORMATS
-from imaging.png import color_chunks, describes_srgb
+from imaging.png import color_chunks, describes_srgb, overrides_profile
 
 # By orientation
 TURNS = {
@@ -128,7 +128,7 @@ def save_options(info: Mapping[Any, Any], format: str, mode: str) -> tuple[dict[
         problems.append(f"its EXIF data are left out: they are too large for {format}")
     if chunks and format == "PNG":
         options["pnginfo"] = chunks
-    elif chunks and not info.get("icc_profile") and not describes_srgb(chunks):
+    elif chunks and (not info.get("icc_profile") or overrides_profile(chunks)) and not describes_srgb(chunks):
         names = ", ".join(name.decode() for name, *_ in chunks.chunks)
         problems.append(f"colors will look different, since {format} does not support PNG's {names}")
     return options, problems

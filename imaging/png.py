@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import IO, Any
@@ -10,7 +11,9 @@ from PIL import Image, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo, PngStream
 
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
-METADATA = (*TEXT, b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"eXIf")
+COLOR = (b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
+METADATA = (*TEXT, *COLOR, b"pHYs", b"eXIf", b"bKGD", b"hIST", b"sBIT", b"sPLT", b"tIME")
+ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of the texts that can say it
 # What sRGB would be: primaries, transfer function, matrix and range; gamma; white, red, green and blue as x and y.
 SRGB_CICP = bytes([1, 13, 0, 1])
 SRGB_GAMA = struct.pack(">I", 45455)
@@ -27,13 +30,38 @@ class TolerantPngStream(PngStream):
     def call(self, cid: bytes, pos: int, length: int) -> bytes:
         if cid not in METADATA:
             return super().call(cid, pos, length)
-        if cid not in TEXT or self.text_memory <= PngImagePlugin.MAX_TEXT_MEMORY:
-            with contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error):
+        assert self.fp
+        content = ImageFile._safe_read(self.fp, length)
+        intact = is_intact(cid, content, self.fp.read(4))
+        if intact and (cid not in TEXT or self.text_memory <= PngImagePlugin.MAX_TEXT_MEMORY):
+            self.fp.seek(pos)
+            with contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error), self.text_apart(cid, content):
                 return super().call(cid, pos, length)
         self.ignored.add(cid.decode())
-        assert self.fp
-        self.fp.seek(pos)
-        return ImageFile._safe_read(self.fp, length)
+        self.fp.seek(pos + length)
+        return content
+
+    @contextlib.contextmanager
+    def text_apart(self, cid: bytes, content: bytes) -> Iterator[None]:
+        """Keep a text out of the image's info, where its keyword could be that of something else."""
+        info = self.im_info
+        if cid in TEXT and content.split(b"\0")[0] not in ORIENTATION:
+            self.im_info = {}
+        try:
+            yield
+        finally:
+            self.im_info = info
+
+    def crc(self, cid: bytes, data: bytes) -> None:
+        if cid in METADATA:  # call() has checked it
+            self.crc_skip(cid, data)
+        else:
+            super().crc(cid, data)
+
+
+def is_intact(cid: bytes, content: bytes, checksum: bytes) -> bool:
+    """Return whether a chunk's checksum, of 4 bytes, is right."""
+    return zlib.crc32(content, zlib.crc32(cid)).to_bytes(4, "big") == checksum
 
 
 @contextlib.contextmanager
@@ -60,8 +88,8 @@ def read_cicp(file: Image.Image) -> None:
     source.seek(8)
     while len(header := source.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
         start, length = source.tell(), int.from_bytes(header[:4], "big")
-        if header[4:] == b"cICP":
-            file.info["cicp"] = source.read(4)
+        if header[4:] == b"cICP" and length == 4 and is_intact(b"cICP", content := source.read(4), source.read(4)):
+            file.info["cicp"] = content
         source.seek(start + length + 4)
     source.seek(position)
 
@@ -78,8 +106,21 @@ def color_chunks(info: Mapping[Any, Any]) -> PngInfo | None:
         (b"cICP", "cicp", lambda content: struct.pack("4B", *content)),
     ):
         with contextlib.suppress(Exception):  # the value can be of any type, since texts are also in the info
-            chunks.add(cid, encode(info[key]))
+            if is_usable(cid, content := encode(info[key])):
+                chunks.add(cid, content)
     return chunks if chunks.chunks else None
+
+
+def is_usable(cid: bytes, content: bytes) -> bool:
+    """Return whether viewers use a chunk about color. They ignore a gamma of 0, and chromaticities if a y is 0."""
+    if cid == b"gAMA":
+        return any(content)
+    return cid != b"cHRM" or all(struct.unpack(">8I", content)[1::2])
+
+
+def overrides_profile(info: PngInfo) -> bool:
+    """Return whether viewers use a chunk about color rather than an ICC profile. They do so with cICP alone."""
+    return any(cid == b"cICP" for cid, *_ in info.chunks)
 
 
 def describes_srgb(info: PngInfo) -> bool:

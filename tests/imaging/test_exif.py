@@ -13,6 +13,7 @@ from imaging.exif import ExifData, edit_exif
 ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 2, 3, 4, 5, 7
 TEXT = "José Müller ©".encode() + b"\0"
 MAIN, DETAILS, THUMBNAIL = 8, 200, 300  # positions of the directories
+LINK = MAIN + 2 + 6 * 12  # position of the position of the thumbnail's directory
 X, Y, ARTIST, NOTE = 400, 408, 416, 440  # positions of values
 
 
@@ -68,8 +69,7 @@ def test_turned_image_swaps_resolutions_and_loses_thumbnail(order, orientation):
     after = edit_exif(example(order, orientation), (15, 24), orientation=orientation)
     x, y = ((150, 1), (300, 1)) if orientation >= 5 else ((300, 1), (150, 1))
     expected = bytearray(example(order, 1, x, y, size=(15, 24)))
-    link = 6 + MAIN + 2 + 6 * 12
-    expected[link : link + 4] = bytes(4)
+    expected[6 + LINK : 10 + LINK] = bytes(4)
     assert after == expected
 
 
@@ -135,17 +135,68 @@ def test_data_without_tags_are_refused(content):
         edit_exif(content, (24, 15))
 
 
-def test_damaged_data_keep_their_length_or_are_refused():
-    """Random flips and cuts, also of positions and counts; set SRCNN_FUZZ for more of them."""
+@pytest.mark.parametrize("place", [0, 1, 7, MAIN, MAIN + 50, LINK + 3, DETAILS - 7, DETAILS + 41])
+def test_resolution_that_would_overlap_header_or_directory_is_not_changed(place):
+    before = example(place_of_y=place)
+    assert edit_exif(before, (24, 15), scale=3) == example(x=(900, 1), place_of_y=place)
+    assert ExifData(before).read_resolution() == ((X, 300, 1), None)
+
+
+@pytest.mark.parametrize("place", [X - 7, X + 1, X + 7])
+def test_resolutions_that_overlap_each_other_are_not_changed(place):
+    before = example(place_of_y=place)
+    assert edit_exif(before, (24, 15), scale=3) == before
+    assert ExifData(before).dpi is None
+
+
+@pytest.mark.parametrize("place", [LINK + 4, DETAILS - 8, DETAILS + 2 + 3 * 12 + 4])
+def test_resolution_next_to_a_directory_is_changed(place):
+    content = bytearray(example(place_of_y=place))
+    content[6 + place : 14 + place] = struct.pack("<II", 150, 1)
+    assert edit_exif(bytes(content), (24, 15), scale=3)[6 + place : 14 + place] == struct.pack("<II", 450, 1)
+
+
+@pytest.mark.parametrize("place", [0, 1, MAIN, MAIN + 12, LINK + 3, MAIN - 2])
+def test_second_directory_that_would_overlap_the_first_is_not_read(place):
+    content = bytearray(example())
+    pointer = 6 + MAIN + 2 + 5 * 12 + 8
+    content[pointer : pointer + 4] = struct.pack("<I", place)
+    expected = bytearray(example(x=(900, 1), y=(450, 1)))  # but not the sides in the second directory
+    expected[pointer : pointer + 4] = struct.pack("<I", place)
+    assert edit_exif(bytes(content), (72, 45), scale=3) == expected
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_directory_in_the_header_is_refused(start):
+    with pytest.raises(ValueError, match="no tags"):
+        ExifData(b"II*\0" + bytes([start, 0, 0, 0]) + bytes([1, 0]) * 50)
+
+
+def damage(rng, content):
+    """Flip bytes at random, also of positions and counts, and sometimes cut the end."""
+    damaged = np.frombuffer(content, np.uint8).copy()
+    for _ in range(rng.integers(1, 20)):
+        place = 14 + int((len(damaged) - 14) * rng.random() ** 2)  # after the header
+        damaged[place] = rng.choice([0, 1, 2, 8, 255, rng.integers(256)])
+    if rng.random() < 0.2:
+        damaged[10:14] = [rng.integers(64), 0, 0, 0]  # position of the main directory
+    return (damaged[: rng.integers(len(damaged))] if rng.random() < 0.3 else damaged).tobytes()
+
+
+def test_damaged_data_are_refused_or_can_be_edited_again():
+    """Damage data at random; set SRCNN_FUZZ for more of them."""
     rng, refused = np.random.default_rng(0), 0
-    for _ in range(MORE or 300):
-        damaged = np.frombuffer(example("<>"[rng.integers(2)], orientation=6), np.uint8).copy()
-        for _ in range(rng.integers(1, 20)):
-            place = 14 + int((len(damaged) - 14) * rng.random() ** 2)  # after the header
-            damaged[place] = rng.choice([0, 1, 2, 8, 255, rng.integers(256)])
-        content = (damaged[: rng.integers(len(damaged))] if rng.random() < 0.3 else damaged).tobytes()
+    for _ in range(MORE or 400):
+        place = int(rng.choice([X, Y, rng.integers(120), rng.integers(200, 260)]))
+        content = damage(rng, example("<>"[rng.integers(2)], orientation=6, place_of_y=place))
         try:
-            assert len(edit_exif(content, (72, 45), scale=3, orientation=6)) == len(content)
+            ExifData(content)
         except ValueError:
             refused += 1
-    assert 0 < refused < (MORE or 300) / 2
+            continue
+        once = edit_exif(content, (72, 45), scale=3, orientation=6)
+        twice = edit_exif(once, (72, 45))
+        assert len(content) == len(once) == len(twice)
+        assert twice[:14] == content[:14]
+        assert ExifData(twice).entries == ExifData(content).entries
+    assert 0 < refused < (MORE or 400) / 2

@@ -102,6 +102,15 @@ def test_damaged_exif_data_are_ignored():
     assert np.array_equal(read_image(Path("e.jpg")), expected)
 
 
+@pytest.mark.parametrize("place", [0, 1, 10, 14])  # in the header, or in the directory
+def test_exif_data_whose_resolution_has_an_impossible_position_are_kept(place):
+    tags = [(Base.Orientation, 3, 1, 6), (Base.XResolution, 5, 1, place), (Base.YResolution, 5, 1, 100)]
+    content = b"Exif\0\0II*\0\x08\0\0\0\3\0" + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(120)
+    copy = copied("e.jpg", exif=content)
+    assert copy.size == SIZE[::-1]
+    assert copy.info["exif"] == content.replace(struct.pack("<HHII", *tags[0]), struct.pack("<HHII", 274, 3, 1, 1))
+
+
 def test_exif_data_too_large_for_jpeg_are_left_out_with_a_warning(capfd):
     for size, kept in ((65533, True), (65534, False)):
         content = exif(Make="a camera").tobytes().ljust(size, b"\0")
@@ -286,3 +295,15 @@ def test_profile_has_precedence_over_other_chunks(output, warned, capfd):
         f"WARNING: {output}: colors will look different, since {output[2:].upper()} does not support its ICC profile\n"
     )
     assert capfd.readouterr().err == (warning if warned else "")
+
+
+@pytest.mark.parametrize(("output", "names"), [("o.png", ""), ("o.jpg", "gAMA, cICP"), ("o.tif", "gAMA, cICP")])
+def test_cicp_has_precedence_over_profile(output, names, capfd):
+    for cicp, warned in ((bytes([9, 16, 0, 1]), bool(names)), (bytes([1, 13, 0, 1]), False)):
+        chunks = PngInfo()
+        chunks.add(b"gAMA", struct.pack(">I", 100000))
+        chunks.add(b"cICP", cicp)
+        assert copied("c.png", output, icc_profile=P3, pnginfo=chunks).info["icc_profile"] == P3
+        format = {"o.jpg": "JPEG", "o.tif": "TIFF"}.get(output)
+        warning = f"WARNING: {output}: colors will look different, since {format} does not support PNG's {names}\n"
+        assert capfd.readouterr().err == (warning if warned else "")

@@ -54,6 +54,44 @@ def test_metadata_that_pillow_refuses_do_not_cost_the_image(cid, content, at_end
     assert PngImagePlugin.PngStream.__module__ == "PIL.PngImagePlugin"  # as before
 
 
+INTACT = {
+    b"tEXt": b"Comment\0text",
+    b"zTXt": b"Comment\0\0" + zlib.compress(b"text"),
+    b"iTXt": b'XML:com.adobe.xmp\0\0\0\0\0<tiff:Orientation="6"/>',
+    b"iCCP": b"ICC Profile\0\0" + zlib.compress(SRGB),
+    b"gAMA": struct.pack(">I", 100000),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
+    b"sRGB": b"\0",
+    b"cICP": bytes([9, 16, 0, 1]),
+    b"pHYs": struct.pack(">IIB", 11811, 11811, 1),
+    b"eXIf": b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 0x112, 3, 1, 6) + bytes(4),
+    b"bKGD": bytes(6),
+    b"tIME": bytes(7),
+}
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("cid", INTACT)
+def test_metadata_with_a_wrong_checksum_are_ignored(cid, at_end, capfd):
+    damaged = bytearray(chunk(cid, INTACT[cid]))
+    damaged[-1] ^= 1
+    write_png("a.png", damaged, at_end=at_end)
+    image = read_image(Path("a.png"))
+    assert np.array_equal(image, random_image())
+    assert image.info == {}
+    warning = f"WARNING: a.png: metadata that are damaged or too large are ignored ({cid.decode()})\n"
+    assert capfd.readouterr().err == warning
+
+
+@pytest.mark.parametrize("cid", [b"IDAT", b"PLTE", b"tRNS"])
+def test_chunk_that_pixels_need_is_refused_with_a_wrong_checksum(cid):
+    damaged = bytearray(chunk(cid, bytes(6)))
+    damaged[-1] ^= 1
+    write_png("a.png", damaged)
+    with pytest.raises(CommandError, match=r"^a\.png: not an image that can be read"):
+        read_image(Path("a.png"))
+
+
 def test_other_metadata_are_kept(capfd):
     profile = chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(SRGB))
     write_png("a.png", chunk(b"zTXt", b"a\0\0" + LARGE), profile, chunk(b"zTXt", b"b\0\0" + LARGE))
@@ -79,6 +117,44 @@ def test_sum_of_texts_is_limited(monkeypatch):
         assert len(file.text) == 3
         assert file.info["gamma"] == 0.45455
     assert ignored == {"zTXt"}
+
+
+KEYWORDS = ["aspect", "background", "bbox", "blend", "chromaticity", "cicp", "default_image", "disposal", "dpi"]
+KEYWORDS += ["duration", "exif", "gamma", "icc_profile", "interlace", "loop", "pnginfo", "srgb", "transparency", "xmp"]
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_text_whose_keyword_is_a_key_of_pillow_changes_nothing(kind, at_end, capfd):
+    kept = [chunk(cid, INTACT[cid]) for cid in (b"cICP", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"eXIf")]
+    write_png("a.png", *kept)
+    expected = read_image(Path("a.png"))
+    between = {"tEXt": "\0", "zTXt": "\0\0", "iTXt": "\0\0\0\0\0"}[kind]
+    text = zlib.compress(b"10 10 20 20") if kind == "zTXt" else b"10 10 20 20"
+    texts = [chunk(kind.encode(), (keyword + between).encode() + text) for keyword in KEYWORDS]
+    content = Path("a.png").read_bytes()
+    place = len(content) - 12 if at_end else content.index(b"IDAT") - 4
+    Path("b.png").write_bytes(content[:place] + b"".join(texts) + content[place:])
+    image = read_image(Path("b.png"))
+    assert np.array_equal(image, expected)
+    assert image.size == (15, 24)
+    assert {*image.info} == {"icc_profile", "exif", "dpi", "pnginfo"}
+    assert image.info.pop("pnginfo").chunks == expected.info.pop("pnginfo").chunks
+    assert image.info == expected.info
+    assert capfd.readouterr().err == ""
+
+
+def test_texts_can_still_be_read():
+    write_png("a.png", chunk(b"tEXt", b"bbox\0text"))
+    with tolerant_png(), Image.open("a.png") as file:
+        assert file.text == {"bbox": "text"}
+        assert file.info == {}
+
+
+@pytest.mark.parametrize("text", [b'<tiff:Orientation="6"/>', b'<tiff:Orientation="6"/>\xe9'], ids=["UTF-8", "Latin-1"])
+def test_orientation_in_xmp_is_read(text):
+    write_png("a.png", chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text), chunk(b"tEXt", b"xmp\0text"))
+    assert read_image(Path("a.png")).size == (15, 24)
 
 
 @pytest.mark.parametrize(("cid", "content"), [(b"IHDR", b"short"), (b"tRNS", b"\0"), (b"IDAT", b"damaged")])
@@ -135,9 +211,33 @@ def test_png_keeps_chunks_about_color(contents, mode, capfd):
     assert capfd.readouterr().err == ""
 
 
+ZERO_Y = {"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 0)}
+ZERO_X = {"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 0, 6000)}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"gAMA": bytes(4)},
+        {"cHRM": bytes(32)},
+        ZERO_Y,
+        *({"cICP": bytes([9, 16, 0, 1, 0])[:length]} for length in (0, 1, 3, 5)),
+        {"cICP": PQ["cICP"] + struct.pack(">I", zlib.crc32(b"cICP" + PQ["cICP"]))},
+    ],
+    ids=str,
+)
+def test_chunks_that_viewers_ignore_are_dropped(contents, capfd):
+    for output in ("o.png", "o.jpg"):
+        copied(output, "RGB", chunks(**contents))
+        assert capfd.readouterr().err == ""
+    assert not {*contents} & {*chunks_in("o.png")}
+
+
 @pytest.mark.parametrize(
     ("contents", "names"),
     [
+        (ZERO_X, "cHRM"),
+        ({**GAMMA_1, **ZERO_Y}, "gAMA"),
         (GAMMA_1, "gAMA"),
         (P3_PRIMARIES, "cHRM"),
         (P3_CICP, "cICP"),
