@@ -1,10 +1,11 @@
-"""PNG files: metadata that Pillow would refuse, and chunks about color."""
+"""PNG: metadata that Pillow would refuse, and chunks about color."""
 
 import contextlib
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import product
 from typing import IO, Any
 
 from PIL import Image, ImageFile, PngImagePlugin
@@ -16,6 +17,8 @@ METADATA = (*TEXT, *COLOR, b"pHYs", b"eXIf", b"bKGD", b"hIST", b"sBIT", b"sPLT",
 ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of the texts that can say it
 # What sRGB would be: primaries, transfer function, matrix and range; gamma; white, red, green and blue as x and y.
 SRGB_CICP = bytes([1, 13, 0, 1])
+# Primaries and transfer functions that AVIF viewers show as sRGB: sRGB's, BT.709's, BT.601's, unspecified or missing.
+AVIF_SRGB = set(product((0, 1, 2), (0, 1, 2, 6, 13)))
 SRGB_GAMA = struct.pack(">I", 45455)
 SRGB_CHRM = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 
@@ -80,18 +83,37 @@ def tolerant_png() -> Iterator[set[str]]:
 
 
 def read_cicp(file: Image.Image) -> None:
-    """Add the chunk cICP of a PNG to its info, since Pillow ignores it. The image must not be loaded yet."""
+    """Add the chunk cICP of a PNG, or what says the same in an AVIF, to the info, since Pillow ignores both.
+
+    The image must not be loaded yet.
+    """
     source = getattr(file, "fp", None)
-    if file.format != "PNG" or not source:
-        return
-    position = source.tell()
+    if source and file.format in ("PNG", "AVIF"):
+        position = source.tell()
+        content = png_cicp(source) if file.format == "PNG" else avif_cicp(source)
+        if content and (file.format == "PNG" or "icc_profile" not in file.info):  # AVIF prefers the profile
+            file.info["cicp"] = content
+        source.seek(position)
+
+
+def png_cicp(source: IO[bytes]) -> bytes:
+    """Return the content of a PNG's chunk cICP, or nothing if it is missing or damaged."""
     source.seek(8)
     while len(header := source.read(8)) == 8 and header[4:] not in (b"IDAT", b"IEND"):
         start, length = source.tell(), int.from_bytes(header[:4], "big")
         if header[4:] == b"cICP" and length == 4 and is_intact(b"cICP", content := source.read(4), source.read(4)):
-            file.info["cicp"] = content
+            return content
         source.seek(start + length + 4)
-    source.seek(position)
+    return b""
+
+
+def avif_cicp(source: IO[bytes]) -> bytes:
+    """Return the chunk cICP for the RGB that an AVIF decodes to, or nothing if its colors are those of sRGB."""
+    source.seek(0)
+    values = source.read().partition(b"colrnclx")[2][:4]
+    primaries, transfer = int.from_bytes(values[:2], "big"), int.from_bytes(values[2:], "big")
+    unusual = (primaries, transfer) not in AVIF_SRGB and max(primaries, transfer) < 256
+    return bytes([primaries, transfer, 0, 1]) if unusual else b""
 
 
 def color_chunks(info: Mapping[Any, Any]) -> PngInfo | None:

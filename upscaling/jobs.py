@@ -262,8 +262,7 @@ def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
         if other := next((writers[output] for output in outputs if output in writers), None):
             problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale each folder to an --output of its own"
             jobs[i] = job._replace(problem=problem)
-        for output in outputs:
-            writers.setdefault(output, job.lr)
+        writers.update((output, job.lr) for output in outputs if output not in writers)
     return jobs
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import SRGB, file_of, random_image
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 from PIL.PngImagePlugin import PngInfo
 
 from imaging.formats import FORMATS
@@ -262,3 +262,22 @@ def test_search_for_cicp_does_not_move_the_file():
         file.fp.seek(20)
         read_cicp(file)
         assert (file.fp.tell(), file.info) == (20, {"cicp": bytes([9, 16, 0, 1])})
+
+
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "kept"),
+    [(9, 16, [9, 16, 0, 1]), (12, 13, [12, 13, 0, 1]), (1, 13, None), (2, 2, None), (1, 1, None)],
+)
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not support AVIF")
+def test_colors_of_avif_become_cicp(primaries, transfer, kept, capfd):
+    """In the file, colrnclx is followed by primaries, transfer function, matrix and range."""
+    content = file_of(random_image(), "AVIF")
+    start = content.index(b"colrnclx") + 8
+    content = content[:start] + struct.pack(">2H", primaries, transfer) + content[start + 4 :]
+    Path("a.avif").write_bytes(content)
+    image = read_image(Path("a.avif"))
+    chunks = image.info["pnginfo"].chunks if "pnginfo" in image.info else []
+    assert [(cid, [*value]) for cid, value, *_ in chunks] == ([(b"cICP", kept)] if kept else [])
+    write_image(image, Path("a.jpg"), image.info)
+    warning = "WARNING: a.jpg: colors will look different, since JPEG does not support PNG's cICP\n"
+    assert capfd.readouterr().err == (warning if kept else "")
