@@ -96,7 +96,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
             memory = 16 * file.width * file.height
             yield file
         if ignored:
-            warn(f"{path}: metadata that are damaged or too large are ignored ({', '.join(sorted(ignored))})")
+            warn(f"{path}: metadata that is damaged or too large is ignored ({', '.join(sorted(ignored))})")
     except CommandError:
         raise
     except FileNotFoundError as error:

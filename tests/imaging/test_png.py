@@ -1,4 +1,4 @@
-"""PNG files: metadata that are damaged or too large, and chunks about color."""
+"""PNG files: metadata that is damaged or too large, and chunks about color."""
 
 import struct
 import tracemalloc
@@ -49,7 +49,7 @@ def write_png(name, *chunks, at_end=False):
 def test_metadata_that_pillow_refuses_do_not_cost_the_image(cid, content, at_end, capfd):
     write_png("a.png", chunk(cid, content), at_end=at_end)
     assert np.array_equal(read_image(Path("a.png")), random_image())
-    warning = f"WARNING: a.png: metadata that are damaged or too large are ignored ({cid.decode()})\n"
+    warning = f"WARNING: a.png: metadata that is damaged or too large is ignored ({cid.decode()})\n"
     assert capfd.readouterr().err == warning
     assert PngImagePlugin.PngStream.__module__ == "PIL.PngImagePlugin"  # as before
 
@@ -79,7 +79,7 @@ def test_metadata_with_a_wrong_checksum_are_ignored(cid, at_end, capfd):
     image = read_image(Path("a.png"))
     assert np.array_equal(image, random_image())
     assert image.info == {}
-    warning = f"WARNING: a.png: metadata that are damaged or too large are ignored ({cid.decode()})\n"
+    warning = f"WARNING: a.png: metadata that is damaged or too large is ignored ({cid.decode()})\n"
     assert capfd.readouterr().err == warning
 
 
