@@ -284,7 +284,7 @@ def test_upscale_refuses_paths_and_other_types(image):
 
 
 def rich_image(name):
-    """Write an image with all metadata that are kept."""
+    """Write an image with all metadata that is kept."""
     exif = Image.Exif()
     exif.update({Base.Orientation: 6, Base.XResolution: 300.0, Base.YResolution: 150.0, Base.ResolutionUnit: 2})
     exif.get_ifd(IFD.Exif).update({Base.ExifImageWidth: 24, Base.ExifImageHeight: 15})
