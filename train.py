@@ -190,13 +190,17 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
 # ------------------------------------------------------------------------------- commands
 
 
+HINTS = {"--learning-rate": "did you mean --lr?", "--device": "did you mean --cuda?", "--scale": "it is always 3"}
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="train.py", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,resume,inspect}")
 
     def add_command(name: str, text: str, *examples: str) -> ArgumentParser:
         lines = "\n".join(f"  python train.py {example}" for example in examples)
-        return commands.add_parser(name, prog=f"train.py {name}", help=text, description=text, examples=lines)
+        prog = f"train.py {name}"
+        return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=HINTS)
 
     train = add_command("train", "Train from scratch.", "train", "train --lr=0.0005 --batch-size=256 --cuda")
     add_training_arguments(train, resume=False)

@@ -65,7 +65,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def advice(self, unknown: list[str]) -> Iterator[str]:
         """Yield the hint or the most similar option for each unknown option, if there is one."""
         for name in (argument.partition("=")[0] for argument in unknown if argument.startswith("--")):
-            similar = difflib.get_close_matches(name[:30], self._option_string_actions, n=1, cutoff=0.7)
+            names = [other for other in self._option_string_actions if other != "--help"]
+            similar = difflib.get_close_matches(name[:30], names, n=1, cutoff=0.7)
             if name in self.hints or similar:
                 yield self.hints.get(name) or f"did you mean {similar[0]}?"
 

@@ -148,6 +148,8 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
     ("arguments", "status", "fact"),
     [
         ("resume x --output=", 2, "(see train.py resume --help)"),
+        ("train --learning-rate=0.1", 2, "did you mean --lr?"),
+        ("train --ep 3", 2, "unrecognized arguments: --ep 3 (see train.py train --help)"),
         ("train --no-such", 2, "--no-such"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import GENERATED
+from imaging.dead_leaves import DEAD_LEAVES
 from info import Info, info
 from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint
 from training.unpickling import MAX_BYTES
@@ -56,8 +57,11 @@ def check_origin(path: Path, checkpoint: Checkpoint) -> None:
         )
     if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
         warn(f"{path} was saved with another info.py (name: {name}); train with yours")
-    if checkpoint.training and GENERATED in checkpoint.training.train_set:
-        warn(f"{path} was trained on {checkpoint.training.train_set}; train on the real ones, see `python data.py`")
+    state = checkpoint.training
+    if state and GENERATED in state.train_set:
+        warn(f"{path} was trained on {state.train_set}; train on the real ones, see `python data.py`")
+    elif state and any(args and args.get("train_data") == DEAD_LEAVES for _, args in state.history):
+        warn(f"{path} was first trained on {DEAD_LEAVES} {GENERATED}; train on the real ones from the start")
 
 
 def main() -> None:

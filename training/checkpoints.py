@@ -123,6 +123,8 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
             raise CommandError("it is too large")
         content = unpickle(data)
         refuse_bare_weights(content, path)
+        if not {"model", "model_state_dict"} & content.keys():
+            raise CommandError("it contains neither 'model' nor 'model_state_dict'")
         return parse(content if "model" in content else from_course(content))
     except Exception as error:  # a damaged or hostile file can provoke errors of many types
         if is_out_of_memory(error):
@@ -137,7 +139,8 @@ def refuse_bare_weights(content: Any, path: Path) -> None:
         return
     if [tensor.shape for tensor in content.values()] != list(shapes().values()):
         raise CommandError("it contains only weights, and not those of SRCNN 9-1-5 for RGB images")
-    new = f"torch.save({{'model_state_dict': torch.load({str(path)!r})}}, 'checkpoint.new')"
+    weights = f"torch.load({str(path)!r}, map_location='cpu')"
+    new = f"torch.save({{'model_state_dict': {weights}}}, 'checkpoint.new')"
     raise CommandError(f"it contains only weights; make a checkpoint of them in Python: {new}")
 
 

@@ -75,7 +75,9 @@ class Run:
 
     def trains_on_images_of(self, state: TrainingState) -> bool:
         """Return whether the training images are those of a checkpoint, as far as it says."""
-        return state.train_images in ("", self.train_images)
+        if state.train_images:
+            return state.train_images == self.train_images
+        return state.train_set in ("", self.train_set)  # saved before fingerprints were
 
     def is_milestone(self) -> bool:
         """Return whether this epoch gets a numbered checkpoint."""

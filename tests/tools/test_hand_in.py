@@ -154,6 +154,14 @@ def test_checkpoint_of_doubtful_origin_is_warned_of(monkeypatch, capsys, who, tr
     assert (err[: len(warning)], err.count("\n")) == (warning, bool(warning))
 
 
+def test_checkpoint_that_began_on_generated_images_is_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr("tools.hand_in.info", STUDENT)
+    checkpoint = load_checkpoint(ROOT / "checkpoint.pth")
+    checkpoint.info, checkpoint.training.history = STUDENT, [(1, None), (2, {"train_data": "dead-leaves"})]
+    check_origin(Path("net"), checkpoint)
+    assert_one_line(capsys.readouterr().err, "WARNING: net was first trained on dead-leaves (GENERATED IMAGES)")
+
+
 @pytest.mark.parametrize("name", DECLARED)
 def test_file_begins_with_declaration(name):
     head = (ROOT / name).read_text("utf-8").split('"""')[0]

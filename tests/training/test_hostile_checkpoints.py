@@ -122,9 +122,12 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "list": lambda: [1, 2, 3],
         "number": lambda: 5,
         "tensor": lambda: torch.zeros(1000),
-        "no model": lambda: content(model=None),
         "2^60 references in args of the course": lambda: course_content(opt=nested()),
         "list that contains itself": lambda: changed("history", endless()),
+    },
+    "it contains neither 'model' nor 'model_state_dict'": {
+        "no model": lambda: content(model=None),
+        "weights under another name": lambda: {"state_dict": content()["model"]},
     },
     "it is too large": {"large file": lambda: bytes(MAX_BYTES + 1)},
     "invalid 'lr'": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},

@@ -50,7 +50,7 @@ def test_checkpoints_are_saved_for_best_last_and_every_save_freq_epochs(run):
 )
 def test_best_psnr_so_far_counts_only_on_same_test_set(train_set, first, best):
     saved = trained_checkpoint()
-    saved.training.best, saved.training.best_epoch = 99.0, 1
+    saved.training.best, saved.training.best_epoch, saved.training.train_images = 99.0, 1, train_set.fingerprint
     run = restored_run(saved, Options(), RECIPES["default"], train_set, torch.float32)
     run.start(first)
     assert (run.best, run.best_epoch, run.report) == (*best, first)
@@ -58,23 +58,24 @@ def test_best_psnr_so_far_counts_only_on_same_test_set(train_set, first, best):
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "best"),
-    [("same", (99.0, 1)), ("", (99.0, 1)), ("others", (31.0, 5))],
-    ids=["same", "unknown", "others"],
+    ("trained_on", "name", "same"),
+    [("same", "renamed", True), ("others", "leaves", False), ("", "leaves", True), ("", "", True), ("", "x", False)],
 )
-def test_best_psnr_so_far_counts_only_for_same_training_images(train_set, capfd, trained_on, best):
+def test_best_psnr_so_far_counts_only_for_same_training_images(train_set, capfd, trained_on, name, same):
+    """Without a fingerprint, as in older checkpoints, the name of the set counts."""
     saved = trained_checkpoint()
     saved.epoch, saved.training.best, saved.training.best_epoch = 5, 99.0, 1
     saved.training.train_images = train_set.fingerprint if trained_on == "same" else trained_on
+    saved.training.train_set = name
     run = restored_run(saved, Options(), RECIPES["default"], train_set, torch.float32)
     run.start(report(31.0))
-    assert (run.best, run.best_epoch) == best
+    assert (run.best, run.best_epoch) == ((99.0, 1) if same else (31.0, 5))
     assert run.checkpoint().training.train_images == train_set.fingerprint
     out = capfd.readouterr().out
-    if trained_on == "others":
-        assert_one_line(out, "training images differ")
-    else:
+    if same:
         assert out == ""
+    else:
+        assert_one_line(out, "training images differ")
 
 
 def test_seed_determines_new_run(train_set):
