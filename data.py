@@ -5,26 +5,27 @@
 """
 
 import hashlib
-import zlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.folders import list_images, search_folder
-from imaging.images import bicubic, read_hr, to_tensor
+from imaging.image_files import ImageFiles, raise_failures, read_all, read_headers
+from imaging.images import bicubic, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
 from upscaling.distributed import gather, node_rank
 from utils import (
     ArgumentParser,
     CommandError,
-    one_line,
     path,
     plural,
     printable,
@@ -36,6 +37,7 @@ from utils import (
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 GENERATED = "(GENERATED IMAGES)"  # in the names of sets
+TEST_PIXELS = 10_000_000  # of test images in memory; 66 MB
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
@@ -45,16 +47,29 @@ COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the
 
 @dataclass(frozen=True)
 class ImageSet:
-    """HR images by name, gray or RGB as in their files."""
+    """HR images by name, gray or RGB as in their files; in memory, or in files if they are large."""
 
     name: str
-    images: dict[str, Image.Image]
+    images: Mapping[str, Image.Image]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the images' sizes and RGB pixels, whatever the names and the order."""
+        """Return a SHA-256 of the images, whatever the names and the order.
+
+        Images in memory count with their sizes and RGB pixels, others with their sizes and the sizes of their files.
+        """
+        return hashlib.sha256(b"".join(sorted(self.hashes()))).hexdigest()
+
+    def sizes(self) -> np.ndarray:
+        """Return an int64 array of shape (images, 2), widths and heights."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.sizes
+        return np.array([image.size for image in self.images.values()], np.int64).reshape(-1, 2)
+
+    def hashes(self) -> Iterator[bytes]:
+        if isinstance(self.images, ImageFiles):
+            return self.images.hashes()
         contents = (str(image.size).encode() + image.convert("RGB").tobytes() for image in self.images.values())
-        hashes = sorted(hashlib.sha256(content).digest() for content in contents)
-        return hashlib.sha256(b"".join(hashes)).hexdigest()
+        return (hashlib.sha256(content).digest() for content in contents)
 
     def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
         """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.
@@ -63,24 +78,28 @@ class ImageSet:
         -------
         training set, held-out set
         """
-        held_out = list(self.images)[hold_out // 2 :: hold_out]
-        training = ImageSet(
-            f"{self.name} (without 1 of {hold_out})",
-            {name: image for name, image in self.images.items() if name not in held_out},
-        )
-        test = ImageSet(f"{self.name} (1 of {hold_out})", {name: self.images[name] for name in held_out})
+        training = self.select(f"without 1 of {hold_out}", lambda i: i % hold_out != hold_out // 2)
+        test = self.select(f"1 of {hold_out}", lambda i: i % hold_out == hold_out // 2)
         if not (training.images and test.images):
             raise CommandError(f"{self.name}: {len(self.images)} images are too few to hold out 1 of {hold_out}")
         return training, test
 
+    def select(self, part: str, keep: Callable[[int], bool]) -> "ImageSet":
+        """Return some of the images, by their indices. ``part`` says which, in the name."""
+        if isinstance(self.images, ImageFiles):
+            return ImageSet(f"{self.name} ({part})", self.images.select(keep))
+        images = {name: image for i, (name, image) in enumerate(self.images.items()) if keep(i)}
+        return ImageSet(f"{self.name} ({part})", images)
 
-def load_images(folder: str, role: str) -> ImageSet:
+
+def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSet:
     """Read a set of HR images.
 
     Parameters
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
     role : "train" or "test", which selects the generated images
+    max_pixels : the images of a folder with more pixels are not decoded yet, but when they are used
 
     Raises
     ------
@@ -98,25 +117,12 @@ def load_images(folder: str, role: str) -> ImageSet:
     names = [file.stem.removesuffix("_GT") for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
-    return ImageSet(name_of_set(Path(folder), files), dict(zip(map(printable, names), read_all(files), strict=True)))
-
-
-def read_all(files: list[Path]) -> list[Image.Image]:
-    """Read HR images. If there are errors, print each of them, and raise CommandError."""
-    images, failures = [], []
-    for file in files:
-        try:
-            images.append(read_hr(file, MIN_SIDE))
-        except CommandError as error:
-            failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        show(*(f"error: {one_line(failure)}" for failure in failures), to_stderr=True)
-        raise CommandError(
-            f"{len(failures)} of {len(files)} images cannot be used; replace them or move them elsewhere"
-        )
-    return images
+    names = list(map(printable, names))
+    name, (headers, failures) = name_of_set(Path(folder), files), read_headers(files, MIN_SIDE)
+    if headers[:, :2].prod(1).sum() <= max_pixels:
+        return ImageSet(name, dict(zip(names, read_all(files, MIN_SIDE), strict=True)))
+    raise_failures(failures, len(files))
+    return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, MIN_SIDE))
 
 
 def require_folder(folder: str, option: str) -> None:
@@ -133,7 +139,8 @@ def require_folder(folder: str, option: str) -> None:
 def name_of_set(folder: Path, files: list[Path]) -> str:
     """Return the name of a published set if these are its files, otherwise the folder's name."""
     name, digest = printable(folder.resolve().name), ""
-    if all(file.stat().st_size <= published_sets.MAX_FILE for file in files):
+    sizes = [file.stat().st_size for file in files]
+    if max(sizes) <= published_sets.MAX_FILE and sum(sizes) <= published_sets.MAX_BYTES:
         digest = published_sets.digest((file.name, file.read_bytes()) for file in files)
     for published, known in published_sets.SETS.items():
         if digest == known:
@@ -173,44 +180,63 @@ class TestImage(NamedTuple):
     bicubic_psnr: Psnr
 
 
+class TestImages(Mapping[str, TestImage]):
+    """Images to measure on by name, each prepared when it is asked for."""
+
+    def __init__(self, images: Mapping[str, Image.Image]) -> None:
+        self.images = images
+
+    def __getitem__(self, name: str) -> TestImage:
+        lr, cropped = degrade(self.images[name])
+        hr, upscaled = to_tensor(cropped), to_tensor(bicubic(lr, cropped.size))
+        return TestImage(lr, hr, upscaled, psnr(upscaled, hr))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
 class TestSet:
-    """Images to measure on, each with its LR image and the result of bicubic interpolation."""
+    """Images to measure on, each with its LR image and the result of bicubic interpolation.
+
+    They are prepared in advance, unless the images are not in memory.
+    """
 
     def __init__(self, image_set: ImageSet) -> None:
         self.name = image_set.name
-        self.images: dict[str, TestImage] = {}
-        for name, image in image_set.images.items():
-            lr, cropped = degrade(image)
-            hr, upscaled = to_tensor(cropped), to_tensor(bicubic(lr, cropped.size))
-            self.images[name] = TestImage(lr, hr, upscaled, psnr(upscaled, hr))
+        images = TestImages(image_set.images)
+        self.images: Mapping[str, TestImage] = images if isinstance(image_set.images, ImageFiles) else dict(images)
 
 
 # ------------------------------------------------------------------------ sets of a run
 
 
-def load_sets(train_data: str, test_data: str, hold_out: int) -> tuple[ImageSet, TestSet]:
+def load_sets(train_data: str, test_data: str, hold_out: int, max_pixels: float = math.inf) -> tuple[ImageSet, TestSet]:
     """Return the training images, and the test set or else the held-out part of the training images.
 
     Parameters
     ----------
     train_data, test_data : as ``folder`` of :func:`load_images`
     hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
+    max_pixels : of training images in memory
 
     Raises
     ------
     CommandError if an image cannot be read, or if the nodes have different training images
     """
-    training = load_images(train_data, "train")
+    training = load_images(train_data, "train", max_pixels)
     if hold_out:
         training, test = training.split(hold_out)
     else:
-        test = load_images(test_data, "test")
+        test = load_images(test_data, "test", TEST_PIXELS)
     if len(test.images) > MAX_TEST_IMAGES:
         raise CommandError(
             f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
         )
-    checksums = [(image.size, zlib.crc32(image.tobytes())) for image in training.images.values()]
-    if any(other != checksums for other in gather(checksums)):  # the processes would draw different patches
+    hashes = hashlib.sha256(b"".join(training.hashes())).digest()  # in order
+    if any(other != hashes for other in gather(hashes)):  # the processes would draw different patches
         raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")
     return training, TestSet(test)
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from data import TEST_DATA, Batch, TestSet, default_folder, find_data, load_images, load_sets
+    from data import TEST_DATA, TEST_PIXELS, Batch, TestSet, default_folder, find_data, load_images, load_sets
     from imaging.images import to_tensor
     from imaging.metrics import Report, Scores, psnr
     from model import SRCNN
@@ -143,12 +143,13 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
 
 
 def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
-    """Train for one epoch, that is, on as many pixels as the training set has. Return the losses, (steps,)."""
+    """Train for one epoch: on as many pixels as the training set has, or fewer. Return the losses, (steps,)."""
     options = run.options
-    steps = patches.steps(options.batch_size)
+    steps = patches.steps(options.batch_size, options.epoch_size)
     losses = torch.empty(steps, device=patches.device)
-    batches = patches.batches(steps, options.batch_size, run.generator)
-    bar = progress.epoch_bar(batches, epoch, steps, options)
+    batches = patches.batches(steps, options.batch_size, run.generator, done=(epoch - 1) * steps)
+    announce = patches.window is not None and epoch == run.began[0] + 1
+    bar = progress.epoch_bar(batches, epoch, steps, options, announce)
     for step, batch in enumerate(bar):
         raise_interrupt()
         done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps  # the middle of this step
@@ -191,6 +192,7 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
 
 
 HINTS = {"--learning-rate": "did you mean --lr?", "--device": "did you mean --cuda?", "--scale": "it is always 3"}
+HINTS |= dict.fromkeys(("--epoch", "--epochs"), "did you mean --num-epoch?")
 
 
 def parse_args() -> argparse.Namespace:
@@ -289,10 +291,11 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
         if rank == 0:
             options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
         options, dtype = broadcast((options, dtype))
-        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out)
         recipe = RECIPES[options.recipe]
+        max_pixels = recipe.patches.MAX_PIXELS
+        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, max_pixels)
         with warn_of_busy_cores(device):
-            patches = recipe.patches(images, options.patch_size, device)
+            patches = recipe.patches(images, options.patch_size, device, options.seed)
         progress.print_setup(patches, dtype, options)
         parts = options, recipe, patches, dtype
         run = restored_run(resumed, *parts) if resumed else new_run(*parts)
@@ -305,14 +308,14 @@ def inspect_command(args: argparse.Namespace) -> None:
     model.load_state_dict(checkpoint.model)
     model.to(select_device(args.cuda))
     if args.protocol == "course":
-        images = load_images(args.test_data or default_folder(TEST_DATA), "test")
+        images = load_images(args.test_data or default_folder(TEST_DATA), "test", TEST_PIXELS)
         batch_size = args.batch_size or COURSE_BATCH_SIZE
         facts = course_psnr(model, images, batch_size), images.name, batch_size
         show(*(course_to_json(*facts).splitlines() if args.json else describe_course(*facts)))
         return
     report = checkpoint.training.report if checkpoint.training else None
     if args.test_data is not None:
-        report = evaluate(model, TestSet(load_images(args.test_data, "test")), args.self_ensemble)
+        report = evaluate(model, TestSet(load_images(args.test_data, "test", TEST_PIXELS)), args.self_ensemble)
     show(*(to_json(checkpoint, report).splitlines() if args.json else describe(args.checkpoint, checkpoint, report)))
 
 

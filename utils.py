@@ -29,6 +29,8 @@ T = TypeVar("T")
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
 
+SILENCED: list[bool] = []  # not empty within without_warnings
+
 OUT_OF_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
     *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
@@ -53,7 +55,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.hints = hints or {}
         epilog = f"examples:\n{examples}" if examples else None
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=formatter, epilog=epilog, **options)
+        # Without abbreviations, since --epoch would be one of --epoch-size but is meant as --num-epoch.
+        super().__init__(formatter_class=formatter, epilog=epilog, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Report unknown arguments here, so that the error names the help of the subcommand."""
@@ -124,7 +127,18 @@ def show(*lines: object, to_stderr: bool = False) -> None:
 
 def warn(message: str) -> None:
     """Print a warning to stderr, above progress bars."""
-    show(f"WARNING: {one_line(message)}", to_stderr=True)
+    if not SILENCED:
+        show(f"WARNING: {one_line(message)}", to_stderr=True)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Print no warnings within the context."""
+    SILENCED.append(True)
+    try:
+        yield
+    finally:
+        SILENCED.pop()
 
 
 def progress_bar(items: Iterable[T] | None, label: str, unit: str, hidden: bool = False, **options: Any) -> "tqdm[T]":

@@ -29,7 +29,7 @@ STANDARD = Path("-")  # standard input or output
 # ------------------------------------------------------------------------------- reading
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
     """Decode an image and turn it upright.
 
     Warns about further frames or pages, and about color of more than 8 bits, which is read as 8-bit.
@@ -38,6 +38,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     ----------
     path : image file, or STANDARD
     max_pixels : maximum size, since a file of a few bytes can claim to be of any size
+    copy : copy the pixels even if their mode needs no conversion; without that, the image still has its format
 
     Returns
     -------
@@ -48,7 +49,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     CommandError, naming the file, if it cannot be decoded
     """
     with open_image(path, max_pixels) as file:
-        image, bits = decode(file)
+        image, bits = decode(file, copy)
         animated = has_further_frames(file)
     if animated:
         warn(f"{path}: only the first of its {'pages' if file.format == 'TIFF' else 'frames'} is read")
@@ -57,25 +58,47 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def decode(file: ImageFile) -> tuple[Image.Image, int]:
+def decode(file: ImageFile, copy: bool = True) -> tuple[Image.Image, int]:
     """Decode the first frame. Return it as :func:`read_image` does, and how many bits the file's samples have."""
     read_cicp(file)
     stored, bits = raw_mode(file), sample_bits(file)
     load_pixels(file)
-    image = to_supported_mode(file)
+    image = to_supported_mode(file, copy)
     return image.convert("LA") if stored.startswith("LA;16") else image, bits  # Pillow decodes LA;16 as RGBA
 
 
-def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB.
+def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
+    """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB. Parameters as there.
 
     Raises CommandError also if its width or height is below ``min_side``.
     """
-    image = flatten(read_image(path, max_pixels))
-    if min(image.size) < min_side:
-        minimum = f"{min_side}x{min_side}"
-        raise CommandError(f"{path}: {image.width}x{image.height} pixels are too few; the minimum is {minimum}")
+    image = flatten(read_image(path, max_pixels, copy))
+    check_size(path, image.size, min_side)
     return image
+
+
+def read_header(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
+    """Read the header of a ground truth.
+
+    Returns
+    -------
+    width and height before the image is turned upright, and the memory in bytes that :func:`read_hr` needs
+
+    Raises
+    ------
+    CommandError as :func:`read_hr` does, except for what only decoding shows
+    """
+    with open_image(path, max_pixels) as file:
+        check_size(path, file.size, min_side)
+        pixel_bytes = 4 if file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB") else 21
+        pixel_bytes += 6 * bool(file.info.get("progressive")) + 4 * ("exif" in file.info)  # it may be turned
+        return file.width, file.height, pixel_bytes * file.width * file.height
+
+
+def check_size(path: Path, size: tuple[int, int], min_side: int) -> None:
+    if min(size) < min_side:
+        minimum = f"{min_side}x{min_side}"
+        raise CommandError(f"{path}: {size[0]}x{size[1]} pixels are too few; the minimum is {minimum}")
 
 
 @contextlib.contextmanager
@@ -163,7 +186,7 @@ def from_pillow(image: Image.Image) -> Image.Image:
         return decode(Image.open(image.fp, formats=["TIFF"]))[0]
 
 
-def to_supported_mode(image: Image.Image) -> Image.Image:
+def to_supported_mode(image: Image.Image, copy: bool = True) -> Image.Image:
     """Convert an image of any mode to one that :func:`read_image` returns, and turn it upright."""
     info = dict(image.info)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16 bits in Pillow's PPM
@@ -175,7 +198,10 @@ def to_supported_mode(image: Image.Image) -> Image.Image:
     else:
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         mode += "A" if image.has_transparency_data else ""
-        result = convert_cmyk(image, mode) if image.mode == "CMYK" else image.convert(mode)
+        if image.mode == "CMYK":
+            result = convert_cmyk(image, mode)
+        else:
+            result = image.convert(mode) if copy or mode != image.mode else image
     if image.mode in ("CMYK", "LAB"):  # the profile describes the inks, or Lab
         info.pop("icc_profile", None)
     result.info = info
@@ -223,7 +249,8 @@ def flatten(image: Image.Image) -> Image.Image:
         return to_8_bit_gray(image)
     if image.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert(image.mode[:-1])
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        return Image.alpha_composite(white, rgba).convert(image.mode[:-1])
     return image
 
 

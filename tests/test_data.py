@@ -129,7 +129,7 @@ def test_missing_folder_on_another_node_is_named_with_node(monkeypatch):
 def test_nodes_must_have_same_training_images(monkeypatch, other):
     checksums, images = [], dead_leaves("train", 2, 30)
     monkeypatch.setattr(data, "gather", lambda own: checksums.append(own) or checksums)  # one more node at each call
-    monkeypatch.setattr(data, "load_images", lambda folder, role: data.ImageSet("leaves", images))
+    monkeypatch.setattr(data, "load_images", lambda *_: data.ImageSet("leaves", images))
     for _ in range(2):
         assert data.load_sets("dead-leaves", "dead-leaves", 0)[0].images == images
     images = dead_leaves(*other, 30)

@@ -150,6 +150,11 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
         ("resume x --output=", 2, "(see train.py resume --help)"),
         ("train --learning-rate=0.1", 2, "did you mean --lr?"),
         ("train --ep 3", 2, "unrecognized arguments: --ep 3 (see train.py train --help)"),
+        (
+            "train --epoch=3",
+            2,
+            "unrecognized arguments: --epoch=3; did you mean --num-epoch? (see train.py train --help)",
+        ),
         ("train --no-such", 2, "--no-such"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),

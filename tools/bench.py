@@ -61,7 +61,9 @@ def training(folder: Path, recipe: str, dtype: torch.dtype, steps: int) -> Workl
     """Return a workload that trains for a number of steps as train.py does, with a recipe's defaults."""
     options = Options.from_args({"recipe": recipe})
     keep_memory()
-    patches = RECIPES[recipe].patches(load_images(str(folder), "train"), options.patch_size, CPU)
+    patches = RECIPES[recipe].patches(
+        load_images(str(folder), "train", RECIPES[recipe].patches.MAX_PIXELS), options.patch_size, CPU
+    )
     run = new_run(options, RECIPES[recipe], patches, dtype)
 
     def train() -> int:

@@ -1,8 +1,8 @@
 """Patches on a grid: the assignment's own way to train, and the course's way to measure PSNR."""
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice, product
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from data import Batch, ImageSet
+from imaging.image_files import ImageFiles
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Psnr, Scores
 from model import SCALE, SRCNN
 from training.recipe import Network
+from training.window import MEMORY, Tile, Window
 from utils import CommandError
 
 SIZE = 33  # side of a patch in HR pixels
+Pairs = list[tuple[Tensor, Tensor]]  # LR and HR patches
+
 STRIDE = 14  # distance between neighboring patches
 COURSE_BATCH_SIZE = 8  # of the course's test program, unless another is given
 
@@ -31,20 +35,44 @@ class GridPatches:
     device : device of the pixels
     """
 
-    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
+    MAX_PIXELS = MEMORY // 45  # HR pixels of a set that is in memory as a whole: patches overlap
+    WINDOW_BYTES = 45  # memory for each HR pixel in a window
+
+    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
         self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device = patch_size, device
-        self.lr, self.hr = (patches.to(device) for patches in cut_patches(image_set, patch_size))
-        self.pixels = len(self.hr) * patch_size**2
+        self.patch_size, self.device, self.window = patch_size, device, None
+        if isinstance(image_set.images, ImageFiles):
+            self.window, self.parts = Window(image_set.images, patch_size, seed, self.WINDOW_BYTES), dict[int, Pairs]()
+            self.pixels = int(image_set.sizes().prod(1).sum())
+        else:
+            self.set_patches(cut_pairs(image_set.images.values(), patch_size))
+            self.pixels = len(self.hr) * patch_size**2
 
-    def steps(self, batch_size: int) -> int:
+    def set_patches(self, pairs: Pairs) -> None:
+        self.lr, self.hr = (patches.to(self.device) for patches in stack(pairs, self.name, self.patch_size))
+
+    def steps(self, batch_size: int, megapixels: float) -> int:
         """Return the number of batches in an epoch, of which the last may be smaller."""
-        return math.ceil(len(self.hr) / batch_size)
+        return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
 
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, steps: int, batch_size: int, generator: torch.Generator, done: int = 0) -> Iterator[Batch]:
         """Draw patches like :meth:`RandomPatches.batches`, but without context: lr is (N, 3, size / 3, size / 3)."""
+        if not self.window:
+            yield from islice(self.shuffle(batch_size, generator), steps)
+            return
+        for count, changed in self.window.turns(done, steps, batch_size * self.patch_size**2, self.fill):
+            if changed:
+                self.set_patches(list(chain(*self.parts.values())))
+            rounds = math.ceil(count * batch_size / len(self.hr))
+            yield from islice(chain(*(self.shuffle(batch_size, generator) for _ in range(rounds))), count)
+
+    def fill(self, place: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
+        """Replace a part of the window, by its place."""
+        self.parts[place] = cut_pairs((image for _, image in tiles), self.patch_size)
+
+    def shuffle(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         order = torch.randperm(len(self.hr), generator=generator).to(self.device)
-        for batch in order.split(batch_size)[:steps]:
+        for batch in order.split(batch_size):
             yield Batch(self.lr[batch], self.hr[batch], torch.ones(len(batch), device=self.device))
 
 
@@ -73,13 +101,21 @@ def cut_patches(image_set: ImageSet, size: int = SIZE) -> tuple[Tensor, Tensor]:
     ------
     CommandError if no image is large enough
     """
-    hr = [patch for image in image_set.images.values() for patch in grid(image.convert("RGB"), size)]
-    if not hr:
-        raise CommandError(
-            f"{image_set.name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels"
-        )
-    lr = [to_tensor(bicubic(patch, (size // SCALE, size // SCALE))) for patch in hr]
-    return torch.stack(lr), torch.stack([to_tensor(patch) for patch in hr])
+    return stack(cut_pairs(image_set.images.values(), size), image_set.name, size)
+
+
+def cut_pairs(images: Iterable[Image.Image], size: int) -> Pairs:
+    """Return a list of LR and HR patches of images."""
+    hr = [patch for image in images for patch in grid(image.convert("RGB"), size)]
+    lr = [bicubic(patch, (size // SCALE, size // SCALE)) for patch in hr]
+    return [(to_tensor(a), to_tensor(b)) for a, b in zip(lr, hr, strict=True)]
+
+
+def stack(pairs: Pairs, name: str, size: int) -> tuple[Tensor, Tensor]:
+    if not pairs:
+        raise CommandError(f"{name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels")
+    lr, hr = map(torch.stack, zip(*pairs, strict=True))
+    return lr, hr
 
 
 def grid(image: Image.Image, size: int) -> Iterator[Image.Image]:

@@ -4,18 +4,22 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
+from PIL import Image
 from torch import Tensor
 
-from data import TestSet
+from data import TestImage, TestSet
 from imaging.images import to_tensor
 from imaging.metrics import Report
-from model import SRCNN
+from model import SCALE, SRCNN
 from training.options import Options
 from upscaling.upscaler import Upscaler
 from utils import TERMINATION_SIGNALS, handle_signals, printable, warn
+
+MAX_PICTURES, PICTURE_SIDE = 20, 200  # number of test images that are shown, and LR pixels of each
 
 
 class Log:
@@ -72,15 +76,16 @@ class Log:
             self.writer.flush()
 
     def write_pictures(self, epoch: int, model: SRCNN, test_set: TestSet) -> None:
-        """Write bicubic, SRCNN and ground truth of each test image side by side, and the filters of conv1."""
+        """Write bicubic, SRCNN and ground truth of test images side by side, and the filters of conv1."""
         if not self.writer:
             return
         upscale = Upscaler(model)
         with self.errors_as_warning():
             from torchvision.utils import make_grid  # slow to import
 
-            for name, image in test_set.images.items():
-                sheet = make_grid([image.bicubic, to_tensor(upscale(image.lr)), image.hr])
+            for name, image in islice(test_set.images.items(), MAX_PICTURES):
+                lr, bicubic, hr = cut_center(image)
+                sheet = make_grid([bicubic, to_tensor(upscale(lr)), hr])
                 self.writer.add_image(f"{test_set.name}/{name}: bicubic, SRCNN, ground truth", sheet, epoch)
             self.writer.add_image("conv1/filters", filters(model), epoch)
             self.writer.flush()
@@ -103,6 +108,16 @@ class Log:
             with self.errors_as_warning():
                 self.writer.close()
         threading.excepthook = self.excepthook
+
+
+def cut_center(image: TestImage) -> tuple[Image.Image, Tensor, Tensor]:
+    """Return the LR image, bicubic interpolation and the ground truth, or the center of them if they are large."""
+    (left, width), (top, height) = (
+        (max(side - PICTURE_SIDE, 0) // 2, min(side, PICTURE_SIDE)) for side in image.lr.size
+    )
+    rows, columns = (slice(SCALE * start, SCALE * (start + side)) for start, side in ((top, height), (left, width)))
+    lr = image.lr.crop((left, top, left + width, top + height))
+    return lr, image.bicubic[:, rows, columns], image.hr[:, rows, columns]
 
 
 def filters(model: SRCNN) -> Tensor:

@@ -63,6 +63,7 @@ class Options:
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
     hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
+    epoch_size:    float = option(100.0,           positive_float,    "maximum megapixels in an epoch")
     # fmt: on
 
     def to_args(self) -> Args:

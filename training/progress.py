@@ -21,14 +21,21 @@ from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
 from utils import CommandError, plural, progress_bar, show, warn
 
+TRIAL_STEPS = 40  # before the duration is announced
+
 
 def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
-    device, steps = patches.device, patches.steps(options.batch_size)
+    device, steps = patches.device, patches.steps(options.batch_size, options.epoch_size)
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
     larger = options.batch_size * options.patch_size**2 > patches.pixels
+    if patches.pixels > options.epoch_size * 1e6:
+        size += f" of {options.epoch_size:g} megapixels (--epoch-size)"
     show(f"training set {patches.name}: {size}{', since a batch is larger than the set' if larger else ''}")
+    if patches.window:
+        choice = f"a random choice of {patches.window.pixels:,} pixels"
+        show(f"the set is too large for memory: patches come from {choice}, which changes all the time")
     if not is_filled_in(info) and rank_and_world_size()[0] == 0:
         warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
@@ -40,10 +47,27 @@ def print_start(run: Run) -> None:
     show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}")
 
 
-def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options) -> "tqdm[Batch]":
-    """Return the progress bar of an epoch, which only rank 0 shows."""
+def epoch_bar(
+    batches: Iterable[Batch], epoch: int, steps: int, options: Options, announce: bool = False
+) -> "tqdm[Batch]":
+    """Return the progress bar of an epoch, which only rank 0 shows, and announce how long the run will take."""
     hidden = rank_and_world_size()[0] > 0
+    if announce:
+        batches = announce_duration(batches, steps, options.num_epoch - epoch + 1)
     return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
+
+
+def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iterator[Batch]:
+    """Yield batches. After some of them, print how long so many epochs of so many steps take at this speed."""
+    start = 0.0
+    for step, batch in enumerate(batches):
+        if step == 1:  # the first step takes longer
+            start = time.monotonic()
+        elif step == TRIAL_STEPS:
+            seconds = (time.monotonic() - start) / (TRIAL_STEPS - 1) * steps
+            one, all_of_them = map(tqdm.format_interval, (seconds, epochs * seconds))
+            show(f"an epoch takes about {one}, and the run {all_of_them}, without tests")
+        yield batch
 
 
 def update_bar(bar: "tqdm[Batch]", run: Run, epochs: float, loss: float) -> None:

@@ -1,57 +1,122 @@
 """Random patches: batches from anywhere in the training images, cut out on the device."""
 
 import math
-from collections.abc import Iterator
-from itertools import permutations, product
+from collections.abc import Iterable, Iterator
+from itertools import chain, permutations
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from data import Batch, ImageSet, degrade
-from imaging.images import bicubic, to_tensor
+from imaging.image_files import ImageFiles
+from imaging.images import bicubic
 from model import HALO_LR, SCALE
+from training.atlas import Atlas, View
 from training.recipe import RECOLORED, SAMPLING_FLOOR
+from training.window import MEMORY, PARTS, Tile, Window
+from utils import CommandError
+
+OFFSETS = [(top, left) for top in range(SCALE) for left in range(SCALE)]  # of the grid of LR pixels
+
+
+class Crop(NamedTuple):
+    """Training image or part of one, ready for patches to be drawn from it."""
+
+    hr: np.ndarray  # uint8, (H, W, 3)
+    lr: list[np.ndarray]  # uint8, (h, w, 3), for each of the offsets of the grid of LR pixels
+    error: (
+        Tensor  # float64, (h', w'): mean squared error of bicubic interpolation at LR pixels, from the first place on
+    )
+    first: tuple[int, int]  # first place for a patch in LR pixels: row, column
+    area: float | None = None  # LR pixels that each place stands for; None if together they stand for the whole crop
+
+
+class Part(NamedTuple):
+    """What is known about the crops in one part of memory; their pixels are in an :class:`Atlas`."""
+
+    lr_views: list[View]
+    hr_views: list[View]
+    errors: list[Tensor]
+    firsts: list[tuple[int, int]]
+    areas: list[float | None]
 
 
 class RandomPatches:
-    """All training images on the device, and the batches of patches that are drawn from them.
+    """Training images on the device, and the batches of patches that are drawn from them.
 
-    Each image has nine LR images, one for each offset of the grid of LR pixels.
+    Each image has nine LR images, one for each offset of the grid of LR pixels. A set that is too large for memory has
+    a window, with one LR image for each tile.
 
     Parameters
     ----------
     image_set : the HR images
     patch_size : side of the patches in HR pixels, a multiple of 3
     device : device of the pixels and the batches
+    seed : seed of the window
     """
 
-    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device) -> None:
+    MAX_PIXELS = MEMORY // 14  # HR pixels of a set that is in memory as a whole
+    WINDOW_BYTES = 10  # memory for each HR pixel in a window
+
+    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
         self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device = patch_size, device
-        self.lr, self.hr = Atlas(), Atlas()
-        errors = []
-        for image in image_set.images.values():
-            image = image.convert("RGB")
-            hr_start = self.hr.add_pixels(to_tensor(image))
-            errors.append(bicubic_error(image))
-            for top, left in product(range(SCALE), repeat=2):
-                lr = to_tensor(degrade(image.crop((left, top, *image.size)))[0])
-                self.lr.add_view(self.lr.add_pixels(lr), lr.shape[1], lr.shape[2], lr.shape[2])
-                start = hr_start + top * image.width + left
-                self.hr.add_view(start, image.height - top, image.width - left, image.width)
-        self.lr.freeze(device)
-        self.hr.freeze(device)
-        self.sampler = ImportanceSampler(errors, patch_size // SCALE)
-        self.last_corners = torch.tensor([view[1:3] for view in self.lr.views]) - patch_size // SCALE  # (9 * count, 2)
-        self.pixels = SCALE**2 * sum(error.numel() for error in errors)  # in images cropped to multiples of 3
+        self.patch_size, self.device, self.parts = patch_size, device, dict[int, Part]()
+        sizes = image_set.sizes()  # (count, 2)
+        self.pixels = int((sizes // SCALE).prod(1).sum()) * SCALE**2
+        self.window, self.offsets = None, OFFSETS
+        if isinstance(image_set.images, ImageFiles):
+            self.window, self.offsets = Window(image_set.images, patch_size, seed, self.WINDOW_BYTES), [(0, 0)]
+            self.part_sizes = self.window.part_size // SCALE**2, self.window.part_size
+        else:
+            lr_pixels = sum(((sizes - offset) // SCALE).prod(1).sum() for offset in self.offsets)
+            self.part_sizes = int(lr_pixels), int(sizes.prod(1).sum())
+        self.lr, self.hr = (Atlas(size * (PARTS if self.window else 1), device) for size in self.part_sizes)
+        if not self.window:
+            self.fill(0, (crop_of_image(image.convert("RGB"), self.offsets) for image in image_set.images.values()))
+            self.prepare()
 
-    def steps(self, batch_size: int) -> int:
-        """Return the number of batches in an epoch, which draws as many pixels as the set has."""
-        return math.ceil(self.pixels / (batch_size * self.patch_size**2))
+    def fill(self, place: int, crops: Iterable[Crop]) -> None:
+        """Replace a part of the crops, by its place in memory."""
+        part = self.parts[place] = Part([], [], [], [], [])
+        lr_start, hr_start = (place * size for size in self.part_sizes)
+        for crop in crops:
+            height, width, _ = crop.hr.shape
+            for (top, left), lr in zip(self.offsets, crop.lr, strict=True):
+                part.lr_views.append((lr_start, lr.shape[0], lr.shape[1], lr.shape[1]))
+                part.hr_views.append((hr_start + top * width + left, height - top, width - left, width))
+                lr_start = self.lr.write(lr_start, lr)
+            hr_start = self.hr.write(hr_start, crop.hr)
+            part.errors.append(crop.error)
+            part.firsts.append(crop.first)
+            part.areas.append(crop.area)
 
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def fill_tiles(self, place: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
+        self.fill(place, (crop_of_tile(tile, image, self.patch_size // SCALE) for tile, image in tiles))
+
+    def prepare(self) -> None:
+        """Prepare drawing, after parts have been replaced."""
+        lr_views, hr_views, errors, firsts, areas = (
+            list(chain(*lists)) for lists in zip(*self.parts.values(), strict=True)
+        )
+        if not errors:
+            raise CommandError(f"{self.name}: no image can be decoded")
+        self.lr.set_views(lr_views)
+        self.hr.set_views(hr_views)
+        size = self.patch_size // SCALE
+        vars(self).pop("sampler", None)  # its tables are large
+        self.sampler = ImportanceSampler(errors, size, areas)
+        self.firsts = torch.tensor(firsts)  # (crops, 2)
+        self.last_corners = torch.tensor([view[1:3] for view in lr_views]) - size  # (views, 2)
+
+    def steps(self, batch_size: int, megapixels: float) -> int:
+        """Return the number of batches in an epoch, which draws as many pixels as the set has, up to a maximum."""
+        return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
+
+    def batches(self, steps: int, batch_size: int, generator: torch.Generator, done: int = 0) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations.
 
         The first eighth of a batch has its channels permuted, the last eighth is negative.
@@ -61,11 +126,21 @@ class RandomPatches:
         steps : number of batches
         batch_size : number of patches in each
         generator : a CPU generator, so that a run draws the same patches on any device
+        done : number of steps since the start of the run, on which a window depends
 
         Yields
         ------
         Batch, whose lr has the context that :class:`FastSRCNN` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
         """
+        if not self.window:
+            yield from self.batches_in_memory(steps, batch_size, generator)
+            return
+        for count, changed in self.window.turns(done, steps, batch_size * self.patch_size**2, self.fill_tiles):
+            if changed:
+                self.prepare()
+            yield from self.batches_in_memory(count, batch_size, generator)
+
+    def batches_in_memory(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         size, recolored = self.patch_size // SCALE, batch_size // RECOLORED
         first = torch.arange(recolored, device=self.device)[:, None]
         for places, flips, weight in self.draw(steps, batch_size, generator):
@@ -88,8 +163,9 @@ class RandomPatches:
         """
         count, recolored = steps * batch_size, batch_size // RECOLORED
         image, corner, weight = self.sampler.draw(count, generator)
-        view = SCALE**2 * image + torch.randint(SCALE**2, (count,), generator=generator)
-        corner = torch.minimum(corner, self.last_corners[view].clamp(min=0))  # the LR images differ in size
+        view = len(self.offsets) * image + torch.randint(len(self.offsets), (count,), generator=generator)
+        # The LR images of an image differ in size.
+        corner = torch.minimum(self.firsts[image] + corner, self.last_corners[view].clamp(min=0))
         flips = torch.rand(count, 3, generator=generator) < 0.5
         other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
         channels = torch.arange(3).repeat(steps, batch_size, 1)  # (steps, N, 3)
@@ -112,20 +188,27 @@ class ImportanceSampler:
     ----------
     errors : mean squared error at each LR pixel of each image, float64 Tensors of shape (h, w)
     size : side of the patches in LR pixels
+    areas : LR pixels that each place of an image stands for (default: images count by their areas, however few places
+        for patches they have)
     """
 
-    def __init__(self, errors: list[Tensor], size: int) -> None:
-        means = [mean_of_patches(error, size) for error in errors]
-        self.widths = torch.tensor([mean.shape[1] for mean in means])
-        places = torch.tensor([mean.numel() for mean in means])
+    def __init__(self, errors: list[Tensor], size: int, areas: list[float | None] | None = None) -> None:
+        shapes = [[max(side - size + 1, 1) for side in error.shape] for error in errors]
+        self.widths, places = torch.tensor([width for _, width in shapes]), torch.tensor(shapes).prod(1)
         self.ends = places.cumsum(0)
-        error = torch.cat([mean.flatten() for mean in means])  # (places,)
-        # Images count by their areas, however few places for patches they have.
-        shares = [image.numel() / mean.numel() for image, mean in zip(errors, means, strict=True)]
+        shares = [
+            area or error.numel() / (height * width)
+            for area, error, (height, width) in zip(areas or [None] * len(errors), errors, shapes, strict=True)
+        ]
+        # In place, since the tables are large.
+        drawn = torch.empty(int(self.ends[-1]), dtype=torch.float64)
+        for mean, error in zip(drawn.split(places.tolist()), errors, strict=True):
+            mean.copy_(mean_of_patches(error, size).flatten())
         uniform = torch.tensor(shares).double().repeat_interleave(places)
-        drawn = uniform * (error + SAMPLING_FLOOR * error.mean() + 1e-9).sqrt()  # not zero if all images are plain
-        self.cumulative = drawn.cumsum(0) / drawn.sum()
-        self.weights = (uniform / uniform.sum() * (drawn.sum() / drawn)).float()
+        drawn.add_(SAMPLING_FLOOR * drawn.mean()).add_(1e-9).sqrt_().mul_(uniform)  # not zero if all images are plain
+        total = drawn.sum()
+        self.cumulative = drawn.cumsum(0).div_(total)
+        self.weights = uniform.div_(uniform.sum()).mul_(torch.div(total, drawn, out=drawn)).float()
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the places of ``count`` patches.
@@ -145,11 +228,31 @@ class ImportanceSampler:
         return image, corner, self.weights[place]
 
 
-def bicubic_error(image: Image.Image) -> Tensor:
-    """Return the mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
+def crop_of_image(image: Image.Image, offsets: list[tuple[int, int]]) -> Crop:
+    """Return a whole RGB image with an LR image for each offset of the grid of LR pixels."""
+    lr_images = [degrade(image.crop((left, top, *image.size)))[0] for top, left in offsets]
+    return Crop(np.array(image), list(map(np.array, lr_images)), bicubic_error(*degrade(image)), (0, 0))
+
+
+def crop_of_tile(tile: Tile, image: Image.Image, size: int) -> Crop:
+    """Return an RGB tile with one LR image. ``size`` is the side of the patches in LR pixels."""
     lr, hr = degrade(image)
-    error = to_tensor(bicubic(lr, hr.size)).float() - to_tensor(hr).float()
-    return F.avg_pool2d(error.square().sum(0, keepdim=True), SCALE)[0].double() / 3
+    # At the end of an image, there may be one place less where the grid of LR pixels begins later.
+    row, column = (
+        max(min(first, side - size), 0) for first, side in zip(tile.first, (lr.height, lr.width), strict=True)
+    )
+    rows, columns = (number + size - 1 for number in tile.places)
+    error = bicubic_error(lr, hr)[row : row + rows, column : column + columns]
+    return Crop(np.array(hr), [np.array(lr)], error.clone(), (row, column), tile.area)
+
+
+def bicubic_error(lr: Image.Image, hr: Image.Image) -> Tensor:
+    """Return the mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
+    difference = np.asarray(ImageChops.difference(bicubic(lr, hr.size), hr))  # (3h, 3w, 3)
+    squares = np.multiply(difference, difference, dtype=np.uint16)
+    rows = squares.reshape(lr.height, SCALE, -1).sum(1, dtype=np.uint32)  # (h, 9w)
+    sums = rows.reshape(lr.height, lr.width, -1).sum(2, dtype=np.uint32)  # (h, w)
+    return torch.from_numpy(sums.astype(np.float32) / SCALE**2).double() / 3
 
 
 def mean_of_patches(error: Tensor, size: int) -> Tensor:
@@ -157,58 +260,3 @@ def mean_of_patches(error: Tensor, size: int) -> Tensor:
     height, width = (min(size, side) for side in error.shape)
     error = F.avg_pool2d(error[None], (height, 1), stride=1)
     return F.avg_pool2d(error, (1, width), stride=1)[0]
-
-
-# --------------------------------------------------------------------------------- atlas
-
-
-class Atlas:
-    """Images of any sizes in one tensor of pixels, so that a batch of patches is cut out in few operations.
-
-    A view is an image or the part of an image below and to the right of some pixel. Its pixel (y, x)
-    is pixel start + y * stride + x of the atlas.
-    """
-
-    def __init__(self) -> None:
-        self.images: list[Tensor] = []
-        self.views: list[tuple[int, int, int, int]] = []
-        self.size = 0
-
-    def add_pixels(self, image: Tensor) -> int:
-        """Append an image of shape (3, h, w), and return the index of its first pixel."""
-        self.images.append(image.permute(1, 2, 0).reshape(-1, 3))
-        start, self.size = self.size, self.size + len(self.images[-1])
-        return start
-
-    def add_view(self, start: int, height: int, width: int, stride: int) -> None:
-        self.views.append((start, height, width, stride))
-
-    def freeze(self, device: torch.device) -> None:
-        """Move everything to the device, as tensors."""
-        self.pixels = torch.cat(self.images).to(device)  # (P, 3)
-        self.starts, self.heights, self.widths, self.strides = torch.tensor(self.views, device=device).T.unsqueeze(2)
-        self.images.clear()
-
-    def cut(self, view: Tensor, corner: Tensor, size: int, flips: Tensor) -> Tensor:
-        """Cut out square patches. Rows and columns outside a view repeat its edge.
-
-        Parameters
-        ----------
-        view : (N,), indices of views
-        corner : (N, 2), top and left
-        size : side of the patches
-        flips : bool Tensor of shape (N, 3), whether to flip the rows, to flip the columns, and to transpose
-
-        Returns
-        -------
-        (N, 3, size, size)
-        """
-        along = torch.arange(size, device=view.device)
-        flip_rows, flip_columns, transpose = flips.T.unsqueeze(2)  # (N, 1) each
-        rows = corner[:, :1] + torch.where(flip_rows, size - 1 - along, along)  # (N, size)
-        columns = corner[:, 1:] + torch.where(flip_columns, size - 1 - along, along)
-        rows = torch.minimum(rows.clamp(min=0), self.heights[view] - 1)
-        columns = torch.minimum(columns.clamp(min=0), self.widths[view] - 1)
-        down, right = self.starts[view] + rows * self.strides[view], columns
-        down, right = torch.where(transpose, right, down), torch.where(transpose, down, right)
-        return self.pixels[down[:, :, None] + right[:, None, :]].permute(0, 3, 1, 2)

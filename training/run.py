@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Batch, ImageSet
+from data import Batch
 from imaging.metrics import Report
 from model import SRCNN
 from training.checkpoints import Checkpoint, ResumeRecord, TrainingState, load_checkpoint, save_checkpoint
@@ -32,7 +32,7 @@ Patches = RandomPatches | GridPatches
 class Recipe:
     """Parts of the training loop that differ between recipes. The loop and both recipes are in train.py."""
 
-    patches: Callable[[ImageSet, int, torch.device], Patches]
+    patches: type[RandomPatches] | type[GridPatches]
     optimizer: Callable[..., Adam]  # (model, patches, generator) -> optimizer; sets the initial weights
     network: Callable[[SRCNN, torch.dtype], Network]
     loss: Callable[[Tensor, Batch], Tensor]

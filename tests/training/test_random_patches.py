@@ -124,7 +124,7 @@ def test_error_of_patch_is_mean_squared_error_of_bicubic():
     lr, hr = degrade(image)
     upscaled = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
     squares = ((upscaled - np.asarray(hr, float)) ** 2).mean(2)
-    error = bicubic_error(image)
+    error = bicubic_error(lr, hr)
     means = mean_of_patches(error, 3)
     assert (error.shape, means.shape) == ((8, 10), (6, 8))
     assert error[2, 7].item() == pytest.approx(squares[6:9, 21:24].mean())

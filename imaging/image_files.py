@@ -1,0 +1,99 @@
+"""Images in files, of which only the names and sizes are in memory."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from imaging.images import read_header, read_hr
+from utils import CommandError, one_line, progress_bar, show, without_warnings
+
+
+class ImageFiles(Mapping[str, Image.Image]):
+    """HR images by name, as :func:`read_hr` reads them, each decoded when it is asked for.
+
+    Warnings about an image are printed when it is decoded for the first time.
+
+    Parameters
+    ----------
+    files : paths by name
+    headers : int64 array of shape (files, 3), from :func:`read_headers`
+    min_side : minimum width and height
+    """
+
+    def __init__(self, files: Mapping[str, Path], headers: np.ndarray, min_side: int) -> None:
+        self.files, self.headers, self.min_side = files, headers, min_side
+        self.decoded = set[str]()
+
+    def __getitem__(self, name: str) -> Image.Image:
+        with without_warnings() if name in self.decoded else contextlib.nullcontext():
+            self.decoded.add(name)
+            return read_hr(self.files[name], self.min_side, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Return widths and heights before images are turned upright, int64, (files, 2)."""
+        return self.headers[:, :2]
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Return the memory that decoding one of the images takes at most."""
+        return int(self.headers[:, 2].max())
+
+    def select(self, keep: Callable[[int], bool]) -> "ImageFiles":
+        """Return some of the images, by their indices."""
+        chosen = [keep(i) for i in range(len(self))]
+        return ImageFiles(dict(compress(self.files.items(), chosen)), self.headers[chosen], self.min_side)
+
+    def hashes(self) -> Iterator[bytes]:
+        """Yield for each image a hash of its size and the size of its file, which is not read."""
+        for (width, height), file in zip(self.sizes.tolist(), self.files.values(), strict=True):
+            yield hashlib.sha256(f"{width}x{height}, {file.stat().st_size} bytes".encode()).digest()
+
+
+def read_headers(files: list[Path], min_side: int) -> tuple[np.ndarray, list[CommandError]]:
+    """Read the headers of HR images.
+
+    Returns
+    -------
+    headers : int64 array of shape (files, 3): width, height, memory for decoding in bytes; 0 for unusable images
+    failures : what is wrong with those
+    """
+    headers, failures = np.zeros((len(files), 3), np.int64), []
+    for i, file in enumerate(progress_bar(files, "reading headers", "image")):
+        try:
+            headers[i] = read_header(file, min_side)
+        except CommandError as error:
+            failures.append(error)
+    return headers, failures
+
+
+def read_all(files: list[Path], min_side: int) -> list[Image.Image]:
+    """Decode HR images. If there are errors, print each of them, and raise CommandError."""
+    images, failures = [], []
+    for file in files:
+        try:
+            images.append(read_hr(file, min_side))
+        except CommandError as error:
+            failures.append(error)
+    raise_failures(failures, len(files))
+    return images
+
+
+def raise_failures(failures: list[CommandError], count: int) -> None:
+    """Print why some of ``count`` images cannot be used, and raise CommandError, if there are any."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        show(*(f"error: {one_line(failure)}" for failure in failures), to_stderr=True)
+        raise CommandError(f"{len(failures)} of {count} images cannot be used; replace them or move them elsewhere")
