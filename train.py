@@ -37,7 +37,7 @@ try:
     from training import progress
     from training.checkpoints import Checkpoint, load_checkpoint
     from training.grid_patches import COURSE_BATCH_SIZE, GridPatches, course_psnr, zero_padded_srcnn
-    from training.inspection import changes, course_to_json, describe, describe_course, to_json
+    from training.inspection import changes, course_to_json, describe, describe_course, origin, to_json
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
     from training.options import Args, Options, add_options, check_memory, check_options, given_options
@@ -260,7 +260,10 @@ def add_inspection_arguments(parser: ArgumentParser) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     given = given_options(args)
-    start(args, Options.from_args(given), given)
+    init = load_checkpoint(Path(args.init)) if "init" in given else None
+    if init:
+        show(f"starting from the weights of {args.init}{origin(init)}")
+    start(args, Options.from_args(given), given, init=init)
 
 
 def resume_command(args: argparse.Namespace) -> None:
@@ -276,7 +279,13 @@ def resume_command(args: argparse.Namespace) -> None:
     show(reason)
 
 
-def start(args: argparse.Namespace, options: Options, given: Args, resumed: Checkpoint | None = None) -> None:
+def start(
+    args: argparse.Namespace,
+    options: Options,
+    given: Args,
+    resumed: Checkpoint | None = None,
+    init: Checkpoint | None = None,
+) -> None:
     """Check the options, connect the processes, find the data, and train."""
     rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
@@ -295,7 +304,7 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
             patches = recipe.patches(images, options.patch_size, device)
         progress.print_setup(patches, dtype, options)
         parts = options, recipe, patches, dtype
-        run = restored_run(resumed, *parts) if resumed else new_run(*parts)
+        run = restored_run(resumed, *parts) if resumed else new_run(*parts, init)
         train(run, patches, test_set, args.output)
 
 

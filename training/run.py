@@ -118,20 +118,23 @@ class Run:
 # ------------------------------------------------------------------------- new or restored
 
 
-def new_run(options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
-    """Return a run whose initial weights and patches are drawn with the seed."""
+def new_run(
+    options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype, init: Checkpoint | None = None
+) -> Run:
+    """Return a run whose patches are drawn with the seed, and its initial weights also unless a checkpoint has them."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.optimizer(model, patches, generator)
+    if init:
+        model.load_state_dict(init.model)
     return Run(options, recipe, dtype, patches.name, patches.fingerprint, model, optimizer, generator)
 
 
 def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
     """Return a run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
-    run = new_run(options, recipe, patches, dtype)
+    run = new_run(options, recipe, patches, dtype, checkpoint)
     run.epoch = checkpoint.epoch
-    run.model.load_state_dict(checkpoint.model)
     state = checkpoint.training
     if not state:
         run.history.append((checkpoint.epoch, None))
