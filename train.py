@@ -20,6 +20,7 @@ GPU: 32.829 dB Y, 30.915 dB RGB on Set5; bicubic 30.403 and 28.624.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -202,7 +203,8 @@ def parse_args() -> argparse.Namespace:
         prog = f"train.py {name}"
         return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=HINTS)
 
-    train = add_command("train", "Train from scratch.", "train", "train --lr=0.0005 --batch-size=256 --cuda")
+    examples = "train", "train --lr=0.0005 --batch-size=256 --cuda", "train --init=checkpoint.pth --train-data=photos"
+    train = add_command("train", "Train from scratch, or from the weights of a checkpoint.", *examples)
     add_training_arguments(train, resume=False)
     resume = add_command(
         "resume",
@@ -274,6 +276,8 @@ def resume_command(args: argparse.Namespace) -> None:
         show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changed}")
         return start(args, options, given, checkpoint)
     reason = f"{args.checkpoint} already has {plural(checkpoint.epoch, 'epoch')}; give a larger --num-epoch to train on"
+    if "train_data" in given:
+        reason += f", or use `train --init={shlex.quote(str(args.checkpoint))}` to start a new run from its weights"
     if changed:  # to be ignored
         raise CommandError(reason)
     show(reason)
