@@ -214,7 +214,7 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
 
 
 def later_checkpoints(output: Path, run: Run) -> list[Path]:
-    """Return the numbered checkpoints after this epoch of other branches of a run, and the one with its weights."""
+    """Return the numbered checkpoints after this epoch of other branches of a run, and the one that began it."""
     numbers = [path.name.removeprefix("checkpoint.") for path in output.glob("checkpoint.*")]
     later = sorted(int(number) for number in numbers if number.isdecimal() and int(number) > run.epoch)
     init, found = Path(run.options.init).resolve(), []
@@ -226,6 +226,7 @@ def later_checkpoints(output: Path, run: Run) -> list[Path]:
 
 
 def keep_aside(path: Path) -> None:
+    """Append the first number to a file's name that is free, and say so."""
     number = 1
     while (other := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
