@@ -20,6 +20,7 @@ GPU: 32.829 dB Y, 30.915 dB RGB on Set5; bicubic 30.403 and 28.624.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ try:
     from training import progress
     from training.checkpoints import Checkpoint, load_checkpoint
     from training.grid_patches import COURSE_BATCH_SIZE, GridPatches, course_psnr, zero_padded_srcnn
-    from training.inspection import changes, course_to_json, describe, describe_course, to_json
+    from training.inspection import changes, course_to_json, describe, describe_course, origin, to_json
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
     from training.options import Args, Options, add_options, check_memory, check_options, given_options
@@ -204,7 +205,8 @@ def parse_args() -> argparse.Namespace:
         prog = f"train.py {name}"
         return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=HINTS)
 
-    train = add_command("train", "Train from scratch.", "train", "train --lr=0.0005 --batch-size=256 --cuda")
+    examples = "train", "train --lr=0.0005 --batch-size=256 --cuda", "train --init=checkpoint.pth --train-data=photos"
+    train = add_command("train", "Train from scratch, or from the weights of a checkpoint.", *examples)
     add_training_arguments(train, resume=False)
     resume = add_command(
         "resume",
@@ -262,7 +264,10 @@ def add_inspection_arguments(parser: ArgumentParser) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     given = given_options(args)
-    start(args, Options.from_args(given), given)
+    init = load_checkpoint(Path(args.init)) if "init" in given else None
+    if init:
+        show(f"starting from the weights of {args.init}{origin(init)}")
+    start(args, Options.from_args(given), given, init=init)
 
 
 def resume_command(args: argparse.Namespace) -> None:
@@ -273,12 +278,20 @@ def resume_command(args: argparse.Namespace) -> None:
         show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changed}")
         return start(args, options, given, checkpoint)
     reason = f"{args.checkpoint} already has {plural(checkpoint.epoch, 'epoch')}; give a larger --num-epoch to train on"
+    if "train_data" in given:
+        reason += f", or use `train --init={shlex.quote(str(args.checkpoint))}` to start a new run from its weights"
     if changed:  # to be ignored
         raise CommandError(reason)
     show(reason)
 
 
-def start(args: argparse.Namespace, options: Options, given: Args, resumed: Checkpoint | None = None) -> None:
+def start(
+    args: argparse.Namespace,
+    options: Options,
+    given: Args,
+    resumed: Checkpoint | None = None,
+    init: Checkpoint | None = None,
+) -> None:
     """Check the options, connect the processes, find the data, and train."""
     rank, world_size = rank_and_world_size()
     device, precision = select_device(args.cuda), options.precision
@@ -298,7 +311,7 @@ def start(args: argparse.Namespace, options: Options, given: Args, resumed: Chec
             patches = recipe.patches(images, options.patch_size, device, options.seed)
         progress.print_setup(patches, dtype, options)
         parts = options, recipe, patches, dtype
-        run = restored_run(resumed, *parts) if resumed else new_run(*parts)
+        run = restored_run(resumed, *parts) if resumed else new_run(*parts, init)
         train(run, patches, test_set, args.output)
 
 

@@ -132,10 +132,9 @@ def test_shipped_checkpoint_was_trained_by_commands_of_docs(shipped, monkeypatch
         options = options | given_options(args)
         records.append((options["num_epoch"], options))
 
-    def comparable(records):  # save_freq changes no weight, and old checkpoints have no recipe
-        return [
-            (epoch, {"recipe": "default", "epoch_size": 100} | args | {"save_freq": None}) for epoch, args in records
-        ]
+    def comparable(records):  # save_freq changes no weight, and old checkpoints lack the other three
+        defaults = {"recipe": "default", "init": "", "epoch_size": 100}
+        return [(epoch, defaults | args | {"save_freq": None}) for epoch, args in records]
 
     assert comparable([*shipped.training.history, (shipped.epoch, shipped.args)]) == comparable(records)
     mean = shipped.training.report.mean.srcnn

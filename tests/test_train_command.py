@@ -85,6 +85,34 @@ def test_assignment_recipe_saves_its_defaults_and_resumes_exactly(train_small):
     assert {name: saved["args"][name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("recipe", "content", "origin"),
+    [
+        ("default", trained_content, "epoch 1, 31.000 dB Y on photos"),
+        ("assignment", course_content, "epoch 2, 27.500 dB, on an unnamed set"),
+    ],
+)
+def test_init_starts_new_run_from_weights_of_checkpoint(train_small, recipe, content, origin):
+    """With a vanishing learning rate, the weights stay as they are."""
+    torch.save(content(), "x")
+    options = (f"--recipe={recipe}", "--patch-size=33", "--init=x", "--lr=1e-9", "--seed=7", "--output=o")
+    status, out, err = train_small(*options)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"starting from the weights of x ({origin})\n")
+    assert "\nepoch   0/2 " in out
+    wanted, saved = load_checkpoint(Path("x")), load_checkpoint(Path("o/checkpoint.2"))
+    for name, weight in wanted.model.items():
+        assert torch.allclose(saved.model[name], weight, rtol=0, atol=1e-5), name
+    assert load_checkpoint(Path("o/checkpoint.best")).epoch == saved.training.best_epoch
+    assert (saved.args["init"], saved.args["seed"], saved.training.history) == ("x", 7, [])
+    assert saved.training.run != "20250102-030405-6"
+    if recipe == "default":  # whitened anew, since other images have another covariance
+        assert not torch.equal(saved.training.optimizer["whiten"], wanted.training.optimizer["whiten"])
+    Path("x").unlink()
+    assert train_small("--num-epoch=3", command=("resume", "o/checkpoint.last"))[0] == 0
+    assert load("o/checkpoint.3")["args"]["init"] == "x"
+
+
 def test_run_on_generated_images_names_them_and_resumes_without_network(cli, offline):
     status, out, err = cli("train.py", "train", "--num-epoch=1", "--output=o")
     assert status == 0
@@ -159,6 +187,10 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
         ("train --hold-out=2", 2, "--hold-out"),
+        ("train --init=", 2, "--init: must not be empty"),
+        ("train --init=missing", 1, "missing: cannot be read"),
+        ("train --init=file", 1, "file: not a valid SRCNN checkpoint"),
+        ("resume x --init=x", 2, "--init is fixed"),
         ("resume x --hold-out=2 --test-data=empty", 2, "--test-data"),
         ("resume held --test-data=empty", 1, "add --hold-out=0"),
         ("resume x --seed 3", 2, "--seed is fixed"),

@@ -49,7 +49,7 @@ def program_files() -> list[str]:
 
 
 def check_origin(path: Path, checkpoint: Checkpoint) -> None:
-    """Raise CommandError if a checkpoint names no student, and warn if it is another's or knows no real images."""
+    """Raise CommandError if a checkpoint names no student, and warn if it may be another's or knows no real images."""
     name = checkpoint.info.name
     if not is_filled_in(checkpoint.info):
         raise CommandError(
@@ -57,6 +57,8 @@ def check_origin(path: Path, checkpoint: Checkpoint) -> None:
         )
     if asdict(checkpoint.info) != {key: str(value) for key, value in asdict(info).items()}:
         warn(f"{path} was saved with another info.py (name: {name}); train with yours")
+    if init := checkpoint.args.get("init"):
+        warn(f"{path} began with the weights of {init}; hand it in only if you trained those")
     state = checkpoint.training
     if state and GENERATED in state.train_set:
         warn(f"{path} was trained on {state.train_set}; train on the real ones, see `python data.py`")

@@ -29,12 +29,20 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
         lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
     lines += [f"info        {who}{'' if is_filled_in(checkpoint.info) else '  (not filled in)'}"] if who else []
     lines += [f"saved       {checkpoint.saved_at}, torch {checkpoint.torch_version}"] if checkpoint.saved_at else []
-    lines += ["options", *(f"  {name:11}{value}" for name, value in args.items())]
+    lines += ["options", *(f"  {name:11}{value}" for name, value in args.items() if value != "")]
     if state:
         for (epoch, before), (_, after) in pairwise([*state.history, (checkpoint.epoch, args)]):
             lines += [f"resumed     after epoch {epoch}{changes(before, after or {})}"]
     lines = [one_line(line) for line in lines]
     return [*lines, "", *table(report)] if report else lines
+
+
+def origin(checkpoint: Checkpoint) -> str:
+    """Describe where weights come from, for example " (epoch 3041, 32.903 dB Y on Set5)", as far as it is known."""
+    known = f" Y on {checkpoint.training.report.set}" if checkpoint.training else ", on an unnamed set"
+    facts = [f"epoch {checkpoint.epoch}"] if checkpoint.epoch else []
+    facts += [] if math.isnan(checkpoint.psnr) else [f"{checkpoint.psnr:.3f} dB{known}"]
+    return one_line(f" ({', '.join(facts)})") if facts else ""
 
 
 def changes(before: Args | None, after: Args) -> str:

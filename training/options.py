@@ -14,7 +14,7 @@ from data import TEST_DATA, TRAIN_DATA
 from model import SCALE
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
-from utils import CommandError, integer, positive_float
+from utils import CommandError, integer, path, positive_float
 
 # Memory of a training step at its peak, in bytes for each HR pixel that is computed. The largest measured on a CPU, for
 # patches of 9 to 300 pixels in batches of 0.1 to 6.8 GB, were 1,680, 790 and 1,440.
@@ -33,7 +33,7 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
-FIXED = ("recipe", "seed")  # options that cannot change later: the optimizer and the random state depend on them
+FIXED = ("recipe", "seed", "init")  # options that cannot change later: the state of the run depends on them
 
 
 def hold_out_number(text: str) -> int:
@@ -42,6 +42,11 @@ def hold_out_number(text: str) -> int:
     if number == 1:
         raise argparse.ArgumentTypeError("must be at least 2, or 0 for none, not '1', which leaves no training images")
     return number
+
+
+def file_name(text: str) -> str:
+    """Parse the name of a file: an argparse type."""
+    return str(path(text))
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
@@ -64,6 +69,7 @@ class Options:
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
     hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
     epoch_size:    float = option(100.0,           positive_float,    "maximum megapixels in an epoch")
+    init:          str   = option("",              file_name,         "checkpoint with initial weights", metavar="FILE")
     # fmt: on
 
     def to_args(self) -> Args:
@@ -98,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
         if "choices" not in arguments:
             arguments.setdefault("metavar", "N")
         if not resume:
-            arguments["help"] += f" (default: {field.default})"
+            arguments["help"] += f" (default: {'none' if field.default == '' else field.default})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
@@ -158,9 +164,14 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
 
 
 def valid_args(args: Mapping[Any, Any]) -> Args:
-    """Return the known options in another program's checkpoint, without values that are impossible here."""
+    """Return the known options in another program's checkpoint, without values that are impossible here.
+
+    What it calls "init" may be anything, such as the name of a distribution.
+    """
     valid: Args = {}
     for name in FIELDS:
+        if name == "init":
+            continue
         with contextlib.suppress(CommandError):
             valid |= check_args({name: args.get(name)})
     return valid
@@ -172,6 +183,9 @@ def check_args(args: Mapping[Any, Any]) -> Args:
     for name, field in FIELDS.items():
         value = args.get(name)
         if value is None:
+            continue
+        if value == "" == field.default:  # not given; the command line accepts no empty value
+            checked[name] = value
             continue
         if not isinstance(value, str | int | float) or (isinstance(value, str) and len(value) > 4096):
             raise CommandError(f"invalid '{name}'")

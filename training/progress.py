@@ -87,9 +87,12 @@ def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
 
 
 def print_result(run: Run, output: Path) -> None:
-    best = f"best: epoch {run.best_epoch}" if run.best_epoch else "no epoch was better than the initial network"
-    best += f" with {run.best:.3f} dB Y on {run.report.set}, trained on {run.train_set}"
-    if run.best_epoch and not (output / "checkpoint.best").exists():  # resumed from another folder or an earlier epoch
+    init, psnr = run.options.init, f"{run.best:.3f} dB Y on {run.report.set}"
+    best = f"best: epoch {run.best_epoch} with {psnr}, trained on {run.train_set}"
+    if not run.best_epoch:
+        best = f"no epoch on {run.train_set} was better than {init or 'the initial network'} with {psnr}"
+    saved = (output / "checkpoint.best").exists()
+    if (run.best_epoch or init) and not saved:  # resumed from another folder or an earlier epoch
         best += f"; its checkpoint is not in {output}"
     show("", *table(run.report), "", f"saved: {output / f'checkpoint.{run.epoch}'}; {best}")
 

@@ -73,6 +73,25 @@ class Run:
         if report.mean.srcnn.y > self.best:
             self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
 
+    def has_written(self, saved: Checkpoint) -> bool:
+        return saved.training is not None and saved.training.run == self.id
+
+    def continues(self, saved: Checkpoint) -> bool:
+        """Return whether this run, which has yet to train, starts from a checkpoint of its own."""
+        weights = self.model.state_dict().items()
+        same = all(torch.equal(saved.model[name], weight.cpu()) for name, weight in weights)
+        return self.has_written(saved) and saved.epoch == self.epoch and same
+
+    def has_best(self, saved: Checkpoint) -> bool:
+        """Return whether a checkpoint is this run's best. Another branch's may be of the same epoch."""
+        return self.has_written(saved) and (saved.epoch, saved.psnr) == (self.best_epoch, self.best)
+
+    def may_repeat(self, saved: Checkpoint) -> bool:
+        """Return whether the next epoch may repeat a checkpoint: after a kill between checkpoint.best and .last."""
+        if not saved.training or not self.has_written(saved) or saved.epoch != self.epoch + 1:
+            return False
+        return Options.from_args(saved.args) == self.options and self.trains_on_images_of(saved.training)
+
     def trains_on_images_of(self, state: TrainingState) -> bool:
         """Return whether the training images are those of a checkpoint, as far as it says."""
         if state.train_images:
@@ -102,7 +121,8 @@ class Run:
     def save_start(self, output: Path) -> None:
         """Write checkpoint.last before the first epoch, and checkpoint.best if that is missing and this is the best."""
         names = ["last"]
-        if 0 < self.epoch == self.best_epoch and not (output / "checkpoint.best").exists():
+        trained = self.epoch > 0 or self.options.init
+        if trained and self.epoch == self.best_epoch and not (output / "checkpoint.best").exists():
             names.insert(0, "best")
         save_checkpoint(self.checkpoint(), *(output / f"checkpoint.{name}" for name in names))
 
@@ -118,20 +138,23 @@ class Run:
 # ------------------------------------------------------------------------- new or restored
 
 
-def new_run(options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
-    """Return a run whose initial weights and patches are drawn with the seed."""
+def new_run(
+    options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype, init: Checkpoint | None = None
+) -> Run:
+    """Return a run whose patches are drawn with the seed, and its initial weights also unless a checkpoint has them."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.optimizer(model, patches, generator)
+    if init:
+        model.load_state_dict(init.model)
     return Run(options, recipe, dtype, patches.name, patches.fingerprint, model, optimizer, generator)
 
 
 def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
     """Return a run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
-    run = new_run(options, recipe, patches, dtype)
+    run = new_run(options, recipe, patches, dtype, checkpoint)
     run.epoch = checkpoint.epoch
-    run.model.load_state_dict(checkpoint.model)
     state = checkpoint.training
     if not state:
         run.history.append((checkpoint.epoch, None))
@@ -171,31 +194,44 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
-    """Rename checkpoint.best and checkpoint.last if this run would replace them without having continued them."""
+    """Rename the checkpoints that this run would replace without having continued them.
+
+    They are of another run, or of another branch of this run, if not its last checkpoint is resumed. Numbered ones of
+    other runs are not kept.
+    """
     best, last = output / "checkpoint.best", output / "checkpoint.last"
-    kept, saved = [], load_if_valid(last)
-    epochs = [run.best_epoch]
-    if saved and is_of_run(saved, run.id, [run.epoch]):
-        kept.append(last)
-        same_images = saved.training and run.trains_on_images_of(saved.training)
-        if saved.args == run.options.to_args() and same_images:
-            # After a kill between checkpoint.best and checkpoint.last, the run repeats the epoch of checkpoint.best.
-            epochs.append(run.epoch + 1)
+    saved = load_if_valid(last)
+    continued = saved is not None and run.continues(saved)
+    others = [] if continued else [*later_checkpoints(output, run), *([last] if last.exists() else [])]
     saved = load_if_valid(best)
-    if saved and is_of_run(saved, run.id, epochs):
-        kept.append(best)
-    for path in (best, last):
-        if path in kept or not path.exists():
-            continue
-        number = 1
-        while (other := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        os.replace(path, other)
-        show(f"{path} belongs to another run, other images or a later epoch; it is kept as {other}")
+    ours = saved and (run.has_best(saved) or (continued and run.may_repeat(saved)))
+    if best.exists() and (others or not ours):
+        others.insert(0, best)
+    for path in others:
+        keep_aside(path)
+    if saved and ours and best in others:  # as the best of both branches
+        save_checkpoint(saved, best)
 
 
-def is_of_run(checkpoint: Checkpoint, run: str, epochs: list[int]) -> bool:
-    return checkpoint.training is not None and checkpoint.training.run == run and checkpoint.epoch in epochs
+def later_checkpoints(output: Path, run: Run) -> list[Path]:
+    """Return the numbered checkpoints after this epoch of other branches of a run, and the one that began it."""
+    numbers = [path.name.removeprefix("checkpoint.") for path in output.glob("checkpoint.*")]
+    later = sorted(int(number) for number in numbers if number.isdecimal() and int(number) > run.epoch)
+    init, found = Path(run.options.init).resolve(), []
+    for path in (output / f"checkpoint.{number}" for number in later):
+        saved = load_if_valid(path)
+        if path.resolve() == init or (saved and run.has_written(saved)):
+            found.append(path)
+    return found
+
+
+def keep_aside(path: Path) -> None:
+    """Append the first number to a file's name that is free, and say so."""
+    number = 1
+    while (other := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    os.replace(path, other)
+    show(f"{path} belongs to another run or branch, other images or a later epoch; it is kept as {other}")
 
 
 def load_if_valid(path: Path) -> Checkpoint | None:

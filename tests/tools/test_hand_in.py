@@ -162,6 +162,16 @@ def test_checkpoint_that_began_on_generated_images_is_warned_of(monkeypatch, cap
     assert_one_line(capsys.readouterr().err, "WARNING: net was first trained on dead-leaves (GENERATED IMAGES)")
 
 
+@pytest.mark.parametrize(("init", "warns"), [("checkpoint.pth", True), ("", False)])
+def test_checkpoint_that_began_with_weights_of_another_is_warned_of(monkeypatch, capsys, init, warns):
+    monkeypatch.setattr("tools.hand_in.info", STUDENT)
+    checkpoint = load_checkpoint(ROOT / "checkpoint.pth")
+    checkpoint.info, checkpoint.args = STUDENT, checkpoint.args | {"init": init}
+    check_origin(Path("net"), checkpoint)
+    warning = "WARNING: net began with the weights of checkpoint.pth; hand it in only if you trained those\n"
+    assert capsys.readouterr().err == warning * warns
+
+
 @pytest.mark.parametrize("name", DECLARED)
 def test_file_begins_with_declaration(name):
     head = (ROOT / name).read_text("utf-8").split('"""')[0]

@@ -6,7 +6,7 @@ import pytest
 from helpers import PATH, course_content, loaded, report, trained_checkpoint, trained_content
 
 from imaging.metrics import Psnr, Scores, table
-from training.inspection import course_to_json, describe, describe_course, to_json
+from training.inspection import course_to_json, describe, describe_course, origin, to_json
 from utils import show
 
 # Options that are missing have their defaults.
@@ -42,6 +42,26 @@ resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
 
 """.splitlines()
     assert describe(PATH, inspected, report()) == lines + table(report())
+
+
+@pytest.mark.parametrize(("init", "lines"), [("", []), ("checkpoint.pth", ["  init       checkpoint.pth"])])
+def test_initial_weights_are_described_if_a_checkpoint_had_them(inspected, init, lines):
+    inspected.args["init"] = init
+    assert [line for line in describe(PATH, inspected, None) if line.startswith("  init")] == lines
+    assert json.loads(to_json(inspected, None))["args"]["init"] == init
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (trained_content, " (epoch 1, 31.000 dB Y on photos)"),
+        (course_content, " (epoch 2, 27.500 dB, on an unnamed set)"),
+        (lambda: {"model_state_dict": course_content()["model_state_dict"]}, ""),
+    ],
+    ids=["own", "course", "weights alone"],
+)
+def test_origin_is_described_as_far_as_it_is_known(content, wanted):
+    assert origin(loaded(content())) == wanted
 
 
 def test_scores_by_protocol_of_course_as_text_and_json():

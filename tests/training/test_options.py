@@ -12,7 +12,16 @@ import training.options
 from data import ImageSet
 from imaging.dead_leaves import dead_leaves
 from train import RECIPES, train_one_step
-from training.options import Options, add_options, check_args, check_memory, check_options, given_options, step_memory
+from training.options import (
+    Options,
+    add_options,
+    check_args,
+    check_memory,
+    check_options,
+    given_options,
+    step_memory,
+    valid_args,
+)
 from training.random_patches import RandomPatches
 from training.run import new_run
 from upscaling.device import keep_memory
@@ -20,6 +29,8 @@ from utils import ArgumentParser, CommandError
 
 ALL = {"lr": 1e-9, "batch_size": 3, "num_epoch": 2**31 - 1, "save_freq": 1, "patch_size": 9, "seed": 7}
 ALL |= {"recipe": "assignment", "hold_out": 2, "precision": "bf16", "train_data": "a b", "test_data": "dead-leaves"}
+ALL |= {"epoch_size": 0.5}
+ALL |= {"init": "a/checkpoint.best"}
 
 
 def parser(resume=False):
@@ -82,17 +93,36 @@ def test_invalid_value_is_refused_on_command_line_and_in_checkpoint(capsys, name
     assert problem in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", [8]), ("train_data", "x" * 5000)], ids=["list", "long"])
+def test_init_is_a_path_or_in_a_checkpoint_empty(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--init="])
+    assert_one_line(capsys.readouterr().err, "--init: must not be empty")
+    assert check_args({"init": ""}) == {"init": ""}
+    assert check_args({}) == check_args({"init": None}) == {}
+    assert "--init FILE checkpoint with initial weights (default: none)" in " ".join(parser().format_help().split())
+
+
+def test_init_of_another_program_is_not_ours():
+    assert valid_args({"init": "xavier", "lr": 0.5, "seed": -1}) == {"lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", [8]), ("train_data", "x" * 5000), ("init", ["x"])],
+    ids=["list", "long", "list of files"],
+)
 def test_value_of_no_option_is_refused_in_checkpoint(name, value):
     with pytest.raises(CommandError, match=f"invalid '{name}'"):
         check_args({name: value})
 
 
-@pytest.mark.parametrize("words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--rec default"])
+@pytest.mark.parametrize(
+    "words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--rec default", "--init=x"]
+)
 def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
     with pytest.raises(SystemExit, match="2"):
         parser(resume=True).parse_args(words.split())
-    name = "--recipe" if "rec" in words else "--seed"
+    (name,) = [name for name in ("--recipe", "--seed", "--init") if words.startswith(name[:5])]
     assert_one_line(capsys.readouterr().err, f"{name} is fixed at the start of a run")
 
 

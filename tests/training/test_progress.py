@@ -55,16 +55,17 @@ def test_epochs_are_printed_with_speed_and_slow_one_with_warning(capfd, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("epoch", "saved", "fact"),
+    ("epoch", "init", "saved", "fact"),
     [
-        (0, False, "; no epoch was better than the initial network with 31.000 dB Y on Set5, trained on photos\n"),
-        (3, True, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos\n"),
-        (3, False, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos; its checkpoint is not in out\n"),
+        (0, "", False, "; no epoch on photos was better than the initial network with 31.000 dB Y on Set5\n"),
+        (0, "a.pth", True, "; no epoch on photos was better than a.pth with 31.000 dB Y on Set5\n"),
+        (0, "a.pth", False, " than a.pth with 31.000 dB Y on Set5; its checkpoint is not in out\n"),
+        (3, "", True, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos\n"),
+        (3, "", False, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos; its checkpoint is not in out\n"),
     ],
-    ids=["initial network", "saved here", "saved elsewhere"],
 )
-def test_result_claims_no_checkpoint_that_does_not_exist(capfd, epoch, saved, fact):
-    run = small_run()
+def test_result_claims_no_checkpoint_that_does_not_exist(capfd, epoch, init, saved, fact):
+    run = small_run(init=init)
     run.report, run.best, run.best_epoch = report(30.0, "Set5"), 31.0, epoch
     Path("out").mkdir()
     if saved:

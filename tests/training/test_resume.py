@@ -41,6 +41,16 @@ def test_resuming_finished_run_prints_hint_and_writes_nothing(train_small, saved
     assert contents("there") == files
 
 
+def test_resuming_finished_run_on_other_images_names_init(train_small, saved, photos):
+    files = contents("there")
+    hint = "give a larger --num-epoch to train on, or use `train --init=there/checkpoint.last` to start a new run from"
+    for folder, status in ((photos, 0), (photos.parent, 1)):
+        found, out, err = train_small(f"--train-data={folder}", command=("resume", "there/checkpoint.last"))
+        assert found == status
+        assert_one_line(err if status else out, hint)
+    assert contents("there") == files
+
+
 def test_resumed_run_keeps_precision_that_auto_had_chosen(train_small, monkeypatch):
     for fast, name in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr("upscaling.device.bf16_is_fast", lambda device, fast=fast: fast)

@@ -13,6 +13,7 @@ from helpers import ROOT, assert_one_line, contents, load, report, same, small_r
 from imaging.metrics import Report
 from train import RECIPES
 from training.checkpoints import load_checkpoint, save_checkpoint
+from training.optimizer import WhitenedAdam
 from training.options import Options
 from training.run import keep_other_checkpoints, lock_output_dir, new_run, restored_run
 from utils import TEMPORARY_SUFFIX, CommandError, interrupt
@@ -114,7 +115,8 @@ def test_checkpoint_of_later_epoch_is_kept(run, tmp_path):
     run.save(tmp_path)
     run.epoch = 1  # as if resumed from the first epoch, which is the best
     keep_other_checkpoints(tmp_path, run)
-    assert contents().keys() == {"checkpoint.2", "checkpoint.best", "checkpoint.last.1"}
+    kept = {"checkpoint.2.1", "checkpoint.best.1", "checkpoint.last.1"}
+    assert contents().keys() == {"checkpoint.best", *kept}  # the best of both branches
     assert load("checkpoint.last.1")["epoch"] == 2
 
 
@@ -130,8 +132,8 @@ def test_run_that_is_killed_while_saving_resumes_with_its_checkpoints(run, tmp_p
     saved = contents()
     assert saved.keys() == {"checkpoint.best", "checkpoint.last", *["checkpoint.2"] * (cut == 2)}
     resumed = load_checkpoint(Path("checkpoint.last"))
-    run.epoch, run.best_epoch = resumed.epoch, resumed.training.best_epoch
-    assert (run.epoch, run.best_epoch) == (1, 1)
+    run.epoch, run.best_epoch, run.best = resumed.epoch, resumed.training.best_epoch, resumed.training.best
+    assert (run.epoch, run.best_epoch, run.best) == (1, 1, 31.0)
     keep_other_checkpoints(tmp_path, run)
     assert contents() == saved
 
@@ -185,7 +187,115 @@ def test_best_of_next_epoch_is_kept_if_run_had_gone_further(run, tmp_path):
         run.save(tmp_path)
     run.epoch = run.best_epoch = 1  # as if resumed from the first epoch
     keep_other_checkpoints(tmp_path, run)
-    assert contents().keys() == {"checkpoint.best.1", "checkpoint.last.1", "checkpoint.2"}
+    assert contents().keys() == {"checkpoint.best.1", "checkpoint.last.1", "checkpoint.2.1"}
+
+
+# ------------------------------------------------------------------- branches of one run
+
+
+RECIPE = replace(RECIPES["default"], optimizer=lambda model, *_: WhitenedAdam(model, torch.eye(243)))  # takes no time
+
+
+def train_with(run, *figures):
+    """Finish and save an epoch for each PSNR, with other weights for another PSNR."""
+    for y in figures:
+        run.model.conv3.bias.data += y / 1000
+        run.finish_epoch(report(y))
+        run.save(Path())
+
+
+def resume(name, train_set, **options):
+    saved = load_checkpoint(Path(name))
+    options = replace(Options.from_args(saved.args), **options)
+    run = restored_run(saved, options, RECIPE, train_set, torch.float32)
+    run.start(report(saved.psnr))
+    keep_other_checkpoints(Path(), run)
+    run.save_start(Path())
+    return run
+
+
+@pytest.fixture
+def branch(train_set):
+    """Return a run of four epochs whose third is the best. Each has a numbered checkpoint."""
+    run = new_run(Options(num_epoch=8, save_freq=1), RECIPE, train_set, torch.float32)
+    run.start(report(30.0))
+    train_with(run, 30.5, 30.4, 30.8, 30.6)
+    return run
+
+
+@pytest.mark.parametrize("learning_rate", [0.003, 0.5])
+def test_branches_of_run_replace_nothing_of_each_other(branch, train_set, learning_rate):
+    """The best and the last of both branches have the same epochs."""
+    first = contents()
+    train_with(resume("checkpoint.2", train_set, learning_rate=learning_rate), 30.7, 30.3)
+    second = contents()
+    for name in ("best", "last", "3", "4"):
+        assert second[f"checkpoint.{name}.1"] == first[f"checkpoint.{name}"] != second[f"checkpoint.{name}"]
+    train_with(resume("checkpoint.last.1", train_set), 31.0)
+    moved = {f"checkpoint.{name}": f"checkpoint.{name}.2" for name in ("best", "last")}
+    assert {name: contents()[moved.get(name, name)] for name in second} == second
+
+
+def test_best_before_branches_part_is_best_of_both(branch, train_set):
+    saved = contents()["checkpoint.best"]
+    run = resume("checkpoint.3", train_set)
+    for y, best in ((30.7, 3), (30.9, 5)):
+        train_with(run, y)
+        assert load("checkpoint.best")["epoch"] == best
+        assert contents()["checkpoint.best.1"] == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("last", []), ("4", []), ("3", ["4", "best", "last"]), ("2", ["3", "4", "best", "last"])],
+)
+def test_resuming_again_renames_nothing_more(branch, train_set, name, kept):
+    for _ in range(3):
+        resume(f"checkpoint.{name}", train_set)
+        assert [path for path in contents() if path.count(".") == 2] == [f"checkpoint.{name}.1" for name in kept]
+
+
+def test_best_on_other_test_images_is_kept_aside(branch, train_set):
+    """It is of the epoch from which the best PSNR counts anew."""
+    train_with(branch, 31.0)
+    saved = contents()["checkpoint.best"]
+    branch.start(report(29.0, bicubic=28.0))
+    keep_other_checkpoints(Path(), branch)
+    branch.save_start(Path())
+    assert contents()["checkpoint.best.1"] == saved
+    assert load("checkpoint.best")["report"]["mean"]["bicubic_y"] == 28.0
+
+
+# ------------------------------------------------------------------------- initial weights
+
+
+def test_initial_weights_of_checkpoint_are_best_until_an_epoch_is_better(tmp_path):
+    for init, names in (("", ["last"]), ("x", ["best", "last"])):
+        run = small_run(init=init)
+        run.start(report(30.0))
+        keep_other_checkpoints(tmp_path / init, run)
+        (tmp_path / init).mkdir(exist_ok=True)
+        run.save_start(tmp_path / init)
+        assert sorted(path.name for path in (tmp_path / init).glob("checkpoint.*")) == [
+            f"checkpoint.{n}" for n in names
+        ]
+    saved = contents()
+    keep_other_checkpoints(tmp_path / "x", run)  # as if killed and resumed
+    assert contents() == saved
+    run.finish_epoch(report(30.1))
+    run.save(tmp_path / "x")
+    assert load("x/checkpoint.best")["epoch"] == 1
+
+
+def test_numbered_checkpoint_with_initial_weights_is_not_replaced(branch):
+    saved = contents()
+    run = small_run(init="./checkpoint.4")
+    keep_other_checkpoints(Path(), run)
+    renamed = {f"checkpoint.{name}": f"checkpoint.{name}.1" for name in ("4", "best", "last")}
+    assert contents() == {renamed.get(name, name): data for name, data in saved.items()}
+
+
+# -------------------------------------------------------------------------- output folder
 
 
 def test_second_run_in_same_folder_is_refused(train_small, tmp_path):
