@@ -190,9 +190,8 @@ def bytes_in_use_by_epoch(*arguments):
     return sizes
 
 
-def test_memory_does_not_grow_from_epoch_to_epoch(photos, monkeypatch):
+def test_memory_does_not_grow_from_epoch_to_epoch(photos):
     """SRCNN_FUZZ=200 runs 200 epochs. Pages freed before could hide a leak, so malloc's own count is read."""
-    monkeypatch.setenv("PYTHONMALLOC", "malloc")
     options = ("--batch-size=4", "--patch-size=48", f"--train-data={photos}", f"--test-data={photos}")
     sizes = in_new_process(bytes_in_use_by_epoch, "train", f"--num-epoch={max(16, MORE)}", *options)
     half = len(sizes) // 2
