@@ -4,14 +4,13 @@ import argparse
 import io
 import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms
+from processes import ROOT, in_new_process  # noqa: F401  for test modules
 
 from imaging.metrics import Psnr, Report, Scores
 from info import Info
@@ -22,14 +21,7 @@ from training.optimizer import WhitenedAdam
 from training.options import Options
 from training.run import Run
 
-ROOT = Path(__file__).parent.parent
 MORE = int(os.environ.get("SRCNN_FUZZ", 0))  # number of examples in fuzz tests, in place of the suite's few
-
-
-def in_new_process(function, *arguments):
-    """Call a function of a test module in a new Python process, where nothing else takes memory; return its result."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result(timeout=1200)
 
 
 def peak_memory_mib():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, trained_model
 from PIL import Image
 
@@ -141,16 +142,23 @@ def test_shipped_checkpoint_was_trained_by_commands_of_docs(shipped, monkeypatch
     assert f"| **`checkpoint.pth`** | **{mean.y:.3f}** | **{mean.rgb:.3f}** |" in README
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "bicubic", "srcnn"), [(1, None, None), (8, 31.192, 32.501), (128, 29.695, 31.078)]
-)
-def test_docs_have_psnr_by_protocol_of_course(real_data, batch_size, bicubic, srcnn):
+def test_docs_have_psnr_by_protocol_of_course(real_data):
     """Bicubic was measured by the course's program, and the network by ours, which agreed on an earlier checkpoint."""
-    scores = course_psnr(trained_model(), load_images(str(real_data / "Set5"), "test"), batch_size)
-    row = f"| the course's, batches of {batch_size} | {scores.bicubic.rgb:.3f} dB | {scores.srcnn.rgb:.3f} dB |"
-    assert row in DOCS["protocol.md"]
-    if bicubic:
-        assert (scores.bicubic.rgb, scores.srcnn.rgb) == pytest.approx((bicubic, srcnn), abs=6e-4)
+    images, model, outputs = load_images(str(real_data / "Set5"), "test"), trained_model(), {}
+    forward = model.forward
+
+    def upscale_once(lr):  # each patch, since the batch size does not change its output
+        keys = [patch.numpy().tobytes() for patch in lr]
+        outputs.update({key: forward(x[None]) for key, x in zip(keys, lr, strict=True) if key not in outputs})
+        return torch.cat([outputs[key] for key in keys])
+
+    model.forward = upscale_once
+    for batch_size, measured in ((1, None), (8, (31.192, 32.501)), (128, (29.695, 31.078))):
+        scores = course_psnr(model, images, batch_size)
+        row = f"| the course's, batches of {batch_size} | {scores.bicubic.rgb:.3f} dB | {scores.srcnn.rgb:.3f} dB |"
+        assert row in DOCS["protocol.md"]
+        if measured:
+            assert (scores.bicubic.rgb, scores.srcnn.rgb) == pytest.approx(measured, abs=6e-4)
 
 
 def test_docs_have_psnr_by_protocol_of_literature(shipped):

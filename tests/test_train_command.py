@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, assert_one_line, course_content, load, report, same, trained_content, trained_model
+from processes import run_script
 
 from data import TestSet, load_images
 from info import Info
@@ -149,24 +150,30 @@ def test_info_not_filled_in_warns_once_a_run(train_small, monkeypatch):
         assert_one_line(err, "WARNING: info.py")
 
 
+def read_all(terminal):
+    """Return what is written to a pseudo-terminal until it is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # its end
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    return shown
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_progress_bar_shows_loss_and_speed_on_terminal(photos):
+def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch):
     import fcntl
     import pty
     import termios
 
-    options = [f"--train-data={photos}", f"--test-data={photos}", "--num-epoch=1"]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm fills the width
-    command = [sys.executable, ROOT / "train.py", "train", *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs):
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # end of a pseudo-terminal
-            while chunk := os.read(ours, 4096):
-                shown += chunk
+    with open(theirs, "w") as terminal, ThreadPoolExecutor() as executor:
+        shown = executor.submit(read_all, ours)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert train_small("--num-epoch=1")[0] == 0
+        terminal.close()
     os.close(ours)
-    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+, run=\d\d:\d\d left", shown)
+    assert re.search(rb"epoch 1/1: .*(step/s|s/step), loss=0\.\d+, run=\d\d:\d\d left", shown.result())
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -236,6 +243,6 @@ def test_incomplete_project_prints_one_line(folders, course_files, script, fact)
         Path(name).write_text("class TrainDataset: ...\n")
     Path("elsewhere").mkdir()
     Path("elsewhere/link.py").symlink_to(Path("train.py").resolve())
-    end = subprocess.run([sys.executable, script, "inspect", "checkpoint.pth"], capture_output=True, text=True)
-    assert (end.returncode, end.stdout) == (1, "")
-    assert_one_line(end.stderr, "error: ", fact, "requirements.txt")
+    status, out, err = run_script(script, "inspect", "checkpoint.pth")
+    assert (status, out) == (1, "")
+    assert_one_line(err, "error: ", fact, "requirements.txt")

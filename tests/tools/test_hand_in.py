@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_one_line, load, trained_model
 from PIL import Image
+from processes import run_script
 
 from data import GENERATED
 from imaging.dead_leaves import dead_leaves
@@ -25,14 +24,6 @@ STUDENT = Info("Chan, Tai Man", "1155123456", "ctm@link.example.com")
 DECLARED = ("train.py", "model.py", "info.py")
 # The course's own modules have these names and none of our functions.
 FOREIGN = dict.fromkeys(("data.py", "utils.py", "super_resolve.py"), "raise ImportError('the course has none of ours')")
-
-
-def run(folder, *arguments):
-    """Run Python in a folder, whose modules it imports; return status, stdout and stderr."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}  # no warning on a busy machine
-    end = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
-    return end.returncode, end.stdout, end.stderr
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def filled_in(clone):
 
 
 def test_archive_runs_where_it_is_unpacked_over_the_skeleton(filled_in, photos, tmp_path):
-    status, out, err = run(filled_in, "-m", "tools.hand_in")
+    status, out, err = run_script("-m", "tools.hand_in", folder=filled_in)
     assert (status, err) == (0, "")
     archive = filled_in / "1155123456_Chan_Tai-Man.zip"
     assert out.startswith(f"{archive.name}: checkpoint.pth, ")
@@ -71,7 +62,7 @@ def test_archive_runs_where_it_is_unpacked_over_the_skeleton(filled_in, photos, 
         assert sorted(file.namelist()) == sorted([*program_files(), "requirements.txt", "checkpoint.pth"])
         file.extractall(folder)
     dead_leaves("test", 1, 30)["leaves1"].save(folder / "lr.png")
-    status, out, err = run(folder, SCRIPTS / "use_all_commands.py", photos)
+    status, out, err = run_script(SCRIPTS / "use_all_commands.py", photos, folder=folder)
     assert (status, err) == (0, "")
     assert "info        name: Chan, Tai Man, id: 1155123456, email: ctm@link.example.com\n" in out
     assert Image.open(folder / "lr_srcnn_x3.png").size == (90, 90)
@@ -85,7 +76,7 @@ def test_files_may_have_any_date_and_name(filled_in):
     (filled_in / "training" / f"{other}.py").touch()
     stale = filled_in / f".archive{TEMPORARY_SUFFIX}"
     stale.touch()
-    status, _, err = run(filled_in, "-m", "tools.hand_in", "--checkpoint", other)
+    status, _, err = run_script("-m", "tools.hand_in", "--checkpoint", other, folder=filled_in)
     assert (status, err) == (0, "")
     with zipfile.ZipFile(filled_in / "1155123456_Chan_Tai-Man.zip") as file:
         assert file.getinfo("train.py").date_time[0] == 1980
@@ -106,7 +97,7 @@ def test_archive_is_named_after_student(name, archive):
 
 
 def test_archive_contains_what_the_programs_import():
-    status, out, _ = run(ROOT, SCRIPTS / "print_imported_files.py")
+    status, out, _ = run_script(SCRIPTS / "print_imported_files.py", folder=ROOT)
     assert status == 0
     files = [Path(line) for line in out.splitlines()]
     assert program_files() == sorted(f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT))
@@ -123,7 +114,7 @@ def test_folder_that_cannot_be_listed_is_not_left_out(monkeypatch):
 
 
 def test_info_must_be_filled_in(clone):
-    status, _, err = run(clone, "-m", "tools.hand_in")
+    status, _, err = run_script("-m", "tools.hand_in", folder=clone)
     assert status == 1
     assert_one_line(err, "info.py is not filled in")
     assert not list(clone.glob("*.zip"))
@@ -204,7 +195,7 @@ def test_course_programs_read_checkpoint(checkpoint, tmp_path):
         (folder / name).write_text(text)
     lr = torch.rand(1, 3, 9, 14)
     torch.save(lr, folder / "lr")
-    status, out, err = run(folder, SCRIPTS / "course_stand_in.py")
+    status, out, err = run_script(SCRIPTS / "course_stand_in.py", folder=folder)
     assert (status, err) == (0, "")
     saved, (first, options, last) = load(checkpoint), out.splitlines()
     assert first == f"{saved['epoch']} {saved['psnr']} {saved['opt']} {saved['info']}"
