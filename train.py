@@ -148,7 +148,7 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     options = run.options
     steps = patches.steps(options.batch_size, options.epoch_size)
     losses = torch.empty(steps, device=patches.device)
-    batches = patches.batches(steps, options.batch_size, run.generator, done=(epoch - 1) * steps)
+    batches = patches.batches(steps, options.batch_size, run.generator, drawn=(epoch - 1) * options.pixels(steps))
     announce = patches.window is not None and epoch == run.began[0] + 1
     bar = progress.epoch_bar(batches, epoch, steps, options, announce)
     for step, batch in enumerate(bar):

@@ -55,14 +55,17 @@ class GridPatches:
         """Return the number of batches in an epoch, of which the last may be smaller."""
         return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
 
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator, done: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, steps: int, batch_size: int, generator: torch.Generator, drawn: int | None = None
+    ) -> Iterator[Batch]:
         """Draw patches like :meth:`RandomPatches.batches`, but without context: lr is (N, 3, size / 3, size / 3)."""
         if not self.window:
             yield from islice(self.shuffle(batch_size, generator), steps)
             return
-        for count, changed in self.window.turns(done, steps, batch_size * self.patch_size**2, self.fill):
+        drawn, step_pixels = self.window.start if drawn is None else drawn, batch_size * self.patch_size**2
+        for count, changed in self.window.turns(drawn, steps, step_pixels, self.fill):
             if changed:
-                self.set_patches(list(chain(*self.parts.values())))
+                self.set_patches(list(chain(*(self.parts[place] for place in sorted(self.parts)))))
             rounds = math.ceil(count * batch_size / len(self.hr))
             yield from islice(chain(*(self.shuffle(batch_size, generator) for _ in range(rounds))), count)
 

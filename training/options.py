@@ -81,6 +81,10 @@ class Options:
         args = RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
+    def pixels(self, steps: int) -> int:
+        """Return the number of HR pixels that so many steps draw."""
+        return steps * self.batch_size * self.patch_size**2
+
     def folders(self) -> dict[str, str]:
         """Return the folders of the sets in use by the names of their options."""
         folders = {"train_data": self.train_data}

@@ -100,7 +100,7 @@ class RandomPatches:
     def prepare(self) -> None:
         """Prepare drawing, after parts have been replaced."""
         lr_views, hr_views, errors, firsts, areas = (
-            list(chain(*lists)) for lists in zip(*self.parts.values(), strict=True)
+            list(chain(*lists)) for lists in zip(*(self.parts[place] for place in sorted(self.parts)), strict=True)
         )
         if not errors:
             raise CommandError(f"{self.name}: no image can be decoded")
@@ -116,7 +116,9 @@ class RandomPatches:
         """Return the number of batches in an epoch, which draws as many pixels as the set has, up to a maximum."""
         return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
 
-    def batches(self, steps: int, batch_size: int, generator: torch.Generator, done: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, steps: int, batch_size: int, generator: torch.Generator, drawn: int | None = None
+    ) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations.
 
         The first eighth of a batch has its channels permuted, the last eighth is negative.
@@ -126,7 +128,7 @@ class RandomPatches:
         steps : number of batches
         batch_size : number of patches in each
         generator : a CPU generator, so that a run draws the same patches on any device
-        done : number of steps since the start of the run, on which a window depends
+        drawn : HR pixels that the run has drawn before, on which a window depends (default: at the run's start)
 
         Yields
         ------
@@ -135,7 +137,8 @@ class RandomPatches:
         if not self.window:
             yield from self.batches_in_memory(steps, batch_size, generator)
             return
-        for count, changed in self.window.turns(done, steps, batch_size * self.patch_size**2, self.fill_tiles):
+        drawn, step_pixels = self.window.start if drawn is None else drawn, batch_size * self.patch_size**2
+        for count, changed in self.window.turns(drawn, steps, step_pixels, self.fill_tiles):
             if changed:
                 self.prepare()
             yield from self.batches_in_memory(count, batch_size, generator)

@@ -153,6 +153,9 @@ def new_run(
 
 def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
     """Return a run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
+    if patches.window:
+        steps = patches.steps(options.batch_size, options.epoch_size)
+        patches.window.start = checkpoint.epoch * options.pixels(steps)
     run = new_run(options, recipe, patches, dtype, checkpoint)
     run.epoch = checkpoint.epoch
     state = checkpoint.training

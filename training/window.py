@@ -99,15 +99,16 @@ class Window:
         self.tiles = Tiles(files.sizes, patch, side)
         self.part_size = self.part_pixels + (SCALE * (side + patch + 2 * MARGIN)) ** 2  # at most, in HR pixels
         self.pixels = PARTS * self.part_pixels
+        self.start = 0  # HR pixels that a resumed run has drawn before
         self.loaded = dict[int, int]()  # numbers of the parts in memory, by their places
         self.failed = set[int]()  # images that cannot be decoded
 
-    def turns(self, done: int, steps: int, step_pixels: int, fill: Fill) -> Iterator[tuple[int, bool]]:
+    def turns(self, drawn: int, steps: int, step_pixels: int, fill: Fill) -> Iterator[tuple[int, bool]]:
         """Divide steps into turns, in each of which the window stays the same.
 
         Parameters
         ----------
-        done : number of steps since the start of the run
+        drawn : HR pixels that the run has drawn before
         steps : number of steps to divide
         step_pixels : HR pixels that are drawn in a step
         fill : function that replaces a part, given its place in the window, and its tiles with their pixels
@@ -116,16 +117,16 @@ class Window:
         ------
         number of steps, and whether the window has changed
         """
-        end, turn_steps = done + steps, math.ceil(DRAWS * self.part_pixels / step_pixels)
-        while done < end:
-            turn = done // turn_steps
+        turn_pixels = DRAWS * self.part_pixels
+        while steps > 0:
+            turn = drawn // turn_pixels
             new = {n % PARTS: n for n in range(turn, turn + PARTS) if self.loaded.get(n % PARTS) != n}
             for place, number in progress_bar(new.items(), "reading images", "part", hidden=len(new) == 1):
                 fill(place, self.read(self.draw(number)))
                 self.loaded[place] = number
-            stop = min((turn + 1) * turn_steps, end)
-            yield stop - done, bool(new)
-            done = stop
+            count = min(math.ceil(((turn + 1) * turn_pixels - drawn) / step_pixels), steps)
+            yield count, bool(new)
+            drawn, steps = drawn + count * step_pixels, steps - count
 
     def draw(self, number: int) -> list[Tile]:
         """Draw the tiles of a part, and the offset of the grid of LR pixels in each.
