@@ -1,6 +1,8 @@
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_one_line, random_image
@@ -8,6 +10,7 @@ from PIL import Image
 
 import data
 from imaging.dead_leaves import dead_leaves
+from imaging.image_files import ImageFiles
 from imaging.images import bicubic, to_image
 from imaging.metrics import psnr
 from training.options import Options
@@ -135,6 +138,60 @@ def test_nodes_must_have_same_training_images(monkeypatch, other):
     images = dead_leaves(*other, 30)
     with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images"):
         data.load_sets("dead-leaves", "dead-leaves", 0)
+
+
+# -------------------------------------------------------------------------- large sets
+
+
+def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeypatch):
+    small, large = (data.load_images(str(photos), "test", pixels) for pixels in (math.inf, 0))
+    assert isinstance(large.images, ImageFiles)
+    assert (large.name, list(large.images)) == (small.name, list(small.images))
+    assert all(large.images[name].tobytes() == image.tobytes() for name, image in small.images.items())
+    assert np.array_equal(large.sizes(), small.sizes())
+    a, b = data.TestSet(small), data.TestSet(large)
+    for name, image in a.images.items():
+        assert torch.equal(b.images[name].hr, image.hr)
+        assert torch.equal(b.images[name].bicubic, image.bicubic)
+        assert (b.images[name].lr, b.images[name].bicubic_psnr) == (image.lr, image.bicubic_psnr)
+    monkeypatch.setattr(data, "TEST_PIXELS", 0)
+    assert isinstance(data.load_sets(str(photos), str(photos), 0)[1].images, data.TestImages)
+    training, test = large.split(3)
+    assert (list(training.images), list(test.images)) == (["leaves1", "leaves3", "leaves4"], ["leaves2", "leaves5"])
+    assert training.images["leaves3"].size == (30, 41)
+    assert training.sizes().tolist() == [[96, 90], [30, 41], [64, 64]]
+
+
+def test_fingerprint_of_large_set_depends_on_sizes_of_images_and_files():
+    for folder, size, length in (("a", (20, 10), 0), ("b", (20, 10), 0), ("c", (10, 20), 0), ("d", (20, 10), 1)):
+        Path(folder).mkdir()
+        Image.new("L", size).save(f"{folder}/{folder}.bmp")
+        with open(f"{folder}/{folder}.bmp", "ab") as file:
+            file.write(bytes(length))
+        Image.new("L", (9, 9)).save(f"{folder}/x{'y' * (folder == 'b')}.bmp")
+    a, b, c, d = (data.load_images(folder, "train", 0).fingerprint() for folder in "abcd")
+    assert a == b
+    assert len({a, c, d}) == 3
+
+
+def test_bad_headers_of_large_set_are_named(tmp_path, capfd):
+    for i in range(4):
+        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n")
+    Image.new("RGB", (8, 20)).save(tmp_path / "3.png")
+    with pytest.raises(CommandError, match=r"^2 of 4 images cannot be used; "):
+        data.load_images(str(tmp_path), "train", 100)
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"error: {tmp_path}/1.png: not an image")
+    assert second == f"error: {tmp_path}/3.png: 8x20 pixels are too few; the minimum is 9x9"
+
+
+def test_image_of_large_set_is_warned_of_once(tmp_path, capfd):
+    Image.new("L", (30, 30)).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (30, 30), 9)])
+    images = data.load_images(str(tmp_path), "train", 0).images
+    for _ in range(3):
+        assert images["a"].size == (30, 30)
+    assert_one_line(capfd.readouterr().err, "WARNING", "a.gif", "only the first of its frames is read")
 
 
 # ------------------------------------------------------------------------ held-out images

@@ -1,17 +1,20 @@
-"""Measure the speed and memory of plain PyTorch and of the fast network.
+"""Measure the speed and memory of plain PyTorch, the fast network, and large sets.
 
 Run it as `python -m tools.bench`.
 """
 
+import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,10 +22,12 @@ import torch
 from PIL import Image
 
 from data import load_images
+from imaging.folders import search_folder
 from model import SRCNN
 from train import RECIPES, train_one_step
 from training.options import Options
-from training.run import new_run
+from training.run import Patches, Run, new_run
+from training.window import DRAWS
 from upscaling.device import keep_memory, select_dtype
 from upscaling.upscaler import Upscaler
 from utils import ArgumentParser, CommandError, path, progress_bar, run_command, show
@@ -34,7 +39,8 @@ except ImportError:  # Windows, which has no fork either
 
 SIZES = (256, 512, 768)  # sides of the square LR images
 PHOTO = (4000, 3000)  # width and height of an LR image that is too large for plain PyTorch
-REPETITIONS = 3  # number of turns, except for the photo, which has one
+REPETITIONS = 3  # number of turns, except for the photo and the sets, which have one
+COPIES = (1, 16, 256)  # sizes of training sets, in copies of the folder
 # Multiplications per HR pixel in plain PyTorch. Training needs no gradient of the input image.
 MULTIPLICATIONS = {"training": 44_448, "inference": 20_000}
 CPU = torch.device("cpu")
@@ -54,24 +60,55 @@ class Measurement(NamedTuple):
     memory: float  # MB
 
 
+class SetMeasurement(NamedTuple):
+    """A row of the table of training sets."""
+
+    copies: int
+    pixels: int
+    steps: float  # per second
+    memory: float  # MB
+
+
 # ----------------------------------------------------------------------------- workloads
 
 
-def training(folder: Path, recipe: str, dtype: torch.dtype, steps: int) -> Workload:
-    """Return a workload that trains for a number of steps as train.py does, with a recipe's defaults."""
-    options = Options.from_args({"recipe": recipe})
+def start_training(folder: Path, recipe: str, dtype: torch.dtype) -> tuple[Run, Patches]:
+    """Start a training run as train.py does, with a recipe's defaults."""
+    options, kind = Options.from_args({"recipe": recipe}), RECIPES[recipe].patches
     keep_memory()
-    patches = RECIPES[recipe].patches(
-        load_images(str(folder), "train", RECIPES[recipe].patches.MAX_PIXELS), options.patch_size, CPU
-    )
-    run = new_run(options, RECIPES[recipe], patches, dtype)
+    patches = kind(load_images(str(folder), "train", kind.MAX_PIXELS), options.patch_size, CPU)
+    return new_run(options, RECIPES[recipe], patches, dtype), patches
+
+
+def training(folder: Path, recipe: str, dtype: torch.dtype, steps: int) -> Workload:
+    """Return a workload that trains for a number of steps."""
+    run, patches = start_training(folder, recipe, dtype)
 
     def train() -> int:
         pixels = 0
-        for batch in patches.batches(steps, options.batch_size, run.generator):
+        for batch in patches.batches(steps, run.options.batch_size, run.generator):
             train_one_step(run, batch)
             pixels += batch.hr[:, 0].numel()
         return pixels
+
+    return train
+
+
+def training_in_turns(folder: Path, dtype: torch.dtype) -> Workload:
+    """Return a workload for two calls: a step to warm up, and then a turn of the window, in which one part is read.
+
+    If the set is in memory as a whole, the second call trains for an epoch.
+    """
+    run, patches = start_training(folder, "default", dtype)
+    step_pixels = run.options.pixels(1)
+    turn_pixels = DRAWS * patches.window.part_pixels if patches.window else patches.pixels
+    calls = iter([(0, 1), (turn_pixels, math.ceil(turn_pixels / step_pixels))])
+
+    def train() -> int:
+        drawn, steps = next(calls)
+        for batch in patches.batches(steps, run.options.batch_size, run.generator, drawn):
+            train_one_step(run, batch)
+        return steps * step_pixels
 
     return train
 
@@ -163,6 +200,34 @@ def measure(folder: Path) -> tuple[dict[str, float], list[Measurement]]:
     return ceilings, measurements
 
 
+def measure_sets(folder: Path, dtype: torch.dtype) -> list[SetMeasurement]:
+    """Measure training on one and more copies of a folder, which are links in a temporary folder."""
+    files, result = search_folder(folder).images, []
+    with tempfile.TemporaryDirectory() as temporary:
+        for copies in progress_bar(COPIES, "measuring", "training set"):
+            links = Path(temporary, str(copies))
+            links.mkdir()
+            for copy, file in product(range(copies), files):
+                (links / f"{copy}-{file.name}").symlink_to(file.resolve())
+            speed, memory = in_child(partial(measure_once, partial(training_in_turns, links, dtype)))
+            pixels = in_child(partial(pixels_of, links))
+            result.append(SetMeasurement(copies, pixels, speed * 1e6 / Options().pixels(1), memory))
+    return result
+
+
+def pixels_of(folder: Path) -> int:
+    return int(load_images(str(folder), "train", 0).sizes().prod(1).sum())
+
+
+def set_table(name: str, measurements: list[SetMeasurement]) -> list[str]:
+    """Return the measurements of training sets as the lines of a Markdown table."""
+    lines = ["| training set | megapixels | steps per second | ratio | memory |", "| --- | --- | --- | --- | --- |"]
+    for m in measurements:
+        figures = f"{m.pixels / 1e6:,.1f} | {m.steps:.1f} | {m.steps / measurements[0].steps:.2f} | {m.memory:,.0f} MB"
+        lines.append(f"| {m.copies} x {name} | {figures} |")
+    return lines
+
+
 def table(ceilings: dict[str, float], measurements: list[Measurement]) -> list[str]:
     """Return the machine and the measurements as the lines of a Markdown table."""
     cores, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
@@ -191,7 +256,10 @@ def main() -> None:
         raise CommandError("the benchmark runs on Linux and macOS only")
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder; `python data.py` downloads the training images")
-    show(*table(*measure(folder)))
+    ceilings, measurements = measure(folder)
+    show(*table(ceilings, measurements))
+    fastest = torch.bfloat16 if "bf16" in ceilings else torch.float32
+    show("", *set_table(folder.resolve().name, measure_sets(folder, fastest)))
 
 
 if __name__ == "__main__":
