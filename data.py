@@ -4,21 +4,18 @@
 `python data.py --from ARCHIVE_OR_FOLDER` copies them from a local archive or folder.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from imaging import published_sets
 from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.folders import list_images, search_folder
-from imaging.image_files import ImageFiles, raise_failures, read_all, read_headers
+from imaging.image_sets import ImageFiles, ImageSet, raise_failures, read_all, read_headers
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
@@ -43,53 +40,6 @@ COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the
 
 
 # ------------------------------------------------------------------------- reading the sets
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """HR images by name, gray or RGB as in their files; in memory, or in files if they are large."""
-
-    name: str
-    images: Mapping[str, Image.Image]
-
-    def fingerprint(self) -> str:
-        """Return a SHA-256 of the images, whatever the names and the order.
-
-        Images in memory count with their sizes and RGB pixels, others with their sizes and the sizes of their files.
-        """
-        return hashlib.sha256(b"".join(sorted(self.hashes()))).hexdigest()
-
-    def sizes(self) -> np.ndarray:
-        """Return an int64 array of shape (images, 2), widths and heights."""
-        if isinstance(self.images, ImageFiles):
-            return self.images.sizes
-        return np.array([image.size for image in self.images.values()], np.int64).reshape(-1, 2)
-
-    def hashes(self) -> Iterator[bytes]:
-        if isinstance(self.images, ImageFiles):
-            return self.images.hashes()
-        contents = (str(image.size).encode() + image.convert("RGB").tobytes() for image in self.images.values())
-        return (hashlib.sha256(content).digest() for content in contents)
-
-    def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
-        """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.
-
-        Returns
-        -------
-        training set, held-out set
-        """
-        training = self.select(f"without 1 of {hold_out}", lambda i: i % hold_out != hold_out // 2)
-        test = self.select(f"1 of {hold_out}", lambda i: i % hold_out == hold_out // 2)
-        if not (training.images and test.images):
-            raise CommandError(f"{self.name}: {len(self.images)} images are too few to hold out 1 of {hold_out}")
-        return training, test
-
-    def select(self, part: str, keep: Callable[[int], bool]) -> "ImageSet":
-        """Return some of the images, by their indices. ``part`` says which, in the name."""
-        if isinstance(self.images, ImageFiles):
-            return ImageSet(f"{self.name} ({part})", self.images.select(keep))
-        images = {name: image for i, (name, image) in enumerate(self.images.items()) if keep(i)}
-        return ImageSet(f"{self.name} ({part})", images)
 
 
 def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSet:
@@ -235,7 +185,7 @@ def load_sets(train_data: str, test_data: str, hold_out: int, max_pixels: float 
         raise CommandError(
             f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
         )
-    hashes = hashlib.sha256(b"".join(training.hashes())).digest()  # in order
+    hashes = b"".join(training.hashes)  # in order
     if any(other != hashes for other in gather(hashes)):  # the processes would draw different patches
         raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")
     return training, TestSet(test)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 from imaging.dead_leaves import dead_leaves
-from imaging.image_files import ImageFiles
+from imaging.image_sets import ImageFiles
 from imaging.images import bicubic, to_image
 from imaging.metrics import psnr
 from training.options import Options

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import Batch, ImageSet
-from imaging.image_files import ImageFiles
+from data import Batch
+from imaging.image_sets import ImageFiles, ImageSet
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Psnr, Scores
 from model import SCALE, SRCNN

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from data import Batch, ImageSet, degrade
-from imaging.image_files import ImageFiles
+from data import Batch, degrade
+from imaging.image_sets import ImageFiles, ImageSet
 from imaging.images import bicubic
 from model import HALO_LR, SCALE
 from training.atlas import Atlas, View

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from imaging.image_files import ImageFiles
+from imaging.image_sets import ImageFiles
 from model import HALO_LR, SCALE
 from utils import CommandError, plural, progress_bar, warn
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import ImageSet, degrade, load_images
 from imaging.dead_leaves import dead_leaves
-from imaging.image_files import ImageFiles, read_headers
+from imaging.image_sets import ImageFiles, read_headers
 from training import window
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches, crop_of_tile

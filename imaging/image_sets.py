@@ -1,8 +1,10 @@
-"""Images in files, of which only the names and sizes are in memory."""
+"""Sets of HR images: in memory, or in files that are decoded when they are asked for."""
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -55,10 +57,59 @@ class ImageFiles(Mapping[str, Image.Image]):
         chosen = [keep(i) for i in range(len(self))]
         return ImageFiles(dict(compress(self.files.items(), chosen)), self.headers[chosen], self.min_side)
 
-    def hashes(self) -> Iterator[bytes]:
-        """Yield for each image a hash of its size and the size of its file, which is not read."""
-        for (width, height), file in zip(self.sizes.tolist(), self.files.values(), strict=True):
-            yield hashlib.sha256(f"{width}x{height}, {file.stat().st_size} bytes".encode()).digest()
+    def hashes(self) -> list[bytes]:
+        """Return for each image a hash of its size and the size of its file, which is not read."""
+        facts = zip(self.sizes.tolist(), self.files.values(), strict=True)
+        return [sha256(f"{width}x{height}, {file.stat().st_size} bytes".encode()) for (width, height), file in facts]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """HR images by name, gray or RGB as in their files."""
+
+    name: str
+    images: Mapping[str, Image.Image]  # in memory, or ImageFiles
+
+    def sizes(self) -> np.ndarray:
+        """Return an int64 array of shape (images, 2), widths and heights."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.sizes
+        return np.array([image.size for image in self.images.values()], np.int64).reshape(-1, 2)
+
+    @cached_property
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each image: of its size and RGB pixels, or for files as :meth:`ImageFiles.hashes`."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.hashes()
+        return [sha256(str(image.size).encode() + image.convert("RGB").tobytes()) for image in self.images.values()]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the images, whatever the names and the order."""
+        return sha256(b"".join(sorted(self.hashes))).hex()
+
+    def split(self, hold_out: int) -> tuple["ImageSet", "ImageSet"]:
+        """Split off one of every ``hold_out`` images. Raise CommandError if one of the two sets is empty.
+
+        Returns
+        -------
+        training set, held-out set
+        """
+        training = self.select(f"without 1 of {hold_out}", lambda i: i % hold_out != hold_out // 2)
+        test = self.select(f"1 of {hold_out}", lambda i: i % hold_out == hold_out // 2)
+        if not (training.images and test.images):
+            raise CommandError(f"{self.name}: {len(self.images)} images are too few to hold out 1 of {hold_out}")
+        return training, test
+
+    def select(self, part: str, keep: Callable[[int], bool]) -> "ImageSet":
+        """Return some of the images, by their indices. ``part`` says which, in the name."""
+        if isinstance(self.images, ImageFiles):
+            return ImageSet(f"{self.name} ({part})", self.images.select(keep))
+        images = {name: image for i, (name, image) in enumerate(self.images.items()) if keep(i)}
+        return ImageSet(f"{self.name} ({part})", images)
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def read_headers(files: list[Path], min_side: int) -> tuple[np.ndarray, list[CommandError]]:
