@@ -19,7 +19,7 @@ from imaging.image_sets import ImageFiles, ImageSet, raise_failures, read_all, r
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import MIN_SIDE, Psnr, psnr
 from model import SCALE
-from upscaling.distributed import gather, node_rank
+from upscaling.distributed import gather, node_rank, rank_and_world_size
 from utils import (
     ArgumentParser,
     CommandError,
@@ -49,7 +49,8 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSe
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
     role : "train" or "test", which selects the generated images
-    max_pixels : the images of a folder with more pixels are not decoded yet, but when they are used
+    max_pixels : a larger set stays in its files, and each image is decoded when it is used; the largest image counts
+        four times
 
     Raises
     ------
@@ -68,8 +69,10 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSe
     if len(set(names)) < len(names):
         names = [file.name for file in files]
     names = list(map(printable, names))
-    name, (headers, failures) = name_of_set(Path(folder), files), read_headers(files, MIN_SIDE)
-    if headers[:, :2].prod(1).sum() <= max_pixels:
+    name = name_of_set(Path(folder), files)
+    headers, failures = read_headers(files, MIN_SIDE, hidden=rank_and_world_size()[0] > 0)
+    pixels = headers[:, :2].prod(1)
+    if pixels.sum() + 3 * pixels.max() <= max_pixels:  # an image needs more memory while it is prepared
         return ImageSet(name, dict(zip(names, read_all(files, MIN_SIDE), strict=True)))
     raise_failures(failures, len(files))
     return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, MIN_SIDE))

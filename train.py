@@ -42,9 +42,10 @@ try:
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
     from training.options import Args, Options, add_options, check_memory, check_options, given_options
+    from training.patches import Patches
     from training.random_patches import RandomPatches
     from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
-    from training.run import Patches, Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
+    from training.run import Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
     from training.speed import warn_of_busy_cores
     from upscaling.device import keep_memory, resumed_precision, select_device, select_dtype
     from upscaling.distributed import all_reduce_mean, broadcast, process_group, rank_and_world_size
@@ -149,8 +150,9 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     steps = patches.steps(options.batch_size, options.epoch_size)
     losses = torch.empty(steps, device=patches.device)
     batches = patches.batches(steps, options.batch_size, run.generator, drawn=(epoch - 1) * options.pixels(steps))
-    announce = patches.window is not None and epoch == run.began[0] + 1
-    bar = progress.epoch_bar(batches, epoch, steps, options, announce)
+    if patches.window and epoch == run.began[0] + 1:
+        batches = progress.announce_duration(batches, steps, options.num_epoch - epoch + 1)
+    bar = progress.epoch_bar(batches, epoch, steps, options)
     for step, batch in enumerate(bar):
         raise_interrupt()
         done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps  # the middle of this step
@@ -192,8 +194,13 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
 # ------------------------------------------------------------------------------- commands
 
 
-HINTS = {"--learning-rate": "did you mean --lr?", "--device": "did you mean --cuda?", "--scale": "it is always 3"}
-HINTS |= dict.fromkeys(("--epoch", "--epochs"), "did you mean --num-epoch?")
+HINTS = {
+    "--learning-rate": "did you mean --lr?",
+    "--epoch": "did you mean --num-epoch?",
+    "--epochs": "did you mean --num-epoch?",
+    "--device": "did you mean --cuda?",
+    "--scale": "it is always 3",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -305,7 +312,7 @@ def start(
             options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
         options, dtype = broadcast((options, dtype))
         recipe = RECIPES[options.recipe]
-        max_pixels = recipe.patches.MAX_PIXELS
+        max_pixels = recipe.patches.max_pixels(options.patch_size)
         images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, max_pixels)
         with warn_of_busy_cores(device):
             patches = recipe.patches(images, options.patch_size, device, options.seed)

@@ -112,8 +112,8 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def read_headers(files: list[Path], min_side: int) -> tuple[np.ndarray, list[CommandError]]:
-    """Read the headers of HR images.
+def read_headers(files: list[Path], min_side: int, hidden: bool = False) -> tuple[np.ndarray, list[CommandError]]:
+    """Read the headers of HR images, with a progress bar unless it is hidden.
 
     Returns
     -------
@@ -121,9 +121,10 @@ def read_headers(files: list[Path], min_side: int) -> tuple[np.ndarray, list[Com
     failures : what is wrong with those
     """
     headers, failures = np.zeros((len(files), 3), np.int64), []
-    for i, file in enumerate(progress_bar(files, "reading headers", "image")):
+    for i, file in enumerate(progress_bar(files, "reading headers", "image", hidden)):
         try:
-            headers[i] = read_header(file, min_side)
+            with without_warnings():  # they are printed when the image is decoded
+                headers[i] = read_header(file, min_side)
         except CommandError as error:
             failures.append(error)
     return headers, failures

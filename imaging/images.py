@@ -23,6 +23,9 @@ from imaging.tiff import full_range, load_pixels, tiff_decoder, tile_pixels
 from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
+# Memory for decoding, in bytes for each pixel
+PLAIN, CONVERTED = 4, 21  # for formats and modes that need no conversion, and for all others
+PROGRESSIVE, TURNED = 6, 4  # in addition: for JPEG's coefficients, and for a copy that is upright
 STANDARD = Path("-")  # standard input or output
 
 
@@ -38,7 +41,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS, copy: bool = True) -> I
     ----------
     path : image file, or STANDARD
     max_pixels : maximum size, since a file of a few bytes can claim to be of any size
-    copy : copy the pixels even if their mode needs no conversion; without that, the image still has its format
+    copy : False to return the file's own pixels if their mode needs no conversion, which saves memory
 
     Returns
     -------
@@ -49,7 +52,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS, copy: bool = True) -> I
     CommandError, naming the file, if it cannot be decoded
     """
     with open_image(path, max_pixels) as file:
-        image, bits = decode(file, copy)
+        image, bits = decode(file, copy or file.format == "TIFF")  # the next line moves on to its next page
         animated = has_further_frames(file)
     if animated:
         warn(f"{path}: only the first of its {'pages' if file.format == 'TIFF' else 'frames'} is read")
@@ -90,8 +93,9 @@ def read_header(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> tupl
     """
     with open_image(path, max_pixels) as file:
         check_size(path, file.size, min_side)
-        pixel_bytes = 4 if file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB") else 21
-        pixel_bytes += 6 * bool(file.info.get("progressive")) + 4 * ("exif" in file.info)  # it may be turned
+        plain = file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB")
+        pixel_bytes = PLAIN if plain and "transparency" not in file.info else CONVERTED
+        pixel_bytes += PROGRESSIVE * ("progressive" in file.info) + TURNED * bool(file.info.keys() & {"exif", "xmp"})
         return file.width, file.height, pixel_bytes * file.width * file.height
 
 

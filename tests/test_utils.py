@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, assert_one_line, in_new_process
 
 import utils
-from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files
+from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files, warn, without_warnings
 
 # ------------------------------------------------------------------------------ arguments
 
@@ -382,3 +382,12 @@ def test_stale_folder_is_removed_unless_in_use():
         assert Path(folder, "file").exists()
     remove_stale_files(Path())
     assert not folder.exists()
+
+
+def test_warnings_are_silenced_within_the_context_only(capfd):
+    with without_warnings():
+        with without_warnings():
+            pass
+        warn("a")
+    warn("b")
+    assert capfd.readouterr().err == "WARNING: b\n"

@@ -26,7 +26,8 @@ from imaging.folders import search_folder
 from model import SRCNN
 from train import RECIPES, train_one_step
 from training.options import Options
-from training.run import Patches, Run, new_run
+from training.patches import Patches
+from training.run import Run, new_run
 from training.window import DRAWS
 from upscaling.device import keep_memory, select_dtype
 from upscaling.upscaler import Upscaler
@@ -76,7 +77,7 @@ def start_training(folder: Path, recipe: str, dtype: torch.dtype) -> tuple[Run, 
     """Start a training run as train.py does, with a recipe's defaults."""
     options, kind = Options.from_args({"recipe": recipe}), RECIPES[recipe].patches
     keep_memory()
-    patches = kind(load_images(str(folder), "train", kind.MAX_PIXELS), options.patch_size, CPU)
+    patches = kind(load_images(str(folder), "train", kind.max_pixels(options.patch_size)), options.patch_size, CPU)
     return new_run(options, RECIPES[recipe], patches, dtype), patches
 
 
@@ -210,13 +211,9 @@ def measure_sets(folder: Path, dtype: torch.dtype) -> list[SetMeasurement]:
             for copy, file in product(range(copies), files):
                 (links / f"{copy}-{file.name}").symlink_to(file.resolve())
             speed, memory = in_child(partial(measure_once, partial(training_in_turns, links, dtype)))
-            pixels = in_child(partial(pixels_of, links))
+            pixels = int(load_images(str(links), "train", 0).sizes().prod(1).sum())
             result.append(SetMeasurement(copies, pixels, speed * 1e6 / Options().pixels(1), memory))
     return result
-
-
-def pixels_of(folder: Path) -> int:
-    return int(load_images(str(folder), "train", 0).sizes().prod(1).sum())
 
 
 def set_table(name: str, measurements: list[SetMeasurement]) -> list[str]:

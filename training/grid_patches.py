@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, product
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from data import Batch
-from imaging.image_sets import ImageFiles, ImageSet
+from imaging.image_sets import ImageSet
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Psnr, Scores
 from model import SCALE, SRCNN
+from training.patches import Patches
 from training.recipe import Network
-from training.window import MEMORY, Tile, Window
+from training.window import Tile
 from utils import CommandError
 
 SIZE = 33  # side of a patch in HR pixels
@@ -25,57 +26,44 @@ STRIDE = 14  # distance between neighboring patches
 COURSE_BATCH_SIZE = 8  # of the course's test program, unless another is given
 
 
-class GridPatches:
+class GridPatches(Patches):
     """All patches on a grid over the training images, from which batches are drawn without replacement.
 
-    Parameters
-    ----------
-    image_set : the HR images
-    patch_size : side of the patches in HR pixels, a multiple of 3
-    device : device of the pixels
+    In a window, each tile has a grid of its own.
     """
 
-    MAX_PIXELS = MEMORY // 45  # HR pixels of a set that is in memory as a whole: patches overlap
-    WINDOW_BYTES = 45  # memory for each HR pixel in a window
-
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
-        self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device, self.window = patch_size, device, None
-        if isinstance(image_set.images, ImageFiles):
-            self.window, self.parts = Window(image_set.images, patch_size, seed, self.WINDOW_BYTES), dict[int, Pairs]()
-            self.pixels = int(image_set.sizes().prod(1).sum())
+        super().__init__(image_set, patch_size, device, seed)
+        self.slots: dict[int, Pairs] = {}
+        if self.window:
+            self.pixels = round(image_set.sizes().prod(1).sum() * (patch_size / STRIDE) ** 2)
         else:
-            self.set_patches(cut_pairs(image_set.images.values(), patch_size))
+            self.slots[0] = cut_pairs(image_set.images.values(), patch_size)
+            self.prepare()
+            self.slots.clear()
             self.pixels = len(self.hr) * patch_size**2
 
-    def set_patches(self, pairs: Pairs) -> None:
+    @staticmethod
+    def pixel_bytes(patch_size: int) -> int:
+        """Return the memory for each HR pixel of the images: patches overlap, and exist one by one and as a whole."""
+        return round(9 * max(patch_size / STRIDE, 1) ** 2)
+
+    def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
+        self.slots[slot] = cut_pairs((image for _, image in tiles), self.patch_size)
+
+    def prepare(self) -> None:
+        self.lr = self.hr = torch.empty(0)  # free them before there are new ones
+        pairs = list(chain(*(self.slots[slot] for slot in sorted(self.slots))))
         self.lr, self.hr = (patches.to(self.device) for patches in stack(pairs, self.name, self.patch_size))
 
-    def steps(self, batch_size: int, megapixels: float) -> int:
-        """Return the number of batches in an epoch, of which the last may be smaller."""
-        return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
+    def draw_batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Draw patches without context: lr is (N, 3, patch / 3, patch / 3).
 
-    def batches(
-        self, steps: int, batch_size: int, generator: torch.Generator, drawn: int | None = None
-    ) -> Iterator[Batch]:
-        """Draw patches like :meth:`RandomPatches.batches`, but without context: lr is (N, 3, size / 3, size / 3)."""
-        if not self.window:
-            yield from islice(self.shuffle(batch_size, generator), steps)
-            return
-        drawn, step_pixels = self.window.start if drawn is None else drawn, batch_size * self.patch_size**2
-        for count, changed in self.window.turns(drawn, steps, step_pixels, self.fill):
-            if changed:
-                self.set_patches(list(chain(*(self.parts[place] for place in sorted(self.parts)))))
-            rounds = math.ceil(count * batch_size / len(self.hr))
-            yield from islice(chain(*(self.shuffle(batch_size, generator) for _ in range(rounds))), count)
-
-    def fill(self, place: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
-        """Replace a part of the window, by its place."""
-        self.parts[place] = cut_pairs((image for _, image in tiles), self.patch_size)
-
-    def shuffle(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        order = torch.randperm(len(self.hr), generator=generator).to(self.device)
-        for batch in order.split(batch_size):
+        The last batch of an epoch may be smaller. In a window, patches are drawn again when all have been drawn.
+        """
+        rounds = math.ceil(steps * batch_size / len(self.hr)) if self.window else 1
+        order = torch.cat([torch.randperm(len(self.hr), generator=generator) for _ in range(rounds)]).to(self.device)
+        for batch in order.split(batch_size)[:steps]:
             yield Batch(self.lr[batch], self.hr[batch], torch.ones(len(batch), device=self.device))
 
 

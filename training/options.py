@@ -68,7 +68,7 @@ class Options:
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
     hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
-    epoch_size:    float = option(100.0,           positive_float,    "maximum megapixels in an epoch")
+    epoch_size:    float = option(100.0,           positive_float,    "maximum size of an epoch in megapixels")
     init:          str   = option("",              file_name,         "checkpoint with initial weights", metavar="FILE")
     # fmt: on
 
@@ -188,7 +188,7 @@ def check_args(args: Mapping[Any, Any]) -> Args:
         value = args.get(name)
         if value is None:
             continue
-        if value == "" == field.default:  # not given; the command line accepts no empty value
+        if name == "init" and value == "":  # not given; the command line accepts no empty value
             checked[name] = value
             continue
         if not isinstance(value, str | int | float) or (isinstance(value, str) and len(value) > 4096):

@@ -15,7 +15,8 @@ from imaging.metrics import Report, summary, table
 from info import info
 from training.checkpoints import MAX_WEIGHT, is_filled_in
 from training.options import Options
-from training.run import Patches, Run
+from training.patches import Patches
+from training.run import Run
 from training.speed import warn_if_slow
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
@@ -29,13 +30,14 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
-    larger = options.batch_size * options.patch_size**2 > patches.pixels
-    if patches.pixels > options.epoch_size * 1e6:
+    if options.pixels(1) > patches.pixels:
+        size += ", since a batch is larger than the set"
+    elif patches.pixels > options.epoch_size * 1e6:
         size += f" of {options.epoch_size:g} megapixels (--epoch-size)"
-    show(f"training set {patches.name}: {size}{', since a batch is larger than the set' if larger else ''}")
+    show(f"training set {patches.name}: {size}")
     if patches.window:
-        choice = f"a random choice of {patches.window.pixels:,} pixels"
-        show(f"the set is too large for memory: patches come from {choice}, which changes all the time")
+        part = f"{patches.window.pixels / 1e6:.3g} megapixels"
+        show(f"the set does not fit in memory: patches are drawn from {part} of it, which are replaced gradually")
     if not is_filled_in(info) and rank_and_world_size()[0] == 0:
         warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
@@ -47,13 +49,9 @@ def print_start(run: Run) -> None:
     show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}")
 
 
-def epoch_bar(
-    batches: Iterable[Batch], epoch: int, steps: int, options: Options, announce: bool = False
-) -> "tqdm[Batch]":
-    """Return the progress bar of an epoch, which only rank 0 shows, and announce how long the run will take."""
+def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options) -> "tqdm[Batch]":
+    """Return the progress bar of an epoch, which only rank 0 shows."""
     hidden = rank_and_world_size()[0] > 0
-    if announce:
-        batches = announce_duration(batches, steps, options.num_epoch - epoch + 1)
     return progress_bar(batches, f"epoch {epoch}/{options.num_epoch}", "step", hidden, total=steps)
 
 
@@ -66,7 +64,7 @@ def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iter
         elif step == TRIAL_STEPS:
             seconds = (time.monotonic() - start) / (TRIAL_STEPS - 1) * steps
             one, all_of_them = map(tqdm.format_interval, (seconds, epochs * seconds))
-            show(f"an epoch takes about {one}, and the run {all_of_them}, without tests")
+            show(f"about {one} per epoch and {all_of_them} for the run, not counting reading and testing")
         yield batch
 
 

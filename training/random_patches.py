@@ -1,6 +1,5 @@
 """Random patches: batches from anywhere in the training images, cut out on the device."""
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, permutations
 from typing import NamedTuple
@@ -12,31 +11,31 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from data import Batch, degrade
-from imaging.image_sets import ImageFiles, ImageSet
+from imaging.image_sets import ImageSet
 from imaging.images import bicubic
 from model import HALO_LR, SCALE
 from training.atlas import Atlas, View
+from training.patches import Patches
 from training.recipe import RECOLORED, SAMPLING_FLOOR
-from training.window import MEMORY, PARTS, Tile, Window
+from training.window import PARTS, Tile
 from utils import CommandError
 
 OFFSETS = [(top, left) for top in range(SCALE) for left in range(SCALE)]  # of the grid of LR pixels
 
 
 class Crop(NamedTuple):
-    """Training image or part of one, ready for patches to be drawn from it."""
+    """Training image or piece of one, ready for patches to be drawn from it."""
 
     hr: np.ndarray  # uint8, (H, W, 3)
     lr: list[np.ndarray]  # uint8, (h, w, 3), for each of the offsets of the grid of LR pixels
-    error: (
-        Tensor  # float64, (h', w'): mean squared error of bicubic interpolation at LR pixels, from the first place on
-    )
+    # Mean squared error of bicubic interpolation at LR pixels, from the first place for a patch on, float64, (h', w')
+    error: Tensor
     first: tuple[int, int]  # first place for a patch in LR pixels: row, column
     area: float | None = None  # LR pixels that each place stands for; None if together they stand for the whole crop
 
 
-class Part(NamedTuple):
-    """What is known about the crops in one part of memory; their pixels are in an :class:`Atlas`."""
+class Slot(NamedTuple):
+    """What is known about the crops in a slot of the atlases, where their pixels are."""
 
     lr_views: list[View]
     hr_views: list[View]
@@ -45,105 +44,74 @@ class Part(NamedTuple):
     areas: list[float | None]
 
 
-class RandomPatches:
-    """Training images on the device, and the batches of patches that are drawn from them.
+class RandomPatches(Patches):
+    """Patches from anywhere in the training images.
 
-    Each image has nine LR images, one for each offset of the grid of LR pixels. A set that is too large for memory has
-    a window, with one LR image for each tile.
-
-    Parameters
-    ----------
-    image_set : the HR images
-    patch_size : side of the patches in HR pixels, a multiple of 3
-    device : device of the pixels and the batches
-    seed : seed of the window
+    Each image has nine LR images, one for each offset of the grid of LR pixels. In a window, each tile has one.
     """
 
-    MAX_PIXELS = MEMORY // 14  # HR pixels of a set that is in memory as a whole
-    WINDOW_BYTES = 10  # memory for each HR pixel in a window
-
     def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
-        self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device, self.parts = patch_size, device, dict[int, Part]()
+        super().__init__(image_set, patch_size, device, seed)
         sizes = image_set.sizes()  # (count, 2)
         self.pixels = int((sizes // SCALE).prod(1).sum()) * SCALE**2
-        self.window, self.offsets = None, OFFSETS
-        if isinstance(image_set.images, ImageFiles):
-            self.window, self.offsets = Window(image_set.images, patch_size, seed, self.WINDOW_BYTES), [(0, 0)]
-            self.part_sizes = self.window.part_size // SCALE**2, self.window.part_size
+        self.slots: dict[int, Slot] = {}
+        self.sampler: ImportanceSampler | None = None
+        if self.window:
+            self.offsets, slots, hr_pixels = [(0, 0)], PARTS, self.window.max_part_pixels
+            lr_pixels = hr_pixels // SCALE**2
         else:
-            lr_pixels = sum(((sizes - offset) // SCALE).prod(1).sum() for offset in self.offsets)
-            self.part_sizes = int(lr_pixels), int(sizes.prod(1).sum())
-        self.lr, self.hr = (Atlas(size * (PARTS if self.window else 1), device) for size in self.part_sizes)
+            self.offsets, slots, hr_pixels = OFFSETS, 1, int(sizes.prod(1).sum())
+            lr_pixels = int(sum(((sizes - offset) // SCALE).prod(1).sum() for offset in OFFSETS))
+        self.slot_pixels = lr_pixels, hr_pixels
+        self.lr, self.hr = Atlas(slots * lr_pixels, device), Atlas(slots * hr_pixels, device)
         if not self.window:
-            self.fill(0, (crop_of_image(image.convert("RGB"), self.offsets) for image in image_set.images.values()))
+            self.write(0, (crop_of_image(image.convert("RGB"), OFFSETS) for image in image_set.images.values()))
             self.prepare()
 
-    def fill(self, place: int, crops: Iterable[Crop]) -> None:
-        """Replace a part of the crops, by its place in memory."""
-        part = self.parts[place] = Part([], [], [], [], [])
-        lr_start, hr_start = (place * size for size in self.part_sizes)
+    @staticmethod
+    def pixel_bytes(patch_size: int) -> int:
+        return 14  # in memory as a whole: 4 decoded, 3 HR, 3 LR, the rest for tables; in a window, it is a little less
+
+    def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
+        self.write(slot, (crop_of_tile(tile, image, self.patch_size // SCALE) for tile, image in tiles))
+
+    def write(self, number: int, crops: Iterable[Crop]) -> None:
+        """Replace the crops in a slot."""
+        slot = self.slots[number] = Slot([], [], [], [], [])
+        lr_start, hr_start = (number * pixels for pixels in self.slot_pixels)
         for crop in crops:
             height, width, _ = crop.hr.shape
             for (top, left), lr in zip(self.offsets, crop.lr, strict=True):
-                part.lr_views.append((lr_start, lr.shape[0], lr.shape[1], lr.shape[1]))
-                part.hr_views.append((hr_start + top * width + left, height - top, width - left, width))
+                slot.lr_views.append((lr_start, lr.shape[0], lr.shape[1], lr.shape[1]))
+                slot.hr_views.append((hr_start + top * width + left, height - top, width - left, width))
                 lr_start = self.lr.write(lr_start, lr)
             hr_start = self.hr.write(hr_start, crop.hr)
-            part.errors.append(crop.error)
-            part.firsts.append(crop.first)
-            part.areas.append(crop.area)
-
-    def fill_tiles(self, place: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
-        self.fill(place, (crop_of_tile(tile, image, self.patch_size // SCALE) for tile, image in tiles))
+            slot.errors.append(crop.error)
+            slot.firsts.append(crop.first)
+            slot.areas.append(crop.area)
 
     def prepare(self) -> None:
-        """Prepare drawing, after parts have been replaced."""
-        lr_views, hr_views, errors, firsts, areas = (
-            list(chain(*lists)) for lists in zip(*(self.parts[place] for place in sorted(self.parts)), strict=True)
-        )
+        slots = [self.slots[number] for number in sorted(self.slots)]
+        lr_views, hr_views, errors, firsts, areas = (list(chain(*lists)) for lists in zip(*slots, strict=True))
         if not errors:
-            raise CommandError(f"{self.name}: no image can be decoded")
+            raise CommandError(f"{self.name}: none of the images drawn can be decoded")
         self.lr.set_views(lr_views)
         self.hr.set_views(hr_views)
         size = self.patch_size // SCALE
-        vars(self).pop("sampler", None)  # its tables are large
+        self.sampler = None  # free its tables before there are new ones
         self.sampler = ImportanceSampler(errors, size, areas)
         self.firsts = torch.tensor(firsts)  # (crops, 2)
         self.last_corners = torch.tensor([view[1:3] for view in lr_views]) - size  # (views, 2)
 
-    def steps(self, batch_size: int, megapixels: float) -> int:
-        """Return the number of batches in an epoch, which draws as many pixels as the set has, up to a maximum."""
-        return math.ceil(min(self.pixels, megapixels * 1e6) / (batch_size * self.patch_size**2))
-
-    def batches(
-        self, steps: int, batch_size: int, generator: torch.Generator, drawn: int | None = None
-    ) -> Iterator[Batch]:
-        """Draw patches, each in one of its eight orientations.
+    def draw_batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Draw patches, each in one of its eight orientations, with the context that :class:`FastSRCNN` needs.
 
         The first eighth of a batch has its channels permuted, the last eighth is negative.
 
-        Parameters
-        ----------
-        steps : number of batches
-        batch_size : number of patches in each
-        generator : a CPU generator, so that a run draws the same patches on any device
-        drawn : HR pixels that the run has drawn before, on which a window depends (default: at the run's start)
-
         Yields
         ------
-        Batch, whose lr has the context that :class:`FastSRCNN` needs: (N, 3, patch / 3 + 8, patch / 3 + 8)
+        Batch, whose lr has the shape (N, 3, patch / 3 + 8, patch / 3 + 8)
         """
-        if not self.window:
-            yield from self.batches_in_memory(steps, batch_size, generator)
-            return
-        drawn, step_pixels = self.window.start if drawn is None else drawn, batch_size * self.patch_size**2
-        for count, changed in self.window.turns(drawn, steps, step_pixels, self.fill_tiles):
-            if changed:
-                self.prepare()
-            yield from self.batches_in_memory(count, batch_size, generator)
-
-    def batches_in_memory(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         size, recolored = self.patch_size // SCALE, batch_size // RECOLORED
         first = torch.arange(recolored, device=self.device)[:, None]
         for places, flips, weight in self.draw(steps, batch_size, generator):
@@ -165,6 +133,7 @@ class RandomPatches:
         weight : (N,), float32
         """
         count, recolored = steps * batch_size, batch_size // RECOLORED
+        assert self.sampler
         image, corner, weight = self.sampler.draw(count, generator)
         view = len(self.offsets) * image + torch.randint(len(self.offsets), (count,), generator=generator)
         # The LR images of an image differ in size.

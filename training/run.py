@@ -15,24 +15,21 @@ from data import Batch
 from imaging.metrics import Report
 from model import SRCNN
 from training.checkpoints import Checkpoint, ResumeRecord, TrainingState, load_checkpoint, save_checkpoint
-from training.grid_patches import GridPatches
 from training.optimizer import Adam
 from training.options import Options
-from training.random_patches import RandomPatches
+from training.patches import Patches
 from training.recipe import Network
 from training.unpickling import MAX_BYTES
 from upscaling.device import dtype_name
 from upscaling.distributed import rank_and_world_size
 from utils import CommandError, locked, make_folder, read_file, remove_stale_files, show
 
-Patches = RandomPatches | GridPatches
-
 
 @dataclass(frozen=True)
 class Recipe:
     """Parts of the training loop that differ between recipes. The loop and both recipes are in train.py."""
 
-    patches: type[RandomPatches] | type[GridPatches]
+    patches: type[Patches]
     optimizer: Callable[..., Adam]  # (model, patches, generator) -> optimizer; sets the initial weights
     network: Callable[[SRCNN, torch.dtype], Network]
     loss: Callable[[Tensor, Batch], Tensor]
@@ -153,9 +150,6 @@ def new_run(
 
 def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype) -> Run:
     """Return a run that continues a checkpoint: exactly, or with the weights alone if another program wrote it."""
-    if patches.window:
-        steps = patches.steps(options.batch_size, options.epoch_size)
-        patches.window.start = checkpoint.epoch * options.pixels(steps)
     run = new_run(options, recipe, patches, dtype, checkpoint)
     run.epoch = checkpoint.epoch
     state = checkpoint.training

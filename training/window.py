@@ -1,12 +1,12 @@
-"""Window that moves over a training set too large for memory.
+"""Window: the tiles of a training set too large for memory that are in memory, which change all the time.
 
-The window consists of parts. Each is a random choice of tiles, which are small images or parts of large ones, and is
-replaced by another after some steps. Its tiles are drawn with the seed and its number, so that a resumed run has the
-same window as an uninterrupted one.
+Tiles are small images or pieces of large ones. They are shuffled with the seed, again and again, and this endless
+sequence is cut into parts. The window consists of several parts, of which the oldest is replaced after some steps. So a
+resumed run has the same window as an uninterrupted one.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,20 +15,18 @@ from PIL import Image
 
 from imaging.image_sets import ImageFiles
 from model import HALO_LR, SCALE
-from utils import CommandError, plural, progress_bar, warn
+from upscaling.distributed import local_rank
+from utils import CommandError, plural, warn
 
 MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than 1 GB above `import torch`
-PARTS = 6
+PARTS = 6  # of the window
 MIN_TILES = 3  # in a part: fewer and larger ones would mean less decoding, but less variety
 DRAWS = 6  # how often a pixel is drawn while it is in the window: more would mean less decoding, but less variety
 MARGIN = HALO_LR + 2  # LR pixels around a patch that matter: its context, and what interpolation needs around that
 
 
-Fill = Callable[[int, Iterator[tuple["Tile", Image.Image]]], None]
-
-
 class Tile(NamedTuple):
-    """Image or part of an image, with places for patches that no other tile has."""
+    """Image or piece of an image, with places for patches that no other tile has."""
 
     image: int  # index of the image
     box: tuple[int, int, int, int]  # left, top, right and bottom in HR pixels
@@ -49,31 +47,44 @@ class Tiles:
 
     def __init__(self, sizes: np.ndarray, patch: int, side: int) -> None:
         self.sizes, self.patch = sizes, patch
-        self.counts = -(-self.places(sizes) // side)  # (images, 2), columns and rows of tiles
+        self.places = np.maximum(sizes // SCALE - patch + 1, 1)  # (images, 2), columns and rows
+        self.counts = -(-self.places // side)  # (images, 2), columns and rows of tiles
         self.ends = self.counts.prod(1).cumsum()
-
-    def places(self, sizes: np.ndarray) -> np.ndarray:
-        return np.maximum(sizes // SCALE - self.patch + 1, 1)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> Tile:
-        image = int(self.ends.searchsorted(index, "right"))
-        size, counts = self.sizes[image], self.counts[image].tolist()
-        row, column = divmod(index - int(self.ends[image]) + math.prod(counts), counts[0])
-        left, right, first_column, columns = self.span(int(size[0]), column, counts[0])
-        top, bottom, first_row, rows = self.span(int(size[1]), row, counts[1])
-        area = (size // SCALE).prod() / self.places(size).prod()
-        return Tile(image, (left, top, right, bottom), (first_row, first_column), (rows, columns), float(area))
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Find tiles by their indices, (n,).
 
-    def span(self, side: int, index: int, count: int) -> tuple[int, int, int, int]:
-        """Return the start and end of a tile in one dimension, and its first place and number of places."""
-        places = max(side // SCALE - self.patch + 1, 1)
-        begin, end = places * index // count, places * (index + 1) // count
-        start = max(begin - MARGIN, 0)
-        stop = SCALE * (end - 1 + self.patch + MARGIN) + SCALE - 1  # the grid of LR pixels may begin two pixels later
-        return SCALE * start, min(stop, side), begin - start, end - begin
+        Returns
+        -------
+        image : (n,), index of the image
+        start : (n, 2), left and top of the box in LR pixels
+        end : (n, 2), right and bottom of the box in HR pixels
+        places : (n, 2, 2), the first place for a patch and the end of the places, of which each is a column and a row
+        """
+        image = self.ends.searchsorted(index, "right")
+        counts, places = self.counts[image], self.places[image]  # (n, 2) each
+        inside = index - self.ends[image] + counts.prod(1)
+        cell = np.stack([inside % counts[:, 0], inside // counts[:, 0]], 1)  # (n, 2)
+        first, end = places * cell // counts, places * (cell + 1) // counts
+        start = np.maximum(first - MARGIN, 0)
+        # The grid of LR pixels may begin two pixels later.
+        stop = np.minimum(SCALE * (end - 1 + self.patch + MARGIN) + SCALE - 1, self.sizes[image])
+        return image, start, stop, np.stack([first, end], 1)
+
+    def areas(self) -> np.ndarray:
+        """Return the HR pixels in the box of each tile, (tiles,)."""
+        _, start, stop, _ = self.locate(np.arange(len(self)))
+        return (stop - SCALE * start).prod(1)
+
+    def __getitem__(self, index: int) -> Tile:
+        image, start, stop, places = (x[0] for x in self.locate(np.array([index])))
+        (left, top), (right, bottom) = (SCALE * start).tolist(), stop.tolist()
+        (column, row), (columns, rows) = (places[0] - start).tolist(), (places[1] - places[0]).tolist()
+        area = (self.sizes[image] // SCALE).prod() / self.places[image].prod()
+        return Tile(int(image), (left, top, right, bottom), (row, column), (rows, columns), float(area))
 
 
 class Window:
@@ -91,19 +102,21 @@ class Window:
         self.files, self.seed, self.names = files, seed, list(files)
         if files.decoding_bytes > MEMORY:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
-            problem = f"decoding it takes up to {files.decoding_bytes / 1e6:,.0f} MB, more than {MEMORY / 1e6:,.0f} MB"
-            raise CommandError(f"{file}: {problem}; cut it into smaller images, or convert it to PNG")
+            limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
+            raise CommandError(f"{file}: decoding it {limits}; split it into smaller images")
         self.part_pixels = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS
-        patch = patch_size // SCALE
-        side = max(math.isqrt(self.part_pixels // MIN_TILES) // SCALE, 1)
+        patch, side = patch_size // SCALE, max(math.isqrt(self.part_pixels // MIN_TILES) // SCALE, 1)
         self.tiles = Tiles(files.sizes, patch, side)
-        self.part_size = self.part_pixels + (SCALE * (side + patch + 2 * MARGIN)) ** 2  # at most, in HR pixels
+        self.areas = self.tiles.areas()
+        self.total = int(self.areas.sum())
+        largest = int(self.areas.max())
+        self.part_pixels = max(min(self.part_pixels, self.total // PARTS), largest)  # so that no part is empty
+        self.max_part_pixels = self.part_pixels + largest  # since the last tile may be larger than what is left
         self.pixels = PARTS * self.part_pixels
-        self.start = 0  # HR pixels that a resumed run has drawn before
-        self.loaded = dict[int, int]()  # numbers of the parts in memory, by their places
-        self.failed = set[int]()  # images that cannot be decoded
+        self.loaded: dict[int, int] = {}  # numbers of the parts in memory by their slots
+        self.failed: set[int] = set()  # images that cannot be decoded
 
-    def turns(self, drawn: int, steps: int, step_pixels: int, fill: Fill) -> Iterator[tuple[int, bool]]:
+    def turns(self, drawn: int, steps: int, step_pixels: int) -> Iterator[tuple[int, dict[int, int]]]:
         """Divide steps into turns, in each of which the window stays the same.
 
         Parameters
@@ -111,36 +124,31 @@ class Window:
         drawn : HR pixels that the run has drawn before
         steps : number of steps to divide
         step_pixels : HR pixels that are drawn in a step
-        fill : function that replaces a part, given its place in the window, and its tiles with their pixels
 
         Yields
         ------
-        number of steps, and whether the window has changed
+        number of steps, and the numbers of the parts that are new, by their slots
         """
         turn_pixels = DRAWS * self.part_pixels
         while steps > 0:
             turn = drawn // turn_pixels
             new = {n % PARTS: n for n in range(turn, turn + PARTS) if self.loaded.get(n % PARTS) != n}
-            for place, number in progress_bar(new.items(), "reading images", "part", hidden=len(new) == 1):
-                fill(place, self.read(self.draw(number)))
-                self.loaded[place] = number
             count = min(math.ceil(((turn + 1) * turn_pixels - drawn) / step_pixels), steps)
-            yield count, bool(new)
+            self.loaded |= new
+            yield count, new
             drawn, steps = drawn + count * step_pixels, steps - count
 
     def draw(self, number: int) -> list[Tile]:
-        """Draw the tiles of a part, and the offset of the grid of LR pixels in each.
-
-        Each tile has the same chance, since whether there is room for one more does not depend on its own size.
-        """
-        rng, tiles, pixels = np.random.default_rng([self.seed, number]), list[Tile](), 0
-        order = rng.permutation(len(self.tiles))
-        while pixels < self.part_pixels and len(tiles) < len(order):
-            tile = self.tiles[int(order[len(tiles)])]
-            left, top, right, bottom = tile.box
-            box = left + int(rng.integers(SCALE)), top + int(rng.integers(SCALE)), right, bottom
-            tiles.append(tile._replace(box=box))
-            pixels += (right - left) * (bottom - top)
+        """Return the tiles of a part, each shifted at random to one of the nine offsets of the grid of LR pixels."""
+        start, end = number * self.part_pixels, (number + 1) * self.part_pixels
+        rng, tiles = np.random.default_rng([self.seed, 0, number]), []
+        for shuffle in range(start // self.total, (end - 1) // self.total + 1):
+            order = np.random.default_rng([self.seed, 1, shuffle]).permutation(len(self.tiles))
+            begins = shuffle * self.total + self.areas[order].cumsum() - self.areas[order]
+            for index in order[(start <= begins) & (begins < end)].tolist():
+                tile, (x, y) = self.tiles[index], rng.integers(SCALE, size=2).tolist()
+                left, top, right, bottom = tile.box
+                tiles.append(tile._replace(box=(left + x, top + y, right, bottom)))
         return tiles
 
     def read(self, tiles: list[Tile]) -> Iterator[tuple[Tile, Image.Image]]:
@@ -149,20 +157,21 @@ class Window:
             try:
                 image = self.decode(index)
             except CommandError as error:
-                if index not in self.failed:
-                    self.failed.add(index)
-                    count = f"{len(self.failed):,} of {plural(len(self.files), 'image')} so far"
+                if index not in self.failed and local_rank() == 0:
+                    count = f"{len(self.failed) + 1:,} of {plural(len(self.files), 'image')} so far"
                     warn(f"{error}; training continues without it ({count})")
+                self.failed.add(index)
                 continue
             for tile in group:
                 yield tile, image.crop(tile.box).convert("RGB")
+            del image  # before the next one is decoded
 
     def decode(self, index: int) -> Image.Image:
         """Decode an image, with width and height as in the header of its file."""
         size, name = tuple(self.files.sizes[index].tolist()), self.names[index]
         image = self.files[name]
-        if image.size == size[::-1] != size:
-            image = image.transpose(Image.Transpose.TRANSPOSE)  # patches are drawn in all orientations anyway
+        if image.size != size and image.size == size[::-1]:  # turned upright; patches have all orientations anyway
+            image = image.transpose(Image.Transpose.TRANSPOSE)
         if image.size != size:
-            raise CommandError(f"{self.files.files[name]}: its size is not what its header says")
+            raise CommandError(f"{self.files.files[name]}: its size has changed, or differs from that in its header")
         return image

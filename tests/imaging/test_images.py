@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 
 from data import load_images
 from imaging.formats import READABLE, readable_formats
-from imaging.images import flatten, read_image, write_image
+from imaging.images import flatten, read_header, read_hr, read_image, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
@@ -323,3 +323,32 @@ def test_camera_preview_causes_no_warning(capfd):
 def test_flatten_rounds_to_8_bits_and_blends_with_white(mode, value, flat):
     expected = Image.new("L" if isinstance(flat, int) else "RGB", (2, 3), flat)
     assert_equal(flatten(Image.new(mode, (2, 3), value)), expected)
+
+
+# ----------------------------------------------------------------------------- large sets
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("name", ["a.tiff", "a.png", "a.webp"])
+def test_image_that_is_not_copied_is_the_same(mode, name):
+    frames = [random_image(mode, seed=i) for i in range(2)]
+    frames[0].save(name, save_all=True, append_images=frames[1:])
+    copied, own = (read_hr(Path(name), 9, copy=copy) for copy in (True, False))
+    assert (own.mode, own.tobytes()) == (copied.mode, copied.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options", "memory"),
+    [
+        ("a.png", "RGB", {}, 4),
+        ("a.jpg", "L", {}, 4),
+        ("a.jpg", "RGB", {"progressive": True}, 10),
+        ("a.jpg", "RGB", {"exif": Image.Exif()}, 8),
+        ("a.png", "RGBA", {}, 21),
+        ("a.png", "RGB", {"transparency": (1, 2, 3)}, 21),
+        ("a.tiff", "RGB", {}, 21),
+    ],
+)
+def test_header_tells_size_and_memory_for_decoding(name, mode, options, memory):
+    random_image(mode, size=(30, 20)).save(name, **options)
+    assert read_header(Path(name), 9) == (30, 20, 600 * memory)

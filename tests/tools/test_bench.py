@@ -13,10 +13,9 @@ from data import load_images
 from model import SRCNN
 from tools import bench
 from tools.bench import Measurement, SetMeasurement
-from training import window
+from training import patches, window
 from training.grid_patches import GridPatches
 from training.options import Options
-from training.random_patches import RandomPatches
 from training.window import DRAWS, PARTS, Window
 from utils import CommandError
 
@@ -63,14 +62,13 @@ def test_training_counts_hr_pixels(photos):
 
 def test_turn_of_large_set_reads_one_part(photos, monkeypatch):
     monkeypatch.setattr(window, "MEMORY", 3_000_000)
-    monkeypatch.setattr(RandomPatches, "MAX_PIXELS", 0)
+    monkeypatch.setattr(patches, "MEMORY", 0)
     numbers, draw = [], Window.draw
     monkeypatch.setattr(Window, "draw", lambda self, number: numbers.append(number) or draw(self, number))
     train, step = bench.training_in_turns(photos, torch.float32), Options().pixels(1)
     assert train() == step
     assert numbers == [*range(PARTS)]
-    part = (3_000_000 - 120 * 75 * 4) // 10 // PARTS
-    assert train() == -(-DRAWS * part // step) * step
+    assert train() == -(-DRAWS * 120 * 75 // step) * step  # a part has room for the largest image
     assert numbers[PARTS:] == [PARTS]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_one_line, load, report, small_run
+from helpers import assert_one_line, load, random_image, report, small_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from data import ImageSet, TestSet
 from imaging.images import to_tensor
 from train import linear_schedule
-from training.log import Log, deferred_interrupts, filters
+from training.log import Log, cut_center, deferred_interrupts, filters
 from training.options import Options
 from upscaling.upscaler import Upscaler
 from utils import TERMINATION_SIGNALS, handle_signals, interrupt
@@ -257,3 +257,11 @@ def test_first_interrupt_is_deferred_and_second_is_not(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(n) for n in (signal.SIGINT, *TERMINATION_SIGNALS)] == before
+
+
+def test_pictures_of_large_images_show_their_centers():
+    image = TestSet(ImageSet("x", {"a": random_image(size=(690, 270))})).images["a"]
+    lr, bicubic, hr = cut_center(image)
+    assert lr == image.lr.crop((15, 0, 215, 90))
+    assert torch.equal(bicubic, image.bicubic[:, :, 45:645])
+    assert torch.equal(hr, image.hr[:, :, 45:645])

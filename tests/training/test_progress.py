@@ -11,7 +11,17 @@ from helpers import assert_one_line, report, small_run
 from imaging.metrics import summary, table
 from training import speed
 from training.checkpoints import MAX_WEIGHT, load_checkpoint
-from training.progress import check_finite, epoch_bar, print_epoch, print_result, resume_hint, update_bar, warn_if_worse
+from training.progress import (
+    TRIAL_STEPS,
+    announce_duration,
+    check_finite,
+    epoch_bar,
+    print_epoch,
+    print_result,
+    resume_hint,
+    update_bar,
+    warn_if_worse,
+)
 from utils import CommandError
 
 
@@ -123,3 +133,19 @@ def test_finished_run_prints_no_resume_hint(capfd):
     with resume_hint(Path("o"), torch.device("cpu")):
         pass
     assert capfd.readouterr().out == ""
+
+
+def test_duration_is_announced_after_some_steps(capfd, monkeypatch):
+    """A step takes two seconds."""
+    times = iter([10.0, 10.0 + 2 * (TRIAL_STEPS - 1), 0.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    assert list(announce_duration(range(100), 100, 3)) == list(range(100))
+    assert capfd.readouterr().out == "about 03:20 per epoch and 10:00 for the run, not counting reading and testing\n"
+    assert list(announce_duration(range(5), 5, 3)) == list(range(5))
+    assert capfd.readouterr().out == ""
+
+
+def test_epoch_size_bounds_an_epoch(train_small):
+    _, out, _ = train_small("--epoch-size=0.02", "--num-epoch=1")
+    assert ", 30,798 pixels, 3 steps per epoch of 0.02 megapixels (--epoch-size)\n" in out
+    assert train_small("--epoch-size=0", "--num-epoch=1")[0] == 2

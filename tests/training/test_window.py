@@ -11,11 +11,12 @@ from helpers import assert_one_line, file_of, in_new_process, load, random_image
 from PIL import Image
 
 from data import ImageSet, degrade, load_images
+from imaging import image_sets
 from imaging.dead_leaves import dead_leaves
 from imaging.image_sets import ImageFiles, read_headers
-from training import window
+from training import patches, window
 from training.grid_patches import GridPatches
-from training.random_patches import RandomPatches, crop_of_tile
+from training.random_patches import RandomPatches, bicubic_error, crop_of_tile
 from training.window import DRAWS, PARTS, Tiles, Window
 from utils import CommandError
 
@@ -38,8 +39,7 @@ def bound(monkeypatch):
 
     def set_bound(memory):
         monkeypatch.setattr(window, "MEMORY", memory)
-        for patches in (RandomPatches, GridPatches):
-            monkeypatch.setattr(patches, "MAX_PIXELS", 0)
+        monkeypatch.setattr(patches, "MEMORY", 0)  # no set is in memory as a whole
 
     return set_bound
 
@@ -50,17 +50,31 @@ def bound(monkeypatch):
 def test_tiles_divide_the_places_for_patches_of_all_images():
     sizes = np.array([[9, 9], [100, 40], [33, 200], [150, 151]])
     tiles, found = Tiles(sizes, 4, 10), []
-    for tile in map(tiles.__getitem__, range(len(tiles))):
-        left, top, *_ = tile.box
+    for tile in tiles:
+        left, top, right, bottom = tile.box
         assert max(tile.places) <= 10
         rows, columns = (
             range(start // 3 + first, start // 3 + first + count)
             for start, first, count in zip((top, left), tile.first, tile.places, strict=True)
         )
         found += [(tile.image, row, column) for row in rows for column in columns]
+        assert 0 <= left < right <= sizes[tile.image, 0]
+        assert 0 <= top < bottom <= sizes[tile.image, 1]
     places = [(max(height // 3 - 3, 1), max(width // 3 - 3, 1)) for width, height in sizes.tolist()]
     expected = [(i, row, column) for i, (h, w) in enumerate(places) for row in range(h) for column in range(w)]
     assert sorted(found) == expected
+    boxes = [tile.box for tile in tiles]
+    assert tiles.areas().tolist() == [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+
+
+def test_tile_has_the_errors_of_its_places_in_the_whole_image():
+    image, size = random_image(size=(131, 87)), 5
+    for tile in Tiles(np.array([image.size]), size, 11):
+        left, top, *_ = tile.box
+        crop, whole = crop_of_tile(tile, image.crop(tile.box), size), bicubic_error(*degrade(image))
+        (row, column), (rows, columns) = crop.first, (count + size - 1 for count in tile.places)
+        row, column = row + top // 3, column + left // 3
+        assert torch.equal(crop.error, whole[row : row + rows, column : column + columns])
 
 
 def test_tile_has_the_lr_pixels_that_the_whole_image_has():
@@ -68,7 +82,7 @@ def test_tile_has_the_lr_pixels_that_the_whole_image_has():
     image, size = random_image(size=(131, 87)), 5
     tiles = Tiles(np.array([image.size]), size, 11)
     assert len(tiles) > 8
-    for tile, (y, x) in product(map(tiles.__getitem__, range(len(tiles))), product(range(3), repeat=2)):
+    for tile, (y, x) in product(tiles, product(range(3), repeat=2)):
         left, top, right, bottom = tile.box
         crop = crop_of_tile(tile, image.crop((left + x, top + y, right, bottom)), size)
         (lr,), whole = crop.lr, np.array(degrade(image.crop((x, y, *image.size)))[0])
@@ -88,17 +102,18 @@ def first_place(tile):
     return tile.image, tile.box[1] // 3 + tile.first[0], tile.box[0] // 3 + tile.first[1]
 
 
-def test_tiles_of_all_sizes_have_the_same_chance(bound):
+def test_each_tile_comes_once_before_any_comes_again(bound):
     bound(200_000)
     sizes = [(20, 20), (20, 120), (90, 20), (150, 130), (60, 60)]
     moving = Window(image_set({str(i): Image.new("L", size) for i, size in enumerate(sizes)}).images, 12, 0, 10)
-    counts, offsets = dict.fromkeys((first_place(moving.tiles[i]) for i in range(len(moving.tiles))), 0), set()
-    for tile in (tile for number in range(10_000) for tile in moving.draw(number)):
-        counts[first_place(tile)] += 1
-        offsets.add((tile.box[0] % 3, tile.box[1] % 3))
-    assert len(offsets) == 9
-    assert len(counts) == len(moving.tiles) > 10
-    assert min(counts.values()) > 0.65 * max(counts.values())
+    tiles = [tile for number in range(2500) for tile in moving.draw(number)]
+    everything, count = sorted(map(first_place, moving.tiles)), len(moving.tiles)
+    assert count > 10
+    orders = [list(map(first_place, tiles[start : start + count])) for start in range(0, len(tiles) - count, count)]
+    assert len(orders) > 20
+    assert all(sorted(order) == everything for order in orders)
+    assert len(set(map(tuple, orders))) == len(orders)
+    assert len({(tile.box[0] % 3, tile.box[1] % 3) for tile in tiles}) == 9
 
 
 def test_parts_depend_on_seed_and_number_alone(bound):
@@ -116,18 +131,15 @@ def test_parts_depend_on_seed_and_number_alone(bound):
 
 def numbers_by_step(moving, epochs, steps, pixels):
     """Return the numbers of the parts that are in memory at each step."""
-    places, found = {}, []
+    slots, found = {}, []
     for epoch in epochs:
-        original, moving.draw = moving.draw, lambda number: number
-        moving.read = lambda number: number
-        for count, changed in moving.turns(epoch * steps * pixels, steps, pixels, places.__setitem__):
-            assert changed or found
-            found += count * [sorted(places.values())]
-        moving.draw = original
+        for count, new in moving.turns(epoch * steps * pixels, steps, pixels):
+            slots |= new
+            found += count * [sorted(slots.values())]
     return found
 
 
-def test_window_depends_on_the_step_alone(bound):
+def test_window_depends_on_the_pixels_drawn_alone(bound):
     bound(200_000)
     files = image_set({"a": Image.new("L", (90, 80))}).images
     windows = [Window(files, 12, 0, 10) for _ in range(3)]
@@ -147,6 +159,21 @@ def draw(images, patch, count, turns, kind=RandomPatches):
     return list(patches.batches(steps, count, torch.Generator().manual_seed(1)))
 
 
+def test_each_place_in_an_image_of_several_tiles_has_the_same_chance(bound):
+    """Red is the column and green the row, so that the minima of a patch are its top left corner."""
+    bound(200_000)
+    rows, columns = np.mgrid[:90, :120].astype(np.uint8)
+    images = image_set({"a": Image.fromarray(np.dstack([columns, rows, 0 * rows]))})
+    assert len(RandomPatches(images, 12, CPU).window.tiles) > 4
+    batches = draw(images, 12, 256, 100)
+    left, top = (torch.cat([batch.hr[32:224, c].amin((1, 2)) for batch in batches]) // 3 for c in (0, 1))
+    weights = torch.cat([batch.weight[32:224] for batch in batches])
+    for found, count in ((left, 40 - 3), (top, 30 - 3)):
+        shares = found.int().bincount(weights, minlength=count) / weights.sum() * count
+        assert len(shares) == count
+        assert shares[:-1].sub(1).abs().max() < 0.5  # the last place exists at one offset of three
+
+
 def test_images_count_by_their_areas(bound):
     """Of images of one color each place has the same chance. One is smaller than a patch, and one in several tiles."""
     bound(1_000_000)
@@ -161,35 +188,20 @@ def test_images_count_by_their_areas(bound):
         assert share.item() == pytest.approx(area / sum(areas.values()), rel=0.1 if area > 500 else 0.35)
 
 
-def test_patches_are_those_of_the_images(bound):
-    """A gray image, one that is turned upright when it is read, and one that exceeds the bound."""
-    bound(60_000)
-    exif = Image.Exif()
+def test_tiles_of_images_of_all_kinds_are_read(bound):
+    """A gray image, one that is turned upright when it is decoded, and one that exceeds the bound."""
+    bound(400_000)
+    turned, exif = random_image(size=(60, 45), seed=2), Image.Exif()
     exif[0x0112] = 6
-    turned = random_image(size=(60, 45), seed=2)
     turned.info["exif"] = exif
-    images = {"gray": random_image("L", (50, 40)), "large": random_image(size=(120, 100), seed=1), "turned": turned}
-    assert Window(image_set(images).images, 9, 0, 10).pixels < 120 * 100
-    found = set()
-    arrays = {name: np.array(image.convert("RGB")) for name, image in images.items()}
-    for batch in draw(image_set(images), 9, 16, 30):
-        for patch in batch.hr[2:6].permute(0, 2, 3, 1).numpy():
-            for name, array in arrays.items():
-                views = np.lib.stride_tricks.sliding_window_view(array, (9, 9), (0, 1))  # (rows, columns, 3, 9, 9)
-                for turned_patch in (np.rot90(flipped, k) for flipped in (patch, patch[:, ::-1]) for k in range(4)):
-                    rows, columns = np.nonzero((views[..., 0, 0] == turned_patch[0, 0]).all(2))
-                    if any(
-                        np.array_equal(array[y : y + 9, x : x + 9], turned_patch)
-                        for y, x in zip(rows, columns, strict=True)
-                    ):
-                        found.add(name)
-                        break
-                else:
-                    continue
-                break
-            else:
-                pytest.fail("a patch is in no image")
-    assert found == set(images)
+    images = {"gray": random_image("L", (50, 40)), "large": random_image(size=(210, 180), seed=1), "turned": turned}
+    moving = Window(image_set(images).images, 9, 0, 14)
+    assert moving.pixels < 210 * 180
+    images["turned"] = turned.transpose(Image.Transpose.ROTATE_270).transpose(Image.Transpose.TRANSPOSE)
+    tiles = list(moving.read(list(moving.tiles)))
+    assert len(tiles) == len(moving.tiles) > 20
+    for tile, pixels in tiles:
+        assert pixels.tobytes() == list(images.values())[tile.image].convert("RGB").crop(tile.box).tobytes()
 
 
 def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
@@ -208,10 +220,37 @@ def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
 
 
 def test_image_that_takes_too_much_memory_is_refused(bound):
-    bound(100_000)
-    files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (160, 160))})
-    with pytest.raises(CommandError, match=r"^b\.png: decoding it takes up to 0 MB, more than 0 MB; cut it "):
+    bound(1_500_000)
+    files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (800, 600))})
+    with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; split it "):
         RandomPatches(files, 12, CPU)
+
+
+def test_image_that_has_changed_its_size_is_skipped(bound, capfd):
+    bound(250_000)
+    images = image_set({name: random_image(size=(60, 60)) for name in "ab"})
+    random_image(size=(60, 57)).save("b.png")
+    draw(images, 12, 16, 12)
+    assert_one_line(capfd.readouterr().err, "WARNING: b.png: its size has changed, or differs from that in its header")
+
+
+def test_each_image_of_a_part_is_decoded_once(bound, monkeypatch):
+    bound(1_000_000)
+    decoded, read = [], image_sets.read_hr
+    images = image_set({name: random_image(size=(200, 200)) for name in "ab"})
+    moving = Window(images.images, 12, 0, 10)
+    monkeypatch.setattr(image_sets, "read_hr", lambda path, *a, **b: decoded.append(path.name) or read(path, *a, **b))
+    tiles = [moving.tiles[i] for i in np.random.default_rng(0).permutation(len(moving.tiles))]
+    assert len(list(moving.read(tiles))) == len(tiles) > 2
+    assert decoded == ["a.png", "b.png"]
+
+
+def test_processes_must_decode_the_same_images(bound, monkeypatch):
+    bound(250_000)
+    images = image_set({name: random_image(size=(60, 60)) for name in "ab"})
+    monkeypatch.setattr(patches, "gather", lambda failed: [failed, {1}])
+    with pytest.raises(CommandError, match=r"^files: not all processes can decode the same images"):
+        draw(images, 12, 16, 1)
 
 
 def test_each_patch_of_a_window_is_drawn_once_by_the_assignment(bound):
@@ -234,7 +273,7 @@ def test_resumed_run_has_the_same_window(train_small, bound, recipe):
     options = (f"--recipe={recipe}", "--num-epoch=4", "--save-freq=2", "--epoch-size=0.03", "--patch-size=33")
     status, out, err = train_small(*options, "--output=a")
     assert (status, err) == (0, "")
-    assert "\nthe set is too large for memory: patches come from " in out
+    assert "\nthe set does not fit in memory: patches are drawn from 0.0" in out
     assert train_small("--output=b", command=("resume", "a/checkpoint.2"))[0] == 0
     a, b = (load(f"{folder}/checkpoint.4")["model"] for folder in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -242,15 +281,28 @@ def test_resumed_run_has_the_same_window(train_small, bound, recipe):
     assert not torch.equal(a["conv3.weight"], start["conv3.weight"])
 
 
+@pytest.mark.parametrize(("recipe", "memory"), [("default", 300_000), ("assignment", 6_000_000)])
+def test_window_moves_from_epoch_to_epoch(train_small, bound, monkeypatch, recipe, memory):
+    """Each part is read once, in order, and drawn with the seed of the run."""
+    bound(memory)
+    numbers, draw = [], Window.draw
+    monkeypatch.setattr(Window, "draw", lambda self, n: numbers.append((self.seed, n)) or draw(self, n))
+    assert train_small(f"--recipe={recipe}", "--num-epoch=6", "--patch-size=33", "--seed=5")[0] == 0
+    assert len(numbers) > PARTS
+    assert numbers == [(5, n) for n in range(len(numbers))]
+
+
 def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
-    pixels = sum(image.width * image.height for image in load_images(str(photos), "train", 10**9).images.values())
+    """The largest image counts four times."""
+    pixels = sum(image.width * image.height for image in load_images(str(photos), "train").images.values())
+    pixels += 3 * 120 * 75
     assert isinstance(load_images(str(photos), "train", pixels).images, dict)
     assert isinstance(load_images(str(photos), "train", pixels - 1).images, ImageFiles)
 
 
 def peak_of_training(folder, memory):
     """Return the peak memory in MB that drawing patches takes."""
-    window.MEMORY, RandomPatches.MAX_PIXELS = memory, 0
+    window.MEMORY = memory
     torch.set_num_threads(1)
     before = peak()
     images = load_images(folder, "train", 0)
