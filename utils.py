@@ -29,8 +29,6 @@ T = TypeVar("T")
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
 
-SILENCED: list[bool] = []  # not empty within without_warnings
-
 OUT_OF_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
     *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
@@ -126,19 +124,30 @@ def show(*lines: object, to_stderr: bool = False) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning to stderr, above progress bars."""
-    if not SILENCED:
-        show(f"WARNING: {one_line(message)}", to_stderr=True)
+    """Print a warning to stderr, above progress bars, unless it exceeds a :class:`WarningLimit`."""
+    if LIMITS:
+        LIMITS[-1].left -= 1
+        if LIMITS[-1].left < 0:
+            return
+        message += "; further warnings are left out" * (LIMITS[-1].left == 0)
+    show(f"WARNING: {one_line(message)}", to_stderr=True)
 
 
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Print no warnings within the context."""
-    SILENCED.append(True)
-    try:
-        yield
-    finally:
-        SILENCED.pop()
+class WarningLimit(contextlib.AbstractContextManager["WarningLimit"]):
+    """A limit on the number of warnings that are printed within contexts of it. The innermost context counts."""
+
+    def __init__(self, maximum: int) -> None:
+        self.left = maximum
+
+    def __enter__(self) -> "WarningLimit":
+        LIMITS.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        LIMITS.pop()
+
+
+LIMITS: list[WarningLimit] = []
 
 
 def progress_bar(items: Iterable[T] | None, label: str, unit: str, hidden: bool = False, **options: Any) -> "tqdm[T]":

@@ -1,6 +1,5 @@
 """Sets of HR images: in memory, or in files that are decoded when they are asked for."""
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ import numpy as np
 from PIL import Image
 
 from imaging.images import read_header, read_hr
-from utils import CommandError, one_line, progress_bar, show, without_warnings
+from utils import CommandError, WarningLimit, one_line, progress_bar, show
+
+MAX_WARNINGS = 20  # about the images of a set
 
 
 class ImageFiles(Mapping[str, Image.Image]):
     """HR images by name, as :func:`read_hr` reads them, each decoded when it is asked for.
 
-    Warnings about an image are printed when it is decoded for the first time.
+    Warnings about an image are printed when it is decoded for the first time, but no more than MAX_WARNINGS in all.
 
     Parameters
     ----------
@@ -29,10 +30,11 @@ class ImageFiles(Mapping[str, Image.Image]):
 
     def __init__(self, files: Mapping[str, Path], headers: np.ndarray, min_side: int) -> None:
         self.files, self.headers, self.min_side = files, headers, min_side
-        self.decoded = set[str]()
+        self.decoded: set[str] = set()
+        self.warnings = WarningLimit(MAX_WARNINGS)
 
     def __getitem__(self, name: str) -> Image.Image:
-        with without_warnings() if name in self.decoded else contextlib.nullcontext():
+        with WarningLimit(0) if name in self.decoded else self.warnings:
             self.decoded.add(name)
             return read_hr(self.files[name], self.min_side, copy=False)
 
@@ -123,7 +125,7 @@ def read_headers(files: list[Path], min_side: int, hidden: bool = False) -> tupl
     headers, failures = np.zeros((len(files), 3), np.int64), []
     for i, file in enumerate(progress_bar(files, "reading headers", "image", hidden)):
         try:
-            with without_warnings():  # they are printed when the image is decoded
+            with WarningLimit(0):  # they are printed when the image is decoded
                 headers[i] = read_header(file, min_side)
         except CommandError as error:
             failures.append(error)

@@ -23,9 +23,6 @@ from imaging.tiff import full_range, load_pixels, tiff_decoder, tile_pixels
 from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
-# Memory for decoding, in bytes for each pixel
-PLAIN, CONVERTED = 4, 21  # for formats and modes that need no conversion, and for all others
-PROGRESSIVE, TURNED = 6, 4  # in addition: for JPEG's coefficients, and for a copy that is upright
 STANDARD = Path("-")  # standard input or output
 
 
@@ -93,10 +90,19 @@ def read_header(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> tupl
     """
     with open_image(path, max_pixels) as file:
         check_size(path, file.size, min_side)
-        plain = file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB")
-        pixel_bytes = PLAIN if plain and "transparency" not in file.info else CONVERTED
-        pixel_bytes += PROGRESSIVE * ("progressive" in file.info) + TURNED * bool(file.info.keys() & {"exif", "xmp"})
-        return file.width, file.height, pixel_bytes * file.width * file.height
+        return file.width, file.height, decoding_bytes(file) * file.width * file.height
+
+
+def decoding_bytes(file: ImageFile) -> int:
+    """Return the memory that decoding a ground truth takes at most, in bytes for each pixel."""
+    sizes = {"AVIF": 12, "JPEG2000": 21, "WEBP": 16}
+    if file.format in sizes:
+        return sizes[file.format]
+    if file.mode not in ("1", "P", "L", "RGB", "CMYK") or "transparency" in file.info:
+        return 16
+    plain = file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB")
+    turned = not file.info.keys().isdisjoint({"exif", "xmp"})  # perhaps
+    return (4 if plain else 8) + 4 * turned + 6 * ("progressive" in file.info)
 
 
 def check_size(path: Path, size: tuple[int, int], min_side: int) -> None:

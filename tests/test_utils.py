@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, assert_one_line, in_new_process
 
 import utils
-from utils import TEMPORARY_SUFFIX, CommandError, atomic_write, locked, remove_stale_files, warn, without_warnings
+from utils import TEMPORARY_SUFFIX, CommandError, WarningLimit, atomic_write, locked, remove_stale_files, warn
 
 # ------------------------------------------------------------------------------ arguments
 
@@ -384,10 +384,13 @@ def test_stale_folder_is_removed_unless_in_use():
     assert not folder.exists()
 
 
-def test_warnings_are_silenced_within_the_context_only(capfd):
-    with without_warnings():
-        with without_warnings():
-            pass
-        warn("a")
-    warn("b")
-    assert capfd.readouterr().err == "WARNING: b\n"
+def test_warnings_are_limited_within_the_context_only(capfd):
+    limit = WarningLimit(2)
+    for text in "abc":
+        with limit:
+            with WarningLimit(0):
+                warn("x")
+            warn(text)
+    warn("d")
+    err = capfd.readouterr().err
+    assert err == "WARNING: a\nWARNING: b; further warnings are left out\nWARNING: d\n"

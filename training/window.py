@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from imaging.image_sets import ImageFiles
+from imaging.image_sets import MAX_WARNINGS, ImageFiles
 from model import HALO_LR, SCALE
 from upscaling.distributed import local_rank
 from utils import CommandError, plural, warn
@@ -103,7 +103,7 @@ class Window:
         if files.decoding_bytes > MEMORY:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
             limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
-            raise CommandError(f"{file}: decoding it {limits}; split it into smaller images")
+            raise CommandError(f"{file}: decoding it {limits}; convert it to 8-bit RGB, or split it")
         self.part_pixels = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS
         patch, side = patch_size // SCALE, max(math.isqrt(self.part_pixels // MIN_TILES) // SCALE, 1)
         self.tiles = Tiles(files.sizes, patch, side)
@@ -157,10 +157,11 @@ class Window:
             try:
                 image = self.decode(index)
             except CommandError as error:
-                if index not in self.failed and local_rank() == 0:
-                    count = f"{len(self.failed) + 1:,} of {plural(len(self.files), 'image')} so far"
-                    warn(f"{error}; training continues without it ({count})")
-                self.failed.add(index)
+                new, self.failed = index not in self.failed, self.failed | {index}
+                count = len(self.failed)
+                if new and local_rank() == 0 and (count <= MAX_WARNINGS or count % 100 == 0):
+                    facts = f"{count:,} of {plural(len(self.files), 'image')} so far"
+                    warn(f"{error}; training continues without it ({facts})")
                 continue
             for tile in group:
                 yield tile, image.crop(tile.box).convert("RGB")

@@ -344,9 +344,10 @@ def test_image_that_is_not_copied_is_the_same(mode, name):
         ("a.jpg", "L", {}, 4),
         ("a.jpg", "RGB", {"progressive": True}, 10),
         ("a.jpg", "RGB", {"exif": Image.Exif()}, 8),
-        ("a.png", "RGBA", {}, 21),
-        ("a.png", "RGB", {"transparency": (1, 2, 3)}, 21),
-        ("a.tiff", "RGB", {}, 21),
+        ("a.png", "RGBA", {}, 16),
+        ("a.png", "RGB", {"transparency": (1, 2, 3)}, 16),
+        ("a.tiff", "RGB", {}, 8),
+        ("a.webp", "RGB", {}, 16),
     ],
 )
 def test_header_tells_size_and_memory_for_decoding(name, mode, options, memory):

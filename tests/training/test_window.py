@@ -222,7 +222,7 @@ def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
 def test_image_that_takes_too_much_memory_is_refused(bound):
     bound(1_500_000)
     files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (800, 600))})
-    with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; split it "):
+    with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; convert it "):
         RandomPatches(files, 12, CPU)
 
 
@@ -293,9 +293,9 @@ def test_window_moves_from_epoch_to_epoch(train_small, bound, monkeypatch, recip
 
 
 def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
-    """The largest image counts four times."""
+    """The largest image counts four times, and each as 300 pixels more."""
     pixels = sum(image.width * image.height for image in load_images(str(photos), "train").images.values())
-    pixels += 3 * 120 * 75
+    pixels += 3 * 120 * 75 + 5 * 300
     assert isinstance(load_images(str(photos), "train", pixels).images, dict)
     assert isinstance(load_images(str(photos), "train", pixels - 1).images, ImageFiles)
 
