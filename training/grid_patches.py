@@ -44,8 +44,8 @@ class GridPatches(Patches):
             self.pixels = len(self.hr) * patch_size**2
 
     @staticmethod
-    def pixel_bytes(patch_size: int) -> int:
-        """Return the memory for each HR pixel of the images: patches overlap, and exist one by one and as a whole."""
+    def pixel_bytes(patch_size: int, window: bool) -> int:
+        """Return the memory for each HR pixel: patches overlap, and exist one by one and as a whole."""
         return round(9 * max(patch_size / STRIDE, 1) ** 2)
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:

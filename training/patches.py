@@ -33,17 +33,17 @@ class Patches:
         self.patch_size, self.device = patch_size, device
         self.window: Window | None = None
         if isinstance(image_set.images, ImageFiles):
-            self.window = Window(image_set.images, patch_size, seed, self.pixel_bytes(patch_size))
+            self.window = Window(image_set.images, patch_size, seed, self.pixel_bytes(patch_size, window=True))
 
     @staticmethod
-    def pixel_bytes(patch_size: int) -> int:
-        """Return the memory in bytes for each HR pixel of the images."""
+    def pixel_bytes(patch_size: int, window: bool) -> int:
+        """Return the memory in bytes for each HR pixel of a set in memory, or of a window."""
         raise NotImplementedError
 
     @classmethod
     def max_pixels(cls, patch_size: int) -> int:
         """Return the number of HR pixels up to which a set is in memory as a whole."""
-        return MEMORY // cls.pixel_bytes(patch_size)
+        return MEMORY // cls.pixel_bytes(patch_size, window=False)
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
         """Replace a part of the window, given its tiles with their pixels."""

@@ -69,8 +69,8 @@ class RandomPatches(Patches):
             self.prepare()
 
     @staticmethod
-    def pixel_bytes(patch_size: int) -> int:
-        return 14  # in memory as a whole: 4 decoded, 3 HR, 3 LR, the rest for tables; in a window, it is a little less
+    def pixel_bytes(patch_size: int, window: bool) -> int:
+        return 10 if window else 14  # 3 HR, 3 LR (in a window 1/3), tables, and decoded images unless in a window
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
         self.write(slot, (crop_of_tile(tile, image, self.patch_size // SCALE) for tile, image in tiles))

@@ -20,7 +20,7 @@ from utils import CommandError, plural, warn
 
 MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than 1 GB above `import torch`
 PARTS = 6  # of the window
-MIN_TILES = 3  # in a part: fewer and larger ones would mean less decoding, but less variety
+MIN_TILES = 2  # in a part: fewer and larger ones would mean less decoding, but less variety
 DRAWS = 6  # how often a pixel is drawn while it is in the window: more would mean less decoding, but less variety
 MARGIN = HALO_LR + 2  # LR pixels around a patch that matter: its context, and what interpolation needs around that
 
@@ -42,13 +42,14 @@ class Tiles:
     ----------
     sizes : array of shape (images, 2), widths and heights
     patch : side of the patches in LR pixels
-    side : maximum number of rows and columns of places in a tile
+    side : maximum number of rows and of columns of places in a tile of an image with more than side^2 places
     """
 
     def __init__(self, sizes: np.ndarray, patch: int, side: int) -> None:
         self.sizes, self.patch = sizes, patch
         self.places = np.maximum(sizes // SCALE - patch + 1, 1)  # (images, 2), columns and rows
-        self.counts = -(-self.places // side)  # (images, 2), columns and rows of tiles
+        small = self.places.prod(1, keepdims=True) <= side**2
+        self.counts = np.where(small, 1, -(-self.places // side))  # (images, 2), columns and rows of tiles
         self.ends = self.counts.prod(1).cumsum()
 
     def __len__(self) -> int:

@@ -52,7 +52,7 @@ def test_tiles_divide_the_places_for_patches_of_all_images():
     tiles, found = Tiles(sizes, 4, 10), []
     for tile in tiles:
         left, top, right, bottom = tile.box
-        assert max(tile.places) <= 10
+        assert max(tile.places) <= 10 or np.prod(tile.places) <= 100
         rows, columns = (
             range(start // 3 + first, start // 3 + first + count)
             for start, first, count in zip((top, left), tile.first, tile.places, strict=True)
@@ -190,7 +190,7 @@ def test_images_count_by_their_areas(bound):
 
 def test_tiles_of_images_of_all_kinds_are_read(bound):
     """A gray image, one that is turned upright when it is decoded, and one that exceeds the bound."""
-    bound(400_000)
+    bound(300_000)
     turned, exif = random_image(size=(60, 45), seed=2), Image.Exif()
     exif[0x0112] = 6
     turned.info["exif"] = exif
