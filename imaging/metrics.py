@@ -107,8 +107,9 @@ def psnr_of_channels(sr: Tensor, hr: Tensor, shave: int, channels: list[list[flo
         raise ValueError(f"nothing is left of {tuple(sr.shape)} with {shave} pixels shaved off")
     weights = torch.tensor(channels, dtype=torch.float64, device=sr.device)
     squares, count = 0.0, 0
-    for top in range(shave, height - shave, 256):  # in strips, since float64 needs eight times an image's memory
-        bottom = min(top + 256, height - shave)
+    rows = min(256, max(2**17 // width, 1))
+    for top in range(shave, height - shave, rows):  # in strips, since float64 needs eight times an image's memory
+        bottom = min(top + rows, height - shave)
         a, b = (to_8bit(image[:, top:bottom, shave : width - shave]).double() for image in (sr, hr))
         error = torch.einsum("kc,chw->khw", weights, (a - b) / 255)  # (K, h, w)
         squares, count = squares + error.square().sum().item(), count + error.numel()
