@@ -105,3 +105,10 @@ def test_table_of_one_image_has_no_mean():
 
 def test_summary_shows_mean_and_gain():
     assert summary(Report("x", {"a": A, "b": B})) == "x 27.000 dB Y (+2.000)  24.000 dB RGB (+0.500)"
+
+
+@pytest.mark.parametrize("size", [(300, 400), (40, 5000), (8, 2**17 + 6)])
+def test_strips_of_any_size_cover_the_image(size):
+    sr, hr = torch.randint(256, (2, 1, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    errors = (sr.double() - hr.double())[0, 3:-3, 3:-3] / 255
+    assert psnr(sr, hr) == pytest.approx([-10 * math.log10(errors.square().mean())] * 2)
