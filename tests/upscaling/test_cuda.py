@@ -9,12 +9,15 @@ from emulated_cuda import CUDA, emulated, waits
 from helpers import load, random_image, same
 from PIL import Image
 
-from data import ImageSet
+from data import ImageSet, load_images
 from imaging.dead_leaves import dead_leaves
 from train import RECIPES, train_one_epoch
+from training import window
+from training.grid_patches import GridPatches
 from training.options import Options
 from training.random_patches import RandomPatches
 from training.run import new_run
+from training.window import DRAWS
 from upscaling import distributed
 
 
@@ -46,6 +49,23 @@ def test_training_gives_same_weights_as_on_cpu_and_resumes_on_either_device(cli,
     assert "on cpu" in train("resume", "gpu/checkpoint.1", "--output=gpu-cpu")
     for folder in ("gpu", "cpu-gpu", "gpu-cpu"):
         assert same(load(f"{folder}/checkpoint.2")["model"], load("cpu/checkpoint.2")["model"]), folder
+
+
+@pytest.mark.parametrize(("kind", "memory"), [(RandomPatches, 300_000), (GridPatches, 6_000_000)])
+def test_window_on_gpu_has_the_patches_of_the_cpu(photos, monkeypatch, kind, memory):
+    monkeypatch.setattr(window, "MEMORY", memory)
+    images = load_images(str(photos), "train", 0)
+
+    def draw(device):
+        patches = kind(images, 33, device)
+        steps = 3 * DRAWS * patches.window.part_pixels // (4 * 33**2)
+        batches = list(patches.batches(steps, 4, torch.Generator().manual_seed(1)))
+        assert {x.device.type for batch in batches for x in batch} == {device.type}
+        return [torch.cat([x.cpu() for x in xs]) for xs in zip(*batches, strict=True)]
+
+    expected = draw(torch.device("cpu"))
+    with emulated():
+        assert all(torch.equal(a, b) for a, b in zip(draw(CUDA), expected, strict=True))
 
 
 def test_training_steps_do_not_wait_for_gpu():
