@@ -33,7 +33,7 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     if options.pixels(1) > patches.pixels:
         size += ", since a batch is larger than the set"
     elif patches.pixels > options.epoch_size * 1e6:
-        size += f" of {options.epoch_size:g} megapixels (--epoch-size)"
+        size += f" of {options.epoch_size:g} megapixel{'s' * (options.epoch_size != 1)} (--epoch-size)"
     show(f"training set {patches.name}: {size}")
     if patches.window:
         part = f"{patches.window.pixels / 1e6:.3g} megapixels"
