@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from imaging.images import read_header, read_hr
+from imaging.images import MAX_PIXELS, check_size, open_image, read_hr
 from utils import CommandError, WarningLimit, one_line, progress_bar, show
 
 MAX_WARNINGS = 20  # about the images of a set
@@ -130,6 +131,34 @@ def read_headers(files: list[Path], min_side: int, hidden: bool = False) -> tupl
         except CommandError as error:
             failures.append(error)
     return headers, failures
+
+
+def read_header(path: Path, min_side: int) -> tuple[int, int, int]:
+    """Read the header of a ground truth.
+
+    Returns
+    -------
+    width and height before the image is turned upright, and the memory in bytes that :func:`read_hr` needs
+
+    Raises
+    ------
+    CommandError as :func:`read_hr` does, except for what only decoding shows
+    """
+    with open_image(path, MAX_PIXELS) as file:
+        check_size(path, file.size, min_side)
+        return file.width, file.height, decoding_bytes(file) * file.width * file.height
+
+
+def decoding_bytes(file: ImageFile) -> int:
+    """Return the memory that decoding a ground truth takes at most, in bytes for each pixel."""
+    sizes = {"AVIF": 12, "JPEG2000": 21, "WEBP": 16}
+    if file.format in sizes:
+        return sizes[file.format]
+    if file.mode not in ("1", "P", "L", "RGB", "CMYK") or "transparency" in file.info:
+        return 16
+    plain = file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB")
+    turned = not file.info.keys().isdisjoint({"exif", "xmp"})  # perhaps
+    return (4 if plain else 8) + 4 * turned + 6 * ("progressive" in file.info)
 
 
 def read_all(files: list[Path], min_side: int) -> list[Image.Image]:

@@ -77,35 +77,8 @@ def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS, copy: bool 
     return image
 
 
-def read_header(path: Path, min_side: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
-    """Read the header of a ground truth.
-
-    Returns
-    -------
-    width and height before the image is turned upright, and the memory in bytes that :func:`read_hr` needs
-
-    Raises
-    ------
-    CommandError as :func:`read_hr` does, except for what only decoding shows
-    """
-    with open_image(path, max_pixels) as file:
-        check_size(path, file.size, min_side)
-        return file.width, file.height, decoding_bytes(file) * file.width * file.height
-
-
-def decoding_bytes(file: ImageFile) -> int:
-    """Return the memory that decoding a ground truth takes at most, in bytes for each pixel."""
-    sizes = {"AVIF": 12, "JPEG2000": 21, "WEBP": 16}
-    if file.format in sizes:
-        return sizes[file.format]
-    if file.mode not in ("1", "P", "L", "RGB", "CMYK") or "transparency" in file.info:
-        return 16
-    plain = file.format in ("BMP", "JPEG", "PNG", "PPM") and file.mode in ("L", "RGB")
-    turned = not file.info.keys().isdisjoint({"exif", "xmp"})  # perhaps
-    return (4 if plain else 8) + 4 * turned + 6 * ("progressive" in file.info)
-
-
 def check_size(path: Path, size: tuple[int, int], min_side: int) -> None:
+    """Raise CommandError unless width and height are at least ``min_side``."""
     if min(size) < min_side:
         minimum = f"{min_side}x{min_side}"
         raise CommandError(f"{path}: {size[0]}x{size[1]} pixels are too few; the minimum is {minimum}")
@@ -208,10 +181,10 @@ def to_supported_mode(image: Image.Image, copy: bool = True) -> Image.Image:
     else:
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         mode += "A" if image.has_transparency_data else ""
-        if image.mode == "CMYK":
-            result = convert_cmyk(image, mode)
+        if copy or image.mode != mode:
+            result = convert_cmyk(image, mode) if image.mode == "CMYK" else image.convert(mode)
         else:
-            result = image.convert(mode) if copy or mode != image.mode else image
+            result = image
     if image.mode in ("CMYK", "LAB"):  # the profile describes the inks, or Lab
         info.pop("icc_profile", None)
     result.info = info

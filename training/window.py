@@ -62,8 +62,8 @@ class Tiles:
         -------
         image : (n,), index of the image
         start : (n, 2), left and top of the box in LR pixels
-        end : (n, 2), right and bottom of the box in HR pixels
-        places : (n, 2, 2), the first place for a patch and the end of the places, of which each is a column and a row
+        stop : (n, 2), right and bottom of the box in HR pixels
+        places : (n, 2, 2), the first place for a patch and the end of the places, each as column and row
         """
         image = self.ends.searchsorted(index, "right")
         counts, places = self.counts[image], self.places[image]  # (n, 2) each
@@ -105,13 +105,13 @@ class Window:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
             limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
             raise CommandError(f"{file}: decoding it {limits}; convert it to 8-bit RGB, or split it")
-        self.part_pixels = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS
-        patch, side = patch_size // SCALE, max(math.isqrt(self.part_pixels // MIN_TILES) // SCALE, 1)
-        self.tiles = Tiles(files.sizes, patch, side)
+        room = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS  # pixels for a part
+        side = max(math.isqrt(room // MIN_TILES) // SCALE, 1)
+        self.tiles = Tiles(files.sizes, patch_size // SCALE, side)
         self.areas = self.tiles.areas()
         self.total = int(self.areas.sum())
         largest = int(self.areas.max())
-        self.part_pixels = max(min(self.part_pixels, self.total // PARTS), largest)  # so that no part is empty
+        self.part_pixels = max(min(room, self.total // PARTS), largest)  # so that no part is empty
         self.max_part_pixels = self.part_pixels + largest  # since the last tile may be larger than what is left
         self.pixels = PARTS * self.part_pixels
         self.loaded: dict[int, int] = {}  # numbers of the parts in memory by their slots

@@ -15,7 +15,8 @@ from PIL import EpsImagePlugin, Image
 
 from data import load_images
 from imaging.formats import READABLE, readable_formats
-from imaging.images import flatten, read_header, read_hr, read_image, write_image
+from imaging.image_sets import read_header
+from imaging.images import flatten, read_hr, read_image, write_image
 from utils import CommandError
 
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, file_of, in_new_process, load, random_image
+from helpers import ROOT, assert_one_line, file_of, in_new_process, load, random_image
 from PIL import Image
 
 from data import ImageSet, degrade, load_images
@@ -298,6 +298,13 @@ def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
     pixels += 3 * 120 * 75 + 5 * 300
     assert isinstance(load_images(str(photos), "train", pixels).images, dict)
     assert isinstance(load_images(str(photos), "train", pixels - 1).images, ImageFiles)
+
+
+def test_docs_have_the_sizes_of_sets_in_memory():
+    sizes = (kind.max_pixels(33) // 10**6 for kind in (RandomPatches, GridPatches))
+    assert "A set of up to {} megapixels is in memory as a whole, or of up to {}".format(*sizes) in " ".join(
+        (ROOT / "docs" / "training.md").read_text().split()
+    )
 
 
 def peak_of_training(folder, memory):
