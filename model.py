@@ -12,31 +12,36 @@
 # Student ID:
 # Email Addr:
 #
-"""SRCNN 9-1-5, which upscales RGB images by a factor of 3 (Dong et al., "Image Super-Resolution
+"""SRCNN 9-1-5, which upscales RGB images by a factor of 3, or 2 or 4 (Dong et al., "Image Super-Resolution
 Using Deep Convolutional Networks", TPAMI 2015). This module needs only torch.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALE = 3
-# An output pixel depends on 6 interpolated HR pixels (9 // 2 + 5 // 2) on each side,
-# and these depend on 4 LR pixels on each side.
-HALO_HR = 6
-HALO_LR = 4
+SCALES, SCALE = (2, 3, 4), 3  # upscaling factors, and the assignment's, which is the default
+REACH = 9 // 2 + 5 // 2  # interpolated HR pixels on each side that an output pixel depends on
+BICUBIC_REACH = 2  # LR pixels on each side that an interpolated pixel depends on
 
 
 class SRCNN(nn.Module):
     """Bicubic upscaling followed by three convolutions; 20,099 parameters.
 
-    The initial weights pass the upscaled image through and add small random values,
+    The layers are the same at each scale, since they work on the upscaled image. The initial weights pass the upscaled image through and add small random values,
     so an untrained network is close to bicubic interpolation. Training begins by whitening
     the random filters of conv1 (training/optimizer.py).
+
+    Parameters
+    ----------
+    scale : upscaling factor, one of SCALES
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = SCALE) -> None:
         super().__init__()
+        self.scale = scale
         self.conv1 = nn.Conv2d(3, 64, kernel_size=9, padding=4)  # patch extraction
         self.conv2 = nn.Conv2d(64, 32, kernel_size=1)  # non-linear mapping
         self.conv3 = nn.Conv2d(32, 3, kernel_size=5, padding=2)  # reconstruction
@@ -67,11 +72,12 @@ class SRCNN(nn.Module):
 
         Returns
         -------
-        Tensor of shape (N, 3, 3h, 3w), nominally in [0, 1], not clamped
+        Tensor of shape (N, 3, scale * h, scale * w), nominally in [0, 1], not clamped
         """
-        x = bicubic_x3(F.pad(lr, (HALO_LR,) * 4, mode="replicate"))  # (N, 3, 3h + 12, 3w + 12)
-        # The cropped border is all that the zero padding of the convolutions can affect.
-        return crop(self.convolve(x), HALO_HR)  # (N, 3, 3h, 3w)
+        context = context_of(self.scale)
+        x = interpolate(F.pad(lr, (context,) * 4, mode="replicate"), self.scale)  # (N, 3, 3h + 12, 3w + 12) if x3
+        # The cropped border contains all that the zero padding of the convolutions can affect.
+        return crop(self.convolve(x), self.scale * (context - BICUBIC_REACH))  # (N, 3, 3h, 3w)
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the three zero-padded convolutions to upscaled images of shape (N, 3, H, W)."""
@@ -98,12 +104,18 @@ class SRCNN(nn.Module):
         return F.linear(x, weight3, self.conv3.bias)  # (N, 3)
 
 
-def bicubic_x3(lr: Tensor) -> Tensor:
+def context_of(scale: int) -> int:
+    """Return the number of LR pixels on each side of an LR pixel that are enough to compute its HR pixels."""
+    return math.ceil(REACH / scale) + BICUBIC_REACH
+
+
+def interpolate(lr: Tensor, scale: int) -> Tensor:
     """Upscale by bicubic interpolation with Pillow's kernel (a = -0.5), which antialias=True selects.
 
-    The outermost 2 LR pixels are only context: (N, 3, h + 4, w + 4) becomes (N, 3, 3h, 3w).
+    The outermost 2 LR pixels are only context: (N, C, h + 4, w + 4) becomes (N, C, scale * h, scale * w).
     """
-    return crop(F.interpolate(lr, scale_factor=SCALE, mode="bicubic", antialias=True), 2 * SCALE)
+    x = F.interpolate(lr, scale_factor=scale, mode="bicubic", antialias=True)
+    return crop(x, scale * BICUBIC_REACH)
 
 
 def crop(images: Tensor, border: int) -> Tensor:

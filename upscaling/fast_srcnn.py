@@ -1,8 +1,11 @@
 """SRCNN in a form that computes the same function as model.py several times as fast.
 
-Bicubic interpolation and conv1 are both linear, so they can be folded into one 7x7 convolution
-of the LR image. It has 9 * 64 output channels: 64 for each of the 3x3 HR pixels of an LR pixel.
-In memory the channels come last, so conv2 is a matrix product with one row per HR pixel.
+Bicubic interpolation and conv1 are both linear, so they can be folded into one convolution of the
+LR image, of 7x7 pixels at x3 and x4 and of 9x9 at x2. It has 64 output channels for each of the HR
+pixels of an LR pixel. In memory the channels come last, so conv2 is a matrix product with one row
+per HR pixel.
+
+In shapes, s is the scale and k the side of that convolution.
 """
 
 from functools import lru_cache
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import HALO_LR, SCALE, SRCNN, bicubic_x3
+from model import SRCNN, context_of, interpolate
 
 PIXELS_AT_ONCE = 5  # neighboring pixels in a row that conv3 computes at once
 
@@ -34,26 +37,27 @@ class FastSRCNN:
     """
 
     def __init__(self, model: SRCNN, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+        self.scale, self.dtype = model.scale, dtype
         self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in fold(model))
 
     def __call__(self, lr: Tensor) -> Tensor:
-        """Upscale the image without its outermost 4 LR pixels, which are context only.
+        """Upscale the image without its outermost c = context_of(scale) LR pixels, which are context only.
 
         Parameters
         ----------
-        lr : Tensor of shape (N, 3, h + 8, w + 8), integers from 0 to 255, which bf16 represents exactly.
+        lr : Tensor of shape (N, 3, h + 2c, w + 2c), integers from 0 to 255, which bf16 represents exactly.
             Rounding errors would be amplified by the weights, which are large and cancel.
 
         Returns
         -------
-        Tensor of shape (N, 3, 3h, 3w), on the scale [0, 255], not clamped
+        Tensor of shape (N, 3, s * h, s * w), on the scale [0, 255], not clamped
         """
-        x = windows(channels_last(lr).to(self.dtype))  # (N, h + 2, w' + 2, 147); w' >= w, see channels_last
-        x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, 9 * 64)
-        x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, 9 * (w' + 2), 32)
-        x = conv(to_hr_grid(x), *self.conv3, PIXELS_AT_ONCE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
-        return to_images(x, lr.shape)  # (N, 3, 3h, 3w)
+        pixels = channels_last(lr, self.scale).to(self.dtype)  # (N, h + 2c, w' + 2c, 3); w' >= w
+        x = windows(pixels, self.scale)  # (N, h + 2, w' + 2, k * k * 3)
+        x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, s * s * 64)
+        x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, s * s * (w' + 2), 32)
+        x = conv(to_hr_grid(x, self.scale), *self.conv3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        return to_images(x, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
 
 class FastSRCNNBf16:
@@ -66,9 +70,10 @@ class FastSRCNNBf16:
 
     def __init__(self, model: SRCNN) -> None:
         (weight1, bias1), (weight2, bias2), (weight3, bias3) = fold(model)
-        self.shift = 128
-        image1 = weight1.view(9, 64, 7, 7, 3)[:, :3].reshape(27, 7, 7, 3).permute(0, 3, 1, 2)
-        self.image1 = cast(Layer(image1, bias1[:3].repeat(9)), torch.float32)
+        self.scale, self.shift = model.scale, 128
+        phases, side = model.scale**2, window_side(model.scale)
+        image1 = weight1.view(phases, 64, side, side, 3)[:, :3].flatten(0, 1).permute(0, 3, 1, 2)
+        self.image1 = cast(Layer(image1, bias1[:3].repeat(phases)), torch.float32)
         self.image2 = cast_weight(weight2[:4, :3], torch.float32)  # no bias, since adding zeros takes time
         self.image3 = cast(Layer(weight3[:, :4], bias3), torch.float32)
         weight2, weight3 = weight2.clone(), weight3.clone()
@@ -80,16 +85,16 @@ class FastSRCNNBf16:
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale as :meth:`FastSRCNN.__call__` does."""
-        pixels = channels_last(lr)  # (N, h + 8, w' + 8, 3)
-        x = windows((pixels - self.shift).bfloat16())  # (N, h + 2, w' + 2, 147)
-        x = relu(conv(x, *self.detail1))  # (N, h + 2, w' + 2, 9 * 64)
-        x = conv(by_hr_pixel(x, 64), *self.detail2)  # (N, h + 2, 9 * (w' + 2), 32)
-        y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, 9 * 3)
-        y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, 9 * (w' + 2), 4)
-        y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, 9 * (w' + 2), 4)
-        y = conv(to_hr_grid(y), *self.image3, PIXELS_AT_ONCE)  # (N, 3h + 2, (3w' + 2) / 5, 5 * 3)
-        y += conv(to_hr_grid(relu(x)), self.detail3, stride=PIXELS_AT_ONCE)
-        return to_images(y, lr.shape)  # (N, 3, 3h, 3w)
+        pixels = channels_last(lr, self.scale)  # (N, h + 2c, w' + 2c, 3)
+        x = windows((pixels - self.shift).bfloat16(), self.scale)  # (N, h + 2, w' + 2, k * k * 3)
+        x = relu(conv(x, *self.detail1))  # (N, h + 2, w' + 2, s * s * 64)
+        x = conv(by_hr_pixel(x, 64), *self.detail2)  # (N, h + 2, s * s * (w' + 2), 32)
+        y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, s * s * 3)
+        y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, s * s * (w' + 2), 4)
+        y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, s * s * (w' + 2), 4)
+        y = conv(to_hr_grid(y, self.scale), *self.image3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        y += conv(to_hr_grid(relu(x), self.scale), self.detail3, stride=PIXELS_AT_ONCE)
+        return to_images(y, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
 
 # ------------------------------------------------------------------------------ folding
@@ -100,20 +105,21 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
 
     Returns
     -------
-    conv1 : (9 * 64, 147, 1, 1), for windows of 7x7 LR pixels with values from 0 to 255
+    conv1 : (s * s * 64, k * k * 3, 1, 1), for windows of k x k LR pixels with values from 0 to 255
     conv2 : (32, 64, 1, 1)
     conv3 : (5 * 3, 32, 5, 9), for five neighboring HR pixels with values from 0 to 255
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
-    kernel = bicubic_kernel(conv1.weight.device)
+    scale, side = model.scale, window_side(model.scale)
+    kernel = bicubic_kernel(conv1.weight.device, scale)
     # Large weights cancel, so this needs float64.
-    weight1 = F.linear(F.linear(conv1.weight.double(), kernel).transpose(2, 3), kernel)  # (64, 3, 3 * 7, 3 * 7)
-    weight1 = weight1.to(conv1.weight.dtype).view(64, 3, 3, 7, 3, 7) / 255  # columns before rows
-    weight1 = weight1.permute(4, 2, 0, 5, 3, 1).reshape(9 * 64, 147, 1, 1)
+    weight1 = F.linear(F.linear(conv1.weight.double(), kernel).transpose(2, 3), kernel)  # (64, 3, s * k, s * k)
+    weight1 = weight1.to(conv1.weight.dtype).view(64, 3, scale, side, scale, side) / 255  # columns before rows
+    weight1 = weight1.permute(4, 2, 0, 5, 3, 1).reshape(-1, side**2 * 3, 1, 1)
     shifted = [F.pad(conv3.weight, (i, PIXELS_AT_ONCE - 1 - i)) for i in range(PIXELS_AT_ONCE)]  # (3, 32, 5, 9) each
     weight3 = torch.stack(shifted)  # (5, 3, 32, 5, 9)
     return (
-        Layer(weight1, conv1.bias.repeat(9)),
+        Layer(weight1, conv1.bias.repeat(scale**2)),
         conv2,
         Layer(weight3.flatten(0, 1) * 255, conv3.bias.repeat(PIXELS_AT_ONCE) * 255),
     )
@@ -128,52 +134,63 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_bf16(weight1: Tensor) -> Tensor:
-    """Round conv1 of :func:`fold` so that the sum of the 49 weights of each color is kept, and with it plain colors.
+    """Round conv1 of :func:`fold` so that the sum of each color's weights is kept, and with it plain colors.
 
     The rounding error of each weight is added to the next weight.
     """
     rounded, rest = [], weight1.new_zeros(())
-    for weight in weight1.view(-1, 49, 3).unbind(1):  # (9 * 64, 3)
+    for weight in weight1.view(len(weight1), -1, 3).unbind(1):  # (s * s * 64, 3)
         rounded.append((weight + rest).bfloat16().to(weight.dtype))
         rest = weight + rest - rounded[-1]
     return torch.stack(rounded, 1).view_as(weight1)
 
 
-@lru_cache  # copying it to the GPU at each step would make the step wait
-def bicubic_kernel(device: torch.device) -> Tensor:
-    """Return bicubic interpolation by 3 as a float64 matrix of shape (3 * 7, 9).
+def window_side(scale: int) -> int:
+    """Return the side of the window of LR pixels that the features of an LR pixel's HR pixels depend on.
 
-    It interpolates the 9-pixel window around each of the 3 HR pixels of an LR pixel from that LR pixel and its
-    3 neighbors on each side.
+    conv3 reaches at most one LR pixel further, so this window leaves out one row of the context on each side.
     """
+    return 2 * context_of(scale) - 1
+
+
+@lru_cache  # copying it to the GPU at each step would make the step wait
+def bicubic_kernel(device: torch.device, scale: int) -> Tensor:
+    """Return bicubic interpolation as a float64 matrix of shape (s * k, 9).
+
+    It interpolates the 9-pixel window around each of the HR pixels of an LR pixel from that LR pixel and its
+    neighbors.
+    """
+    side, padding = window_side(scale), 6
+    first = scale * (padding + side // 2 - 2) - 4  # first interpolated pixel of those windows
     with torch.inference_mode(False):  # so that training can use the cached tensor
-        impulses = F.pad(torch.eye(7, dtype=torch.float64), (6, 6))  # (7, 19)
-        impulses = impulses.view(7, 1, 19, 1).expand(7, 1, 19, 5)
-        response = bicubic_x3(impulses)[:, 0, 17:28, 0]  # (7, 11)
-        return response.unfold(1, 9, 1).transpose(0, 1).reshape(21, 9).to(device)  # (21, 9)
+        impulses = F.pad(torch.eye(side, dtype=torch.float64), (padding, padding))  # (k, k + 12)
+        impulses = impulses.view(side, 1, -1, 1).expand(-1, 1, -1, 5)
+        response = interpolate(impulses, scale)[:, 0, first : first + scale + 8, 0]  # (k, s + 8)
+        return response.unfold(1, 9, 1).transpose(0, 1).reshape(scale * side, 9).to(device)  # (s * k, 9)
 
 
 # ------------------------------------------------------------------- steps of the network
 
 
-def channels_last(lr: Tensor) -> Tensor:
-    """Convert (N, 3, h + 8, w + 8) to float32 (N, h + 8, w' + 8, 3).
+def channels_last(lr: Tensor, scale: int) -> Tensor:
+    """Convert (N, 3, h + 2c, w + 2c) to float32 (N, h + 2c, w' + 2c, 3).
 
-    The width is padded so that the 3w' + 2 columns of conv3 are a multiple of 5.
+    The width is padded so that the s(w' + 2) - 4 columns of conv3 are a multiple of 5.
     """
-    columns = SCALE * (lr.shape[3] - 2 * HALO_LR) + 2
-    padding = 2 * -columns % PIXELS_AT_ONCE
+    columns = scale * (lr.shape[3] - 2 * context_of(scale) + 2) - 4
+    padding = -columns * pow(scale, -1, PIXELS_AT_ONCE) % PIXELS_AT_ONCE
     if columns == PIXELS_AT_ONCE:  # on AMX, oneDNN's bf16 convolution to a single column is wrong (torch 2.14)
         padding = PIXELS_AT_ONCE
     return F.pad(lr.float(), (0, padding, 0, 0), mode="replicate").permute(0, 2, 3, 1).contiguous()
 
 
-def windows(pixels: Tensor) -> Tensor:
-    """Return all windows of 7x7 pixels: (N, h + 8, w + 8, 3) to (N, h + 2, w + 2, 147).
+def windows(pixels: Tensor, scale: int) -> Tensor:
+    """Return all windows of k x k pixels: (N, h + 2c, w + 2c, 3) to (N, h + 2, w + 2, k * k * 3).
 
-    Training a 1x1 convolution of windows is faster than training a 7x7 convolution of three channels.
+    Training a 1x1 convolution of windows is faster than training a k x k convolution of three channels.
     """
-    return pixels.unfold(1, 7, 1).unfold(2, 7, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    side = window_side(scale)
+    return pixels.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
@@ -195,18 +212,18 @@ def relu(x: Tensor) -> Tensor:
 
 
 def by_hr_pixel(x: Tensor, channels: int) -> Tensor:
-    """Put the nine HR pixels of each LR pixel in a row: (N, h, w, 9 * C) to (N, h, 9w, C)."""
+    """Put the HR pixels of each LR pixel in a row: (N, h, w, s * s * C) to (N, h, s * s * w, C)."""
     return x.reshape(*x.shape[:2], -1, channels)
 
 
-def to_hr_grid(x: Tensor) -> Tensor:
-    """Rearrange the pixels of :func:`by_hr_pixel` into an image: (N, h, 9w, C) to (N, 3h, 3w, C)."""
+def to_hr_grid(x: Tensor, scale: int) -> Tensor:
+    """Rearrange the pixels of :func:`by_hr_pixel` into an image: (N, h, s * s * w, C) to (N, s * h, s * w, C)."""
     n, h, w, c = x.shape
-    return x.view(n, h, w // 9, 3, 3 * c).transpose(2, 3).reshape(n, 3 * h, w // 3, c)
+    return x.view(n, h, w // scale**2, scale, scale * c).transpose(2, 3).reshape(n, scale * h, w // scale, c)
 
 
-def to_images(x: Tensor, lr_shape: torch.Size) -> Tensor:
-    """Remove the padding from the output of conv3: (N, 3h + 2, columns, 5 * 3) to (N, 3, 3h, 3w)."""
-    height, width = (SCALE * (n - 2 * HALO_LR) for n in lr_shape[2:])
-    x = x.reshape(len(x), height + 2, -1, 3)  # (N, 3h + 2, 3w' + 2, 3)
-    return x[:, 1:-1, 1 : 1 + width].permute(0, 3, 1, 2)
+def to_images(x: Tensor, lr_shape: torch.Size, scale: int) -> Tensor:
+    """Remove the padding from the output of conv3: (N, s(h + 2) - 4, columns, 5 * 3) to (N, 3, s * h, s * w)."""
+    height, width = (scale * (n - 2 * context_of(scale)) for n in lr_shape[2:])
+    x, border = x.reshape(*x.shape[:2], -1, 3), scale - 2  # (N, s(h + 2) - 4, s(w' + 2) - 4, 3)
+    return x[:, border : border + height, border : border + width].permute(0, 3, 1, 2)
