@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imaging.metrics import SCORE_NAMES, Report, Scores
 from info import Info, info
-from model import SRCNN
+from model import SCALE, SRCNN
 from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
 from utils import CommandError, atomic_write, is_out_of_memory, read_file
@@ -54,6 +54,11 @@ class Checkpoint:
     info: Info = field(default_factory=lambda: info)
     torch_version: str = str(torch.__version__)
     saved_at: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    @property
+    def scale(self) -> int:
+        """Upscaling factor; checkpoints without one are older than this option, or of the course's programs."""
+        return int(self.args.get("scale", SCALE))
 
 
 # ------------------------------------------------------------------------------- saving
