@@ -17,7 +17,7 @@ from imaging.dead_leaves import DEAD_LEAVES, dead_leaves
 from imaging.folders import list_images, search_folder
 from imaging.image_sets import ImageFiles, ImageSet, raise_failures, read_all, read_headers
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import MIN_SIDE, Psnr, psnr
+from imaging.metrics import Quality, measure, min_side
 from model import SCALE
 from upscaling.distributed import gather, node_rank, rank_and_world_size
 from utils import (
@@ -42,7 +42,7 @@ COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the
 # ------------------------------------------------------------------------- reading the sets
 
 
-def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSet:
+def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int = SCALE) -> ImageSet:
     """Read a set of HR images.
 
     Parameters
@@ -51,11 +51,12 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSe
     role : "train" or "test", which selects the generated images
     max_pixels : a larger set stays in its files, and each image is decoded when it is used. The largest image counts
         four times, and each counts as 300 pixels more
+    scale : upscaling factor, on which the minimum size of an image depends
 
     Raises
     ------
-    CommandError if the folder is missing or empty, or if images cannot be read or are smaller than 9x9; each of them
-    is named
+    CommandError if the folder is missing or empty, or if images cannot be read or are too small; each of them is
+    named
     """
     require_folder(folder, f"--{role}-data")
     if folder == DEAD_LEAVES:
@@ -70,12 +71,12 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf) -> ImageSe
         names = [file.name for file in files]
     names = list(map(printable, names))
     name = name_of_set(Path(folder), files)
-    headers, failures = read_headers(files, MIN_SIDE, hidden=rank_and_world_size()[0] > 0)
+    headers, failures = read_headers(files, min_side(scale), hidden=rank_and_world_size()[0] > 0)
     pixels = headers[:, :2].prod(1)
     if pixels.sum() + 3 * pixels.max() + 300 * len(files) <= max_pixels:  # what preparing and objects in Python take
-        return ImageSet(name, dict(zip(names, read_all(files, MIN_SIDE), strict=True)))
+        return ImageSet(name, dict(zip(names, read_all(files, min_side(scale)), strict=True)))
     raise_failures(failures, len(files))
-    return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, MIN_SIDE))
+    return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, min_side(scale)))
 
 
 def require_folder(folder: str, option: str) -> None:
@@ -106,15 +107,15 @@ def name_of_set(folder: Path, files: list[Path]) -> str:
 # ----------------------------------------------------------------------------- LR/HR pairs
 
 
-def degrade(hr: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Crop an image to a multiple of 3, and reduce it to an LR image by Pillow's bicubic, as the course did.
+def degrade(hr: Image.Image, scale: int = SCALE) -> tuple[Image.Image, Image.Image]:
+    """Crop an image to a multiple of the scale, and reduce it to an LR image by Pillow's bicubic, as the course did.
 
     Returns
     -------
     lr, hr
     """
-    width, height = hr.width // SCALE, hr.height // SCALE
-    hr = hr.crop((0, 0, SCALE * width, SCALE * height))
+    width, height = hr.width // scale, hr.height // scale
+    hr = hr.crop((0, 0, scale * width, scale * height))
     return bicubic(hr, (width, height)), hr
 
 
@@ -128,23 +129,23 @@ class Batch(NamedTuple):
 
 class TestImage(NamedTuple):
     lr: Image.Image
-    hr: Tensor  # uint8, (C, 3h, 3w), one channel for gray
-    bicubic: Tensor  # lr upscaled by Pillow, uint8, (C, 3h, 3w)
-    bicubic_psnr: Psnr
+    hr: Tensor  # uint8, (C, scale * h, scale * w), one channel for gray
+    bicubic: Tensor  # lr upscaled by Pillow, uint8, of the same shape
+    bicubic_quality: Quality
 
 
 class TestImages(Mapping[str, TestImage]):
     """Images to measure on by name, each prepared when it is asked for."""
 
-    def __init__(self, images: Mapping[str, Image.Image]) -> None:
-        self.images = images
+    def __init__(self, images: Mapping[str, Image.Image], scale: int) -> None:
+        self.images, self.scale = images, scale
 
     def __getitem__(self, name: str) -> TestImage:
-        lr, cropped = degrade(self.images[name])
+        lr, cropped = degrade(self.images[name], self.scale)
         size, hr = cropped.size, to_tensor(cropped)
         del cropped  # it may be large
         upscaled = to_tensor(bicubic(lr, size))
-        return TestImage(lr, hr, upscaled, psnr(upscaled, hr))
+        return TestImage(lr, hr, upscaled, measure(upscaled, hr, self.scale))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.images)
@@ -159,16 +160,18 @@ class TestSet:
     They are prepared in advance, unless the images are not in memory.
     """
 
-    def __init__(self, image_set: ImageSet) -> None:
-        self.name = image_set.name
-        images = TestImages(image_set.images)
+    def __init__(self, image_set: ImageSet, scale: int = SCALE) -> None:
+        self.name, self.scale = image_set.name, scale
+        images = TestImages(image_set.images, scale)
         self.images: Mapping[str, TestImage] = images if isinstance(image_set.images, ImageFiles) else dict(images)
 
 
 # ------------------------------------------------------------------------ sets of a run
 
 
-def load_sets(train_data: str, test_data: str, hold_out: int, max_pixels: float = math.inf) -> tuple[ImageSet, TestSet]:
+def load_sets(
+    train_data: str, test_data: str, hold_out: int, max_pixels: float = math.inf, scale: int = SCALE
+) -> tuple[ImageSet, TestSet]:
     """Return the training images, and the test set or else the held-out part of the training images.
 
     Parameters
@@ -176,16 +179,17 @@ def load_sets(train_data: str, test_data: str, hold_out: int, max_pixels: float 
     train_data, test_data : as ``folder`` of :func:`load_images`
     hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
     max_pixels : of training images in memory
+    scale : upscaling factor
 
     Raises
     ------
     CommandError if an image cannot be read, or if the nodes have different training images
     """
-    training = load_images(train_data, "train", max_pixels)
+    training = load_images(train_data, "train", max_pixels, scale)
     if hold_out:
         training, test = training.split(hold_out)
     else:
-        test = load_images(test_data, "test", TEST_PIXELS)
+        test = load_images(test_data, "test", TEST_PIXELS, scale)
     if len(test.images) > MAX_TEST_IMAGES:
         raise CommandError(
             f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
@@ -193,7 +197,7 @@ def load_sets(train_data: str, test_data: str, hold_out: int, max_pixels: float 
     hashes = b"".join(training.hashes)  # in order
     if any(other != hashes for other in gather(hashes)):  # the processes would draw different patches
         raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")
-    return training, TestSet(test)
+    return training, TestSet(test, scale)
 
 
 def default_folder(folder: str) -> str:

@@ -30,7 +30,9 @@ BICUBIC_REACH = 2  # LR pixels on each side that an interpolated pixel depends o
 class SRCNN(nn.Module):
     """Bicubic upscaling followed by three convolutions; 20,099 parameters.
 
-    The layers are the same at each scale, since they work on the upscaled image. The initial weights pass the upscaled image through and add small random values,
+    The layers are the same at each scale, since they work on the upscaled image.
+
+    The initial weights pass the upscaled image through and add small random values,
     so an untrained network is close to bicubic interpolation. Training begins by whitening
     the random filters of conv1 (training/optimizer.py).
 

@@ -33,15 +33,23 @@ from torch import Tensor
 try:
     from data import TEST_DATA, TEST_PIXELS, Batch, TestSet, default_folder, find_data, load_images, load_sets
     from imaging.images import to_tensor
-    from imaging.metrics import Report, Scores, psnr
-    from model import SRCNN
+    from imaging.metrics import Report, Scores, measure
+    from model import SCALE, SRCNN
     from training import progress
     from training.checkpoints import Checkpoint, load_checkpoint
     from training.grid_patches import COURSE_BATCH_SIZE, GridPatches, course_psnr, zero_padded_srcnn
     from training.inspection import changes, course_to_json, describe, describe_course, origin, to_json
     from training.log import Log, deferred_interrupts
     from training.optimizer import plain_adam, whitened_adam
-    from training.options import Args, Options, add_options, check_memory, check_options, given_options
+    from training.options import (
+        Args,
+        Options,
+        add_options,
+        check_memory,
+        check_options,
+        contradiction,
+        given_options,
+    )
     from training.patches import Patches
     from training.random_patches import RandomPatches
     from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
@@ -185,7 +193,7 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
     """Evaluate bicubic interpolation and the network on a test set."""
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     scores = {
-        name: Scores(image.bicubic_psnr, psnr(to_tensor(upscale(image.lr)), image.hr))
+        name: Scores(image.bicubic_quality, measure(to_tensor(upscale(image.lr)), image.hr, test_set.scale))
         for name, image in test_set.images.items()
     }
     return Report(test_set.name + (" (self-ensemble)" if self_ensemble else ""), scores)
@@ -199,7 +207,6 @@ HINTS = {
     "--epoch": "did you mean --num-epoch?",
     "--epochs": "did you mean --num-epoch?",
     "--device": "did you mean --cuda?",
-    "--scale": "it is always 3",
 }
 
 
@@ -243,6 +250,11 @@ def ignored_option(args: argparse.Namespace) -> str | None:
         if args.self_ensemble and (args.test_data is None or course):
             return "--self-ensemble needs --test-data, and does not go with --protocol=course"
         return "--batch-size needs --protocol=course" if args.batch_size and not course else None
+    given = given_options(args)
+    if args.command == "train" and ("init" not in given or "scale" in given):  # otherwise the scale is not known yet
+        problem = contradiction(given)
+        if problem:
+            return problem
     both = getattr(args, "hold_out", 0) and hasattr(args, "test_data")
     return "--hold-out tests on training images, not on --test-data; leave out one of them" if both else None
 
@@ -274,6 +286,7 @@ def train_command(args: argparse.Namespace) -> None:
     init = load_checkpoint(Path(args.init)) if "init" in given else None
     if init:
         show(f"starting from the weights of {args.init}{origin(init)}")
+        given = {"scale": init.scale} | given
     start(args, Options.from_args(given), given, init=init)
 
 
@@ -312,10 +325,10 @@ def start(
             options = options.with_folders(find_data(options.folders(), given, fresh=resumed is None))
         options, dtype = broadcast((options, dtype))
         recipe = RECIPES[options.recipe]
-        max_pixels = recipe.patches.max_pixels(options.patch_size)
-        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, max_pixels)
+        scale, max_pixels = options.scale, recipe.patches.max_pixels(options.patch_size, options.scale)
+        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, max_pixels, scale)
         with warn_of_busy_cores(device):
-            patches = recipe.patches(images, options.patch_size, device, options.seed)
+            patches = recipe.patches(images, options.patch_size, device, options.seed, scale)
         progress.print_setup(patches, dtype, options)
         parts = options, recipe, patches, dtype
         run = restored_run(resumed, *parts) if resumed else new_run(*parts, init)
@@ -324,18 +337,21 @@ def start(
 
 def inspect_command(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
-    model = SRCNN()
+    scale, model = checkpoint.scale, SRCNN(checkpoint.scale)
     model.load_state_dict(checkpoint.model)
     model.to(select_device(args.cuda))
     if args.protocol == "course":
-        images = load_images(args.test_data or default_folder(TEST_DATA), "test", TEST_PIXELS)
+        if scale != SCALE:
+            raise CommandError(f"{args.checkpoint} upscales by {scale}, and the course's protocol is for {SCALE} only")
+        images = load_images(args.test_data or default_folder(TEST_DATA), "test", TEST_PIXELS, scale)
         batch_size = args.batch_size or COURSE_BATCH_SIZE
         facts = course_psnr(model, images, batch_size), images.name, batch_size
         show(*(course_to_json(*facts).splitlines() if args.json else describe_course(*facts)))
         return
     report = checkpoint.training.report if checkpoint.training else None
     if args.test_data is not None:
-        report = evaluate(model, TestSet(load_images(args.test_data, "test", TEST_PIXELS)), args.self_ensemble)
+        images = load_images(args.test_data, "test", TEST_PIXELS, scale)
+        report = evaluate(model, TestSet(images, scale), args.self_ensemble)
     show(*(to_json(checkpoint, report).splitlines() if args.json else describe(args.checkpoint, checkpoint, report)))
 
 

@@ -75,17 +75,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
-def integer(minimum: int = 1, multiple_of: int = 1) -> Callable[[str], int]:
-    """Return an argparse type for multiples of ``multiple_of`` from ``minimum`` to 2^31 - 1."""
+def integer(minimum: int = 1) -> Callable[[str], int]:
+    """Return an argparse type for integers from ``minimum`` to 2^31 - 1."""
     kind = "a positive integer" if minimum == 1 else f"an integer, {minimum} or greater"
-    kind = f"a positive multiple of {multiple_of}" if multiple_of > 1 else kind
 
     def check(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if not minimum <= value < 2**31 or value % multiple_of:
+        if not minimum <= value < 2**31:
             raise argparse.ArgumentTypeError(f"must be {kind} (below 2^31), not {text!r}")
         return value
 

@@ -77,7 +77,8 @@ def start_training(folder: Path, recipe: str, dtype: torch.dtype) -> tuple[Run, 
     """Start a training run as train.py does, with a recipe's defaults."""
     options, kind = Options.from_args({"recipe": recipe}), RECIPES[recipe].patches
     keep_memory()
-    patches = kind(load_images(str(folder), "train", kind.max_pixels(options.patch_size)), options.patch_size, CPU)
+    max_pixels = kind.max_pixels(options.patch_size, options.scale)
+    patches = kind(load_images(str(folder), "train", max_pixels), options.patch_size, CPU)
     return new_run(options, RECIPES[recipe], patches, dtype), patches
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from data import GENERATED
 from imaging.dead_leaves import DEAD_LEAVES
 from info import Info, info
+from model import SCALE
 from training.checkpoints import Checkpoint, is_filled_in, load_checkpoint
 from training.unpickling import MAX_BYTES
 from utils import (
@@ -49,8 +50,12 @@ def program_files() -> list[str]:
 
 
 def check_origin(path: Path, checkpoint: Checkpoint) -> None:
-    """Raise CommandError if a checkpoint names no student, and warn if it may be another's or knows no real images."""
+    """Raise CommandError if a checkpoint has another scale or names no student. Warn if it may be another's or knows no
+    real images.
+    """
     name = checkpoint.info.name
+    if checkpoint.scale != SCALE:
+        raise CommandError(f"{path} upscales by {checkpoint.scale}; the assignment asks for {SCALE}")
     if not is_filled_in(checkpoint.info):
         raise CommandError(
             f"{path} was saved without your info.py (name: {name or 'none'}); train or resume with yours"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import SRCNN, bicubic_x3
+from model import SRCNN, interpolate
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches
 from training.recipe import WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
@@ -34,7 +34,7 @@ def whitened_adam(model: SRCNN, patches: RandomPatches, generator: torch.Generat
     """
     count = math.ceil(WHITENING_PIXELS / patches.patch_size**2)
     lr = next(patches.batches(1, count, generator)).lr[..., :160, :160]
-    whitening = broadcast(whitening_matrix(lr.cpu())).to(model.conv1.weight)  # (243, 243)
+    whitening = broadcast(whitening_matrix(lr.cpu(), model.scale)).to(model.conv1.weight)  # (243, 243)
     filters = model.conv1.weight[3:]  # (61, 3, 9, 9)
     filters.copy_((filters.flatten(1) @ whitening).view_as(filters))
     return WhitenedAdam(model, whitening)
@@ -90,7 +90,7 @@ class WhitenedAdam(Adam):
         super().load_state_dict(state_dict)
 
 
-def whitening_matrix(lr: Tensor, floor: float = WHITENING_FLOOR, size: float = WHITENED_SIZE) -> Tensor:
+def whitening_matrix(lr: Tensor, scale: int, floor: float = WHITENING_FLOOR, size: float = WHITENED_SIZE) -> Tensor:
     """Return the principal components of what conv1 sees, each scaled to about the same variance.
 
     P = ``size`` (D + ``floor``)^(-1/2) E^T, where the covariance of the patches is E D E^T. The mean of each
@@ -100,6 +100,7 @@ def whitening_matrix(lr: Tensor, floor: float = WHITENING_FLOOR, size: float = W
     Parameters
     ----------
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches
+    scale : upscaling factor
     floor : added to the variances
     size : order of magnitude of the whitened values
 
@@ -112,7 +113,7 @@ def whitening_matrix(lr: Tensor, floor: float = WHITENING_FLOOR, size: float = W
         x = x.unflatten(1, (3, 81))  # (n, 3, 81)
         return (x - x.mean(2, keepdim=True)).flatten(1)  # (n, 243)
 
-    x = F.unfold(bicubic_x3(lr.double() / 255), kernel_size=9, stride=5)  # (N, 243, patches)
+    x = F.unfold(interpolate(lr.double() / 255, scale), kernel_size=9, stride=5)  # (N, 243, patches)
     x = subtract_mean(x.transpose(1, 2).flatten(0, 1))  # (N * patches, 243)
     variances, directions = torch.linalg.eigh(x.T.cov())  # (243,), (243, 243)
     return size * subtract_mean((directions * (variances.clamp(min=0) + floor) ** -0.5).T)

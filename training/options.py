@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from data import TEST_DATA, TRAIN_DATA
-from model import SCALE
+from model import SCALE, SCALES
+from training.recipe import GRAY_EVERY, GRAY_SIZE
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
 from utils import CommandError, integer, path, positive_float
@@ -33,7 +34,17 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
-FIXED = ("recipe", "seed", "init")  # options that cannot change later: the state of the run depends on them
+SCALE_HELP = "upscaling factor"
+PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
+FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
+
+
+def default_patch_size(scale: int) -> int:
+    """Return a multiple of the scale, about 33, such that conv3 of the fast network need not pad rows of features."""
+    return 24 + 3 * scale
+
+
+PATCH_SIZES = ", ".join(f"{default_patch_size(scale)} at x{scale}" for scale in SCALES)
 
 
 def hold_out_number(text: str) -> int:
@@ -50,7 +61,10 @@ def file_name(text: str) -> str:
 
 
 def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
-    """Return a field of :class:`Options` with arguments for argparse's add_argument; ``name`` is the key in Args."""
+    """Return a field of :class:`Options` with arguments for argparse's add_argument.
+
+    ``name`` is the key in Args, and ``shown`` the default in the help text.
+    """
     return dataclasses.field(default=default, metadata={"type": type, "help": help, **arguments})
 
 
@@ -58,12 +72,13 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 @dataclass(frozen=True)
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
+    scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
     learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
-    patch_size:    int   = option(33,              integer(1, SCALE), "side of a patch in HR pixels, a multiple of 3")
+    patch_size:    int   = option(33,              integer(),         PATCH_HELP, shown=PATCH_SIZES)
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
@@ -77,8 +92,9 @@ class Options:
 
     @classmethod
     def from_args(cls, args: Args) -> "Options":
-        """Return options of which some are given; the others have the defaults of their recipe."""
-        args = RECIPE_DEFAULTS[args.get("recipe", "default")] | args
+        """Return options of which some are given; the others have the defaults of their recipe and scale."""
+        defaults: Args = {"patch_size": default_patch_size(args.get("scale", SCALE))}
+        args = defaults | RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
     def pixels(self, steps: int) -> int:
@@ -104,11 +120,12 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
             hidden = argparse.SUPPRESS
             parser.add_argument(f"--{name}", action=RefuseFixedOption, nargs="?", default=hidden, help=hidden)
             continue
-        arguments = {key: value for key, value in field.metadata.items() if key != "name"}
+        arguments = {key: value for key, value in field.metadata.items() if key not in ("name", "shown")}
         if "choices" not in arguments:
             arguments.setdefault("metavar", "N")
         if not resume:
-            arguments["help"] += f" (default: {'none' if field.default == '' else field.default})"
+            default = field.metadata.get("shown", "none" if field.default == "" else field.default)
+            arguments["help"] += f" (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
@@ -129,6 +146,8 @@ def check_options(options: Options, given: Args, world_size: int) -> None:
 
     ``given`` are those from the command line.
     """
+    if problem := contradiction(options.to_args()):
+        raise CommandError(problem)
     if options.hold_out and "test_data" in given:
         reason = f"would be ignored, since 1 of {options.hold_out} training images is held out to test on"
         raise CommandError(f"--test-data {reason}; add --hold-out=0 to test on --test-data instead")
@@ -136,6 +155,16 @@ def check_options(options: Options, given: Args, world_size: int) -> None:
         raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
     if options.batch_size < world_size:
         raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
+
+
+def contradiction(args: Args) -> str | None:
+    """Describe an option that does not go with the scale, if there is one."""
+    scale, size = args.get("scale", SCALE), args.get("patch_size", 0)
+    if args.get("recipe") == "assignment" and scale != SCALE:
+        return f"--recipe=assignment is for --scale={SCALE}, as in its text; leave out one of them"
+    if size % scale:
+        return f"--patch-size must be a multiple of the scale, {scale}, not {size}"
+    return None
 
 
 def check_memory(options: Options, dtype: torch.dtype, device: torch.device) -> None:
@@ -159,8 +188,9 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
     share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
     pixels = share * size**2
     if options.recipe == "default":
-        # Features reach 3 pixels beyond each side, and rows are padded. Each process has all of the gray patches.
-        pixels = share * ((size + 6) ** 2 + 150) + options.batch_size * 110
+        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the gray patches.
+        gray = ((GRAY_SIZE + 2) * options.scale) ** 2 // GRAY_EVERY
+        pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * gray
     return pixels * STEP_BYTES[options.recipe, dtype]
 
 
@@ -177,7 +207,7 @@ def valid_args(args: Mapping[Any, Any]) -> Args:
         if name == "init":
             continue
         with contextlib.suppress(CommandError):
-            valid |= check_args({name: args.get(name)})
+            valid |= check_args(valid | {name: args.get(name)})
     return valid
 
 
@@ -199,4 +229,6 @@ def check_args(args: Mapping[Any, Any]) -> Args:
             raise CommandError(f"'{name}' {error}") from error
         if checked[name] not in field.metadata.get("choices", [checked[name]]):
             raise CommandError(f"unknown '{name}'")
+    if problem := contradiction(checked):
+        raise CommandError(problem)
     return checked

@@ -8,6 +8,7 @@ from PIL import Image
 
 from data import Batch
 from imaging.image_sets import ImageFiles, ImageSet
+from model import SCALE
 from training.window import MEMORY, Tile, Window
 from upscaling.distributed import gather, rank_and_world_size
 from utils import CommandError, progress_bar
@@ -21,29 +22,33 @@ class Patches:
     Parameters
     ----------
     image_set : the HR images
-    patch_size : side of the patches in HR pixels, a multiple of 3
+    patch_size : side of the patches in HR pixels, a multiple of the scale
     device : device of the pixels and the batches
     seed : seed of the window
+    scale : upscaling factor
     """
 
     pixels: int  # HR pixels in all patches of the set
 
-    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0, scale: int = SCALE
+    ) -> None:
         self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device = patch_size, device
+        self.patch_size, self.device, self.scale = patch_size, device, scale
         self.window: Window | None = None
         if isinstance(image_set.images, ImageFiles):
-            self.window = Window(image_set.images, patch_size, seed, self.pixel_bytes(patch_size, window=True))
+            pixel_bytes = self.pixel_bytes(patch_size, scale, window=True)
+            self.window = Window(image_set.images, patch_size, scale, seed, pixel_bytes)
 
     @staticmethod
-    def pixel_bytes(patch_size: int, window: bool) -> int:
+    def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
         """Return the memory in bytes for each HR pixel of a set in memory, or of a window."""
         raise NotImplementedError
 
     @classmethod
-    def max_pixels(cls, patch_size: int) -> int:
+    def max_pixels(cls, patch_size: int, scale: int) -> int:
         """Return the number of HR pixels up to which a set is in memory as a whole."""
-        return MEMORY // cls.pixel_bytes(patch_size, window=False)
+        return MEMORY // cls.pixel_bytes(patch_size, scale, window=False)
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
         """Replace a part of the window, given its tiles with their pixels."""

@@ -28,7 +28,7 @@ TRIAL_STEPS = 40  # before the duration is announced
 def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     device, steps = patches.device, patches.steps(options.batch_size, options.epoch_size)
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    show(f"SRCNN 9-1-5 on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
+    show(f"SRCNN 9-1-5 x{options.scale} on {device}{threads}, {dtype_name(dtype)}, torch {torch.__version__}")
     size = f"{plural(patches.count, 'image')}, {patches.pixels:,} pixels, {plural(steps, 'step')} per epoch"
     if options.pixels(1) > patches.pixels:
         size += ", since a batch is larger than the set"

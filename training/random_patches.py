@@ -1,7 +1,7 @@
 """Random patches: batches from anywhere in the training images, cut out on the device."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, permutations
+from itertools import chain, permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +13,12 @@ from torch import Tensor
 from data import Batch, degrade
 from imaging.image_sets import ImageSet
 from imaging.images import bicubic
-from model import HALO_LR, SCALE
+from model import SCALE, context_of
 from training.atlas import Atlas, View
 from training.patches import Patches
 from training.recipe import RECOLORED, SAMPLING_FLOOR
 from training.window import PARTS, Tile
 from utils import CommandError
-
-OFFSETS = [(top, left) for top in range(SCALE) for left in range(SCALE)]  # of the grid of LR pixels
 
 
 class Crop(NamedTuple):
@@ -47,33 +45,40 @@ class Slot(NamedTuple):
 class RandomPatches(Patches):
     """Patches from anywhere in the training images.
 
-    Each image has nine LR images, one for each offset of the grid of LR pixels. In a window, each tile has one.
+    Each image has an LR image for each offset of the grid of LR pixels, nine at x3. In a window, each tile has one.
     """
 
-    def __init__(self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0) -> None:
-        super().__init__(image_set, patch_size, device, seed)
+    def __init__(
+        self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0, scale: int = SCALE
+    ) -> None:
+        super().__init__(image_set, patch_size, device, seed, scale)
         sizes = image_set.sizes()  # (count, 2)
-        self.pixels = int((sizes // SCALE).prod(1).sum()) * SCALE**2
+        self.pixels = int((sizes // scale).prod(1).sum()) * scale**2
         self.slots: dict[int, Slot] = {}
         self.sampler: ImportanceSampler | None = None
         if self.window:
             self.offsets, slots, hr_pixels = [(0, 0)], PARTS, self.window.max_part_pixels
-            lr_pixels = hr_pixels // SCALE**2
+            lr_pixels = hr_pixels // scale**2
         else:
-            self.offsets, slots, hr_pixels = OFFSETS, 1, int(sizes.prod(1).sum())
-            lr_pixels = int(sum(((sizes - offset) // SCALE).prod(1).sum() for offset in OFFSETS))
+            self.offsets, slots, hr_pixels = list(product(range(scale), range(scale))), 1, int(sizes.prod(1).sum())
+            lr_pixels = int(sum(((sizes - offset) // scale).prod(1).sum() for offset in self.offsets))
         self.slot_pixels = lr_pixels, hr_pixels
         self.lr, self.hr = Atlas(slots * lr_pixels, device), Atlas(slots * hr_pixels, device)
         if not self.window:
-            self.write(0, (crop_of_image(image.convert("RGB"), OFFSETS) for image in image_set.images.values()))
+            images = (image.convert("RGB") for image in image_set.images.values())
+            self.write(0, (crop_of_image(image, self.offsets, scale) for image in images))
             self.prepare()
 
     @staticmethod
-    def pixel_bytes(patch_size: int, window: bool) -> int:
-        return 10 if window else 14  # 3 HR, 3 LR (in a window 1/3), tables, and decoded images unless in a window
+    def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
+        # 3 HR; 3 LR (in a window 3 / scale^2); tables, which have a row for each LR pixel; and unless in a window, 3
+        # decoded. At x3 these are 10 and 14.
+        return 3 + 63 // scale**2 if window else 9 + 45 // scale**2
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
-        self.write(slot, (crop_of_tile(tile, image, self.patch_size // SCALE) for tile, image in tiles))
+        self.write(
+            slot, (crop_of_tile(tile, image, self.patch_size // self.scale, self.scale) for tile, image in tiles)
+        )
 
     def write(self, number: int, crops: Iterable[Crop]) -> None:
         """Replace the crops in a slot."""
@@ -97,7 +102,7 @@ class RandomPatches(Patches):
             raise CommandError(f"{self.name}: none of the images drawn can be decoded")
         self.lr.set_views(lr_views)
         self.hr.set_views(hr_views)
-        size = self.patch_size // SCALE
+        size = self.patch_size // self.scale
         self.sampler = None  # free its tables before there are new ones
         self.sampler = ImportanceSampler(errors, size, areas)
         self.firsts = torch.tensor(firsts)  # (crops, 2)
@@ -110,14 +115,14 @@ class RandomPatches(Patches):
 
         Yields
         ------
-        Batch, whose lr has the shape (N, 3, patch / 3 + 8, patch / 3 + 8)
+        Batch, whose lr has the shape (N, 3, patch / scale + 2 * context, patch / scale + 2 * context)
         """
-        size, recolored = self.patch_size // SCALE, batch_size // RECOLORED
+        size, context, recolored = self.patch_size // self.scale, context_of(self.scale), batch_size // RECOLORED
         first = torch.arange(recolored, device=self.device)[:, None]
         for places, flips, weight in self.draw(steps, batch_size, generator):
             view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
-            lr = self.lr.cut(view, corner - HALO_LR, size + 2 * HALO_LR, flips)
-            hr = self.hr.cut(view, SCALE * corner, self.patch_size, flips)
+            lr = self.lr.cut(view, corner - context, size + 2 * context, flips)
+            hr = self.hr.cut(view, self.scale * corner, self.patch_size, flips)
             for patches in (lr, hr):
                 patches[:recolored] = patches[first, channels[:recolored]]
                 patches[batch_size - recolored :].bitwise_not_()  # 255 - x
@@ -200,15 +205,15 @@ class ImportanceSampler:
         return image, corner, self.weights[place]
 
 
-def crop_of_image(image: Image.Image, offsets: list[tuple[int, int]]) -> Crop:
+def crop_of_image(image: Image.Image, offsets: list[tuple[int, int]], scale: int) -> Crop:
     """Return a whole RGB image with an LR image for each offset of the grid of LR pixels."""
-    lr_images = [degrade(image.crop((left, top, *image.size)))[0] for top, left in offsets]
-    return Crop(np.array(image), list(map(np.array, lr_images)), bicubic_error(*degrade(image)), (0, 0))
+    lr_images = [degrade(image.crop((left, top, *image.size)), scale)[0] for top, left in offsets]
+    return Crop(np.array(image), list(map(np.array, lr_images)), bicubic_error(*degrade(image, scale)), (0, 0))
 
 
-def crop_of_tile(tile: Tile, image: Image.Image, size: int) -> Crop:
+def crop_of_tile(tile: Tile, image: Image.Image, size: int, scale: int) -> Crop:
     """Return an RGB tile with one LR image. ``size`` is the side of the patches in LR pixels."""
-    lr, hr = degrade(image)
+    lr, hr = degrade(image, scale)
     # At the end of an image, there may be one place less where the grid of LR pixels begins later.
     row, column = (
         max(min(first, side - size), 0) for first, side in zip(tile.first, (lr.height, lr.width), strict=True)
@@ -220,11 +225,12 @@ def crop_of_tile(tile: Tile, image: Image.Image, size: int) -> Crop:
 
 def bicubic_error(lr: Image.Image, hr: Image.Image) -> Tensor:
     """Return the mean squared error of bicubic interpolation at each LR pixel of an RGB image, (h, w), float64."""
-    difference = np.asarray(ImageChops.difference(bicubic(lr, hr.size), hr))  # (3h, 3w, 3)
+    scale = hr.height // lr.height
+    difference = np.asarray(ImageChops.difference(bicubic(lr, hr.size), hr))  # (scale * h, scale * w, 3)
     squares = np.multiply(difference, difference, dtype=np.uint16)
-    rows = squares.reshape(lr.height, SCALE, -1).sum(1, dtype=np.uint32)  # (h, 9w)
+    rows = squares.reshape(lr.height, scale, -1).sum(1, dtype=np.uint32)  # (h, scale * w * 3)
     sums = rows.reshape(lr.height, lr.width, -1).sum(2, dtype=np.uint32)  # (h, w)
-    return torch.from_numpy(sums.astype(np.float32) / SCALE**2).double() / 3
+    return torch.from_numpy(sums.astype(np.float32) / scale**2).double() / 3
 
 
 def mean_of_patches(error: Tensor, size: int) -> Tensor:

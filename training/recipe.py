@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaging.metrics import LUMA
-from model import HALO_LR, SRCNN
+from model import SRCNN, context_of
 
 Network = Callable[[Tensor], Tensor]  # maps LR patches to HR patches
 
@@ -49,7 +49,7 @@ def penalty(model: SRCNN, network: Network, lr: Tensor) -> Tensor:
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches of the whole batch
     """
     colors = color_grid(model.conv1.weight.device)
-    output = network(gray_corners(lr[::GRAY_EVERY]))
+    output = network(gray_corners(lr[::GRAY_EVERY], model.scale))
     gray = output.float().clamp(0, 255).mean(1, keepdim=True)
     tint = (leaky_clamp(output) - gray).square().mean() / 255**2
     return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + GRAY_WEIGHT * tint
@@ -80,7 +80,7 @@ def color_grid(device: torch.device) -> Tensor:
     return torch.cartesian_prod(*[torch.linspace(0, 1, COLOR_STEPS)] * 3).to(device)
 
 
-def gray_corners(lr: Tensor) -> Tensor:
+def gray_corners(lr: Tensor, scale: int) -> Tensor:
     """Make gray images like text and line art of a corner of each patch, of GRAY_SIZE pixels and their context.
 
     The contrast is raised around the first pixel, by a factor that the patch itself draws: the last digits of
@@ -89,15 +89,16 @@ def gray_corners(lr: Tensor) -> Tensor:
     Parameters
     ----------
     lr : uint8 Tensor of shape (N, 3, h, w)
+    scale : upscaling factor, on which the context depends
 
     Returns
     -------
-    float Tensor of shape (N, 3, 13, 13), integers from 0 to 255, equal in the three channels
+    float Tensor of shape (N, 3, side, side), integers from 0 to 255, equal in the three channels
     """
-    side = GRAY_SIZE + 2 * HALO_LR
-    lr = lr[..., :side, :side]  # (N, 3, 13, 13)
+    side = GRAY_SIZE + 2 * context_of(scale)  # 13 at x3
+    lr = lr[..., :side, :side]  # (N, 3, side, side)
     draw = lr.sum((1, 2, 3), dtype=torch.int64) % 256 / 256  # (N,)
-    gray = lr.float().mean(1, keepdim=True)  # (N, 1, 13, 13)
+    gray = lr.float().mean(1, keepdim=True)  # (N, 1, side, side)
     pivot = gray[..., :1, :1]  # (N, 1, 1, 1)
     gray = (gray - pivot) * torch.exp(GRAY_CONTRAST * draw).view(-1, 1, 1, 1) + pivot
     return gray.clamp(0, 255).round().expand(-1, 3, -1, -1)

@@ -141,7 +141,7 @@ def new_run(
     """Return a run whose patches are drawn with the seed, and its initial weights also unless a checkpoint has them."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    model = SRCNN().to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = SRCNN(options.scale).to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.optimizer(model, patches, generator)
     if init:
         model.load_state_dict(init.model)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from imaging.image_sets import MAX_WARNINGS, ImageFiles
-from model import HALO_LR, SCALE
+from model import BICUBIC_REACH, context_of
 from upscaling.distributed import local_rank
 from utils import CommandError, plural, warn
 
@@ -22,7 +22,6 @@ MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than
 PARTS = 6  # of the window
 MIN_TILES = 2  # in a part: fewer and larger ones would mean less decoding, but less variety
 DRAWS = 6  # how often a pixel is drawn while it is in the window: more would mean less decoding, but less variety
-MARGIN = HALO_LR + 2  # LR pixels around a patch that matter: its context, and what interpolation needs around that
 
 
 class Tile(NamedTuple):
@@ -43,11 +42,14 @@ class Tiles:
     sizes : array of shape (images, 2), widths and heights
     patch : side of the patches in LR pixels
     side : maximum number of rows and of columns of places in a tile of an image with more than side^2 places
+    scale : upscaling factor
     """
 
-    def __init__(self, sizes: np.ndarray, patch: int, side: int) -> None:
-        self.sizes, self.patch = sizes, patch
-        self.places = np.maximum(sizes // SCALE - patch + 1, 1)  # (images, 2), columns and rows
+    def __init__(self, sizes: np.ndarray, patch: int, side: int, scale: int) -> None:
+        self.sizes, self.patch, self.scale = sizes, patch, scale
+        # LR pixels around a patch that matter: its context, and what interpolation needs around that.
+        self.margin = context_of(scale) + BICUBIC_REACH
+        self.places = np.maximum(sizes // scale - patch + 1, 1)  # (images, 2), columns and rows
         small = self.places.prod(1, keepdims=True) <= side**2
         self.counts = np.where(small, 1, -(-self.places // side))  # (images, 2), columns and rows of tiles
         self.ends = self.counts.prod(1).cumsum()
@@ -70,21 +72,21 @@ class Tiles:
         inside = index - self.ends[image] + counts.prod(1)
         cell = np.stack([inside % counts[:, 0], inside // counts[:, 0]], 1)  # (n, 2)
         first, end = places * cell // counts, places * (cell + 1) // counts
-        start = np.maximum(first - MARGIN, 0)
-        # The grid of LR pixels may begin two pixels later.
-        stop = np.minimum(SCALE * (end - 1 + self.patch + MARGIN) + SCALE - 1, self.sizes[image])
+        start = np.maximum(first - self.margin, 0)
+        # The grid of LR pixels may begin up to scale - 1 pixels later.
+        stop = np.minimum(self.scale * (end + self.patch + self.margin) - 1, self.sizes[image])
         return image, start, stop, np.stack([first, end], 1)
 
     def areas(self) -> np.ndarray:
         """Return the HR pixels in the box of each tile, (tiles,)."""
         _, start, stop, _ = self.locate(np.arange(len(self)))
-        return (stop - SCALE * start).prod(1)
+        return (stop - self.scale * start).prod(1)
 
     def __getitem__(self, index: int) -> Tile:
         image, start, stop, places = (x[0] for x in self.locate(np.array([index])))
-        (left, top), (right, bottom) = (SCALE * start).tolist(), stop.tolist()
+        (left, top), (right, bottom) = (self.scale * start).tolist(), stop.tolist()
         (column, row), (columns, rows) = (places[0] - start).tolist(), (places[1] - places[0]).tolist()
-        area = (self.sizes[image] // SCALE).prod() / self.places[image].prod()
+        area = (self.sizes[image] // self.scale).prod() / self.places[image].prod()
         return Tile(int(image), (left, top, right, bottom), (row, column), (rows, columns), float(area))
 
 
@@ -95,19 +97,20 @@ class Window:
     ----------
     files : images of the training set
     patch_size : side of the patches in HR pixels
+    scale : upscaling factor
     seed : with which tiles are drawn
     pixel_bytes : memory that an HR pixel in the window takes
     """
 
-    def __init__(self, files: ImageFiles, patch_size: int, seed: int, pixel_bytes: int) -> None:
-        self.files, self.seed, self.names = files, seed, list(files)
+    def __init__(self, files: ImageFiles, patch_size: int, scale: int, seed: int, pixel_bytes: int) -> None:
+        self.files, self.scale, self.seed, self.names = files, scale, seed, list(files)
         if files.decoding_bytes > MEMORY:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
             limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
             raise CommandError(f"{file}: decoding it {limits}; convert it to 8-bit RGB, or split it")
         room = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS  # pixels for a part
-        side = max(math.isqrt(room // MIN_TILES) // SCALE, 1)
-        self.tiles = Tiles(files.sizes, patch_size // SCALE, side)
+        side = max(math.isqrt(room // MIN_TILES) // scale, 1)
+        self.tiles = Tiles(files.sizes, patch_size // scale, side, scale)
         self.areas = self.tiles.areas()
         self.total = int(self.areas.sum())
         largest = int(self.areas.max())
@@ -140,14 +143,14 @@ class Window:
             drawn, steps = drawn + count * step_pixels, steps - count
 
     def draw(self, number: int) -> list[Tile]:
-        """Return the tiles of a part, each shifted at random to one of the nine offsets of the grid of LR pixels."""
+        """Return the tiles of a part, each shifted at random to one of the offsets of the grid of LR pixels."""
         start, end = number * self.part_pixels, (number + 1) * self.part_pixels
         rng, tiles = np.random.default_rng([self.seed, 0, number]), []
         for shuffle in range(start // self.total, (end - 1) // self.total + 1):
             order = np.random.default_rng([self.seed, 1, shuffle]).permutation(len(self.tiles))
             begins = shuffle * self.total + self.areas[order].cumsum() - self.areas[order]
             for index in order[(start <= begins) & (begins < end)].tolist():
-                tile, (x, y) = self.tiles[index], rng.integers(SCALE, size=2).tolist()
+                tile, (x, y) = self.tiles[index], rng.integers(self.scale, size=2).tolist()
                 left, top, right, bottom = tile.box
                 tiles.append(tile._replace(box=(left + x, top + y, right, bottom)))
         return tiles

@@ -56,7 +56,9 @@ class FastSRCNN:
         x = windows(pixels, self.scale)  # (N, h + 2, w' + 2, k * k * 3)
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, s * s * 64)
         x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, s * s * (w' + 2), 32)
-        x = conv(to_hr_grid(x, self.scale), *self.conv3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        x = conv(
+            to_hr_grid(x, self.scale), *self.conv3, PIXELS_AT_ONCE
+        )  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
         return to_images(x, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
 
@@ -92,7 +94,9 @@ class FastSRCNNBf16:
         y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, s * s * 3)
         y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, s * s * (w' + 2), 4)
         y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, s * s * (w' + 2), 4)
-        y = conv(to_hr_grid(y, self.scale), *self.image3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        y = conv(
+            to_hr_grid(y, self.scale), *self.image3, PIXELS_AT_ONCE
+        )  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
         y += conv(to_hr_grid(relu(x), self.scale), self.detail3, stride=PIXELS_AT_ONCE)
         return to_images(y, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
