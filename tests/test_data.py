@@ -12,7 +12,7 @@ import data
 from imaging.dead_leaves import dead_leaves
 from imaging.image_sets import ImageFiles
 from imaging.images import bicubic, to_image
-from imaging.metrics import psnr
+from imaging.metrics import measure
 from training.options import Options
 from training.random_patches import RandomPatches
 from utils import CommandError
@@ -153,7 +153,7 @@ def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeyp
     for name, image in a.images.items():
         assert torch.equal(b.images[name].hr, image.hr)
         assert torch.equal(b.images[name].bicubic, image.bicubic)
-        assert (b.images[name].lr, b.images[name].bicubic_psnr) == (image.lr, image.bicubic_psnr)
+        assert (b.images[name].lr, b.images[name].bicubic_quality) == (image.lr, image.bicubic_quality)
     monkeypatch.setattr(data, "TEST_PIXELS", 0)
     assert isinstance(data.load_sets(str(photos), str(photos), 0)[1].images, data.TestImages)
     training, test = large.split(3)
@@ -241,16 +241,17 @@ def test_lr_images_of_course_are_reproduced_exactly(real_data):
         assert bicubic(hr, lr.size).tobytes() == lr.tobytes()
 
 
-def test_test_set_follows_protocol(photos):
-    """An image is cropped to a multiple of 3, reduced by Pillow, and enlarged for comparison."""
-    test_set = data.TestSet(data.load_images(str(photos), "test"))
+@pytest.mark.parametrize(("scale", "size"), [(2, (100, 82)), (3, (99, 81)), (4, (100, 80))])
+def test_test_set_follows_protocol(photos, scale, size):
+    """An image is cropped to a multiple of the scale, reduced by Pillow, and enlarged for comparison."""
+    test_set = data.TestSet(data.load_images(str(photos), "test"), scale)
     assert (test_set.name, list(test_set.images)) == (photos.name, [f"leaves{i}" for i in range(1, 6)])
-    lr, hr, upscaled, bicubic_psnr = test_set.images["leaves5"]
-    image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
+    lr, hr, upscaled, bicubic_quality = test_set.images["leaves5"]
+    image = Image.open(photos / "leaves5.png").crop((0, 0, *size))
     assert to_image(hr) == image
-    assert lr == image.resize((33, 27), Image.Resampling.BICUBIC)
-    assert to_image(upscaled) == lr.resize((99, 81), Image.Resampling.BICUBIC)
-    assert bicubic_psnr == psnr(upscaled, hr)
+    assert lr == image.resize((size[0] // scale, size[1] // scale), Image.Resampling.BICUBIC)
+    assert to_image(upscaled) == lr.resize(size, Image.Resampling.BICUBIC)
+    assert bicubic_quality == measure(upscaled, hr, scale)
 
 
 def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
@@ -259,7 +260,7 @@ def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
         random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
     gray, color = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "color"))
     assert (gray.lr.mode, gray.hr.shape, color.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
-    assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
+    assert gray.bicubic_quality == measure(gray.bicubic, gray.hr, 3)
     a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "color"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)

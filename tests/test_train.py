@@ -13,8 +13,8 @@ import train
 from data import Batch, ImageSet, TestSet, load_images
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
-from imaging.metrics import Scores, psnr
-from model import crop
+from imaging.metrics import Scores, measure
+from model import SCALES, crop
 from train import RECIPES, evaluate, linear_schedule, mse_loss, train_one_epoch, train_one_step, weighted_mse_loss
 from training.grid_patches import GridPatches
 from training.options import Options
@@ -114,7 +114,7 @@ def test_evaluate_measures_image_as_it_would_be_saved(self_ensemble):
     assert report.set == "leaves" + " (self-ensemble)" * self_ensemble
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     assert report.images == {
-        name: Scores(psnr(image.bicubic, image.hr), psnr(to_tensor(upscale(image.lr)), image.hr))
+        name: Scores(measure(image.bicubic, image.hr, 3), measure(to_tensor(upscale(image.lr)), image.hr, 3))
         for name, image in test_set.images.items()
     }
 
@@ -122,13 +122,15 @@ def test_evaluate_measures_image_as_it_would_be_saved(self_ensemble):
 # -------------------------------------------------------------------------- training runs
 
 
-def test_training_beats_bicubic_and_saves_its_report(train_small, photos):
-    status, _, err = train_small("--num-epoch=15", "--batch-size=1", "--patch-size=63", "--save-freq=20")
+@pytest.mark.parametrize("scale", SCALES)
+def test_training_beats_bicubic_and_saves_its_report(train_small, photos, scale):
+    options = (f"--scale={scale}", "--batch-size=1", "--patch-size=60", "--save-freq=20")
+    status, _, err = train_small("--num-epoch=15", *options)
     assert (status, err) == (0, "")
     saved = load("checkpoint.15")["report"]
     assert saved["mean"]["psnr_y"] > saved["mean"]["bicubic_y"] + 0.3
     assert saved["set"] == photos.name
-    report = evaluate(trained_model("checkpoint.15"), TestSet(load_images(photos, "test")))
+    report = evaluate(trained_model("checkpoint.15"), TestSet(load_images(photos, "test", scale=scale), scale))
     for name, scores in report.to_dict()["images"].items():  # another memory layout rounds otherwise
         assert saved["images"][name] == pytest.approx(scores, abs=0.002)
 
