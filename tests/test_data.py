@@ -87,7 +87,7 @@ def test_images_of_any_format_and_mode_have_unique_names(tmp_path):
 
 
 def test_only_ground_truths_of_course_images_are_tested_on(tmp_path, capfd):
-    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_GT.png"):
+    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_HR.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     assert list(data.load_images(str(tmp_path), "test").images) == ["a", "b"]
     assert_one_line(capfd.readouterr().err, "WARNING", tmp_path, "2 images", "_GT")
