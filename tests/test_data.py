@@ -12,7 +12,7 @@ import data
 from imaging.dead_leaves import dead_leaves
 from imaging.image_sets import ImageFiles
 from imaging.images import bicubic, to_image
-from imaging.metrics import psnr
+from imaging.metrics import measure
 from training.options import Options
 from training.random_patches import RandomPatches
 from utils import CommandError
@@ -245,12 +245,12 @@ def test_test_set_follows_protocol(photos):
     """An image is cropped to a multiple of 3, reduced by Pillow, and enlarged for comparison."""
     test_set = data.TestSet(data.load_images(str(photos), "test"))
     assert (test_set.name, list(test_set.images)) == (photos.name, [f"leaves{i}" for i in range(1, 6)])
-    lr, hr, upscaled, bicubic_psnr = test_set.images["leaves5"]
+    lr, hr, upscaled, bicubic_quality = test_set.images["leaves5"]
     image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
     assert to_image(hr) == image
     assert lr == image.resize((33, 27), Image.Resampling.BICUBIC)
     assert to_image(upscaled) == lr.resize((99, 81), Image.Resampling.BICUBIC)
-    assert bicubic_psnr == psnr(upscaled, hr)
+    assert bicubic_quality == measure(upscaled, hr, 3)
 
 
 def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
@@ -259,7 +259,7 @@ def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
         random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
     gray, color = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "color"))
     assert (gray.lr.mode, gray.hr.shape, color.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
-    assert gray.bicubic_psnr == psnr(gray.bicubic, gray.hr)
+    assert gray.bicubic_quality == measure(gray.bicubic, gray.hr, 3)
     a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "color"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)

@@ -13,7 +13,7 @@ import train
 from data import Batch, ImageSet, TestSet, load_images
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
-from imaging.metrics import Scores, psnr
+from imaging.metrics import Scores, measure
 from model import crop
 from train import RECIPES, evaluate, linear_schedule, mse_loss, train_one_epoch, train_one_step, weighted_mse_loss
 from training.grid_patches import GridPatches
@@ -114,7 +114,7 @@ def test_evaluate_measures_image_as_it_would_be_saved(self_ensemble):
     assert report.set == "leaves" + " (self-ensemble)" * self_ensemble
     upscale = Upscaler(model, self_ensemble=self_ensemble)
     assert report.images == {
-        name: Scores(psnr(image.bicubic, image.hr), psnr(to_tensor(upscale(image.lr)), image.hr))
+        name: Scores(measure(image.bicubic, image.hr, 3), measure(to_tensor(upscale(image.lr)), image.hr, 3))
         for name, image in test_set.images.items()
     }
 
