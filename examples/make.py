@@ -18,6 +18,7 @@ from scene import draw_scene
 
 from data import degrade
 from imaging.comparison import labeled_panels, side_by_side
+from model import SCALE
 from super_resolve import load_upscaler, upscale
 
 HERE = Path(__file__).parent
@@ -33,9 +34,9 @@ def comparison(folder: Path) -> tuple[Image.Image, float]:
     lr, hr = degrade(draw_scene())
     lr.save(folder / "lr.bmp")
     hr.save(folder / "hr.png")
-    panels, row = labeled_panels(lr, upscale(lr, load_upscaler(precision="fp32")), hr)
+    panels, row = labeled_panels(lr, upscale(lr, load_upscaler(precision="fp32")), hr, SCALE)
     picture = side_by_side({label: with_details(image) for label, image in panels.items()})
-    return picture, row.srcnn.y - row.bicubic.y
+    return picture, row.srcnn.psnr_y - row.bicubic.psnr_y
 
 
 def with_details(image: Image.Image) -> Image.Image:

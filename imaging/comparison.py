@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Scores, psnr
+from imaging.metrics import Quality, Scores, measure
 from utils import warn
 
 PANEL = 512  # maximum side of a panel in pixels
@@ -16,32 +16,40 @@ GAP = 8  # pixels between panels
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[Image.Image, Scores]:
-    """Return the comparison picture, and the PSNR of bicubic interpolation and of the network.
+def compare(lr: Image.Image, sr: Image.Image, hr: Image.Image, scale: int) -> tuple[Image.Image, Scores]:
+    """Return the comparison picture, and the quality of bicubic interpolation and of the network.
 
     Images are gray or RGB, and are converted to the mode of the ground truth.
     """
-    panels, scores = labeled_panels(lr, sr, hr)
+    panels, scores = labeled_panels(lr, sr, hr, scale)
     _, upscaled, sr, hr = panels.values()
     detail = most_different(upscaled, sr, min(64, *hr.size, max(9, min(hr.size) // 4)))
     return side_by_side({label: with_detail(image, detail) for label, image in panels.items()}), scores
 
 
-def labeled_panels(lr: Image.Image, sr: Image.Image, hr: Image.Image) -> tuple[dict[str, Image.Image], Scores]:
-    """Return the four images by label, in the size and mode of the ground truth, and the PSNR of two of them."""
+def labeled_panels(
+    lr: Image.Image, sr: Image.Image, hr: Image.Image, scale: int
+) -> tuple[dict[str, Image.Image], Scores]:
+    """Return the four images by label, in the size and mode of the ground truth, and the quality of two of them."""
     lr, sr = lr.convert(hr.mode), sr.convert(hr.mode)
-    if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of 3
+    if hr.size != sr.size:  # the course made its LR images without cropping to a multiple of the scale
         warn(f"the ground truth has {hr.width}x{hr.height} pixels; the other images are resized to match")
         sr = bicubic(sr, hr.size)
     upscaled, truth = bicubic(lr, hr.size), to_tensor(hr)
-    scores = Scores(psnr(to_tensor(upscaled), truth), psnr(to_tensor(sr), truth))
+    scores = Scores(measure(to_tensor(upscaled), truth, scale), measure(to_tensor(sr), truth, scale))
     panels = {
         f"LR {lr.width} x {lr.height}\n(enlarged)": lr.resize(hr.size, Image.Resampling.NEAREST),
-        f"bicubic\n{scores.bicubic.y:.2f} dB Y": upscaled,
-        f"SRCNN\n{scores.srcnn.y:.2f} dB Y": sr,
+        f"bicubic\n{label(scores.bicubic)}": upscaled,
+        f"SRCNN\n{label(scores.srcnn)}": sr,
         f"ground truth\n{hr.width} x {hr.height}": hr,
     }
     return panels, scores
+
+
+def label(quality: Quality) -> str:
+    """Format what is measured on luma."""
+    ssim = "" if math.isnan(quality.ssim_y) else f", SSIM {quality.ssim_y:.4f}"
+    return f"{quality.psnr_y:.2f} dB Y{ssim}"
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:

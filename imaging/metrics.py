@@ -1,60 +1,64 @@
-"""PSNR as the super-resolution literature measures it, and reports on test sets."""
+"""PSNR and SSIM as the super-resolution literature measures them, and reports on test sets."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import SCALE
 from utils import printable
 
 LUMA = 65.481 / 255, 128.553 / 255, 24.966 / 255  # weights of R, G and B in Y
-SHAVE = SCALE  # pixels that the protocol leaves out on each side of an image
-MIN_SIDE = 2 * SHAVE + SCALE  # minimum side of an HR image: one LR pixel must be left to measure
-SCORE_NAMES = ("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb")  # names in checkpoints and JSON
+PEAK = 255
+WINDOW, SIGMA = 11, 1.5  # side in pixels, and standard deviation, of SSIM's Gaussian windows
+K1, K2 = 0.01, 0.03  # constants of SSIM that stabilize the comparison of dark and of flat windows
+TILE = 128  # side of the tiles in which images are measured: float64 needs eight times an image's memory
+SCORE_NAMES = ("bicubic_y", "bicubic_rgb", "bicubic_ssim", "psnr_y", "psnr_rgb", "ssim_y")  # in checkpoints and JSON
+SSIM_NAMES = "bicubic_ssim", "ssim_y"
 
 
-class Psnr(NamedTuple):
-    """PSNR on luma and over RGB, in dB; infinite for equal images."""
+class Quality(NamedTuple):
+    """Similarity of an image to the ground truth, or the mean over a set."""
 
-    y: float
-    rgb: float
+    psnr_y: float  # PSNR on luma, in dB; infinite for equal images
+    psnr_rgb: float  # PSNR over RGB
+    ssim_y: float  # SSIM on luma, 1 for equal images; NaN if an image is smaller than a window, or if unknown
 
 
 class Scores(NamedTuple):
-    """PSNR of bicubic interpolation and of the network, on an image or as the mean over a set."""
+    """Quality of bicubic interpolation and of the network, on an image or as the mean over a set."""
 
-    bicubic: Psnr
-    srcnn: Psnr
+    bicubic: Quality
+    srcnn: Quality
 
     def to_dict(self) -> dict[str, float]:
         return dict(zip(SCORE_NAMES, (*self.bicubic, *self.srcnn), strict=True))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> "Scores":
-        bicubic_y, bicubic_rgb, y, rgb = (values[name] for name in SCORE_NAMES)
-        return cls(Psnr(bicubic_y, bicubic_rgb), Psnr(y, rgb))
+        figures = [values[name] for name in SCORE_NAMES]
+        return cls(Quality(*figures[:3]), Quality(*figures[3:]))
 
 
 @dataclass(frozen=True)
 class Report:
-    """PSNR of a network on a test set."""
+    """Quality of a network's results on a test set."""
 
     set: str  # name of the test set
     images: dict[str, Scores]
 
     @property
     def mean(self) -> Scores:
-        """Mean of the images' PSNR, never the PSNR of a mean error."""
+        """Mean of the images' figures, never the PSNR of a mean error."""
         scores = self.images.values()
-        return Scores(mean_psnr([each.bicubic for each in scores]), mean_psnr([each.srcnn for each in scores]))
+        return Scores(mean_quality([each.bicubic for each in scores]), mean_quality([each.srcnn for each in scores]))
 
     def fingerprint(self) -> list[tuple[str, float]]:
         """Return what identifies a test set: its images' names and the PSNR of bicubic interpolation."""
-        return sorted((name, round(scores.bicubic.y, 2)) for name, scores in self.images.items())
+        return sorted((name, round(scores.bicubic.psnr_y, 2)) for name, scores in self.images.items())
 
     def to_dict(self) -> dict:
         """Return plain values, for checkpoints and JSON."""
@@ -62,19 +66,24 @@ class Report:
         return {"set": self.set, "images": images, "mean": self.mean.to_dict()}
 
 
-def mean_psnr(values: list[Psnr]) -> Psnr:
-    return Psnr(sum(value.y for value in values) / len(values), sum(value.rgb for value in values) / len(values))
+def mean_quality(values: list[Quality]) -> Quality:
+    return Quality(*(sum(figures) / len(values) for figures in zip(*values, strict=True)))
 
 
 # ------------------------------------------------------------------------------ measuring
 
 
-def psnr(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> Psnr:
-    """Return both measures, which are equal for gray. Parameters as in :func:`psnr_y`."""
-    return Psnr(psnr_y(sr, hr, shave), psnr_rgb(sr, hr, shave))
+def min_side(scale: int) -> int:
+    """Return the minimum side of an HR image: inside the shaved border, one LR pixel must be left to measure."""
+    return 2 * scale + scale
 
 
-def psnr_y(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
+def measure(sr: Tensor, hr: Tensor, shave: int) -> Quality:
+    """Return all measures. Parameters as in :func:`psnr_y`."""
+    return Quality(psnr_y(sr, hr, shave), psnr_rgb(sr, hr, shave), ssim_y(sr, hr, shave))
+
+
+def psnr_y(sr: Tensor, hr: Tensor, shave: int) -> float:
     """Return the PSNR on luma, the measure of the super-resolution literature.
 
     Luma is defined by ITU-R BT.601 as in MATLAB's rgb2ycbcr, not rounded, with a peak of 255:
@@ -84,36 +93,48 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
     Parameters
     ----------
     sr, hr : Tensor of shape (3, H, W) or, for gray, (1, H, W); uint8 or floating in [0, 1] (then rounded to 8 bits)
-    shave : pixels left out on each side
+    shave : pixels left out on each side; the literature leaves out as many as the upscaling factor
 
     Returns
     -------
     dB; infinite for equal images
     """
-    return psnr_of_channels(sr, hr, shave, [list(LUMA)] if len(hr) == 3 else [[1]])
+    return psnr(luma(a) - luma(b) for a, b in tiles(sr, hr, shave))
 
 
-def psnr_rgb(sr: Tensor, hr: Tensor, shave: int = SHAVE) -> float:
+def psnr_rgb(sr: Tensor, hr: Tensor, shave: int) -> float:
     """Return the PSNR of the mean squared error over all channels. Parameters as in :func:`psnr_y`."""
-    return psnr_of_channels(sr, hr, shave, torch.eye(len(hr)).tolist())
+    return psnr(a - b for a, b in tiles(sr, hr, shave))
 
 
-def psnr_of_channels(sr: Tensor, hr: Tensor, shave: int, channels: list[list[float]]) -> float:
-    """Return the PSNR over weighted sums of the images' channels."""
+def ssim_y(sr: Tensor, hr: Tensor, shave: int) -> float:
+    """Return the structural similarity of Wang et al. (2004) on luma: the mean over all windows inside the image.
+
+    Parameters as in :func:`psnr_y`. The result is at most 1, and NaN if the image is smaller than a window.
+    """
+    total, count = 0.0, 0
+    weights = gaussian_windows(TILE).to(sr.device)
+    for a, b in tiles(sr, hr, shave, overlap=WINDOW - 1):
+        similarity = ssim_map(luma(a), luma(b), weights)
+        total, count = total + similarity.sum().item(), count + similarity.numel()
+    return min(total / count, 1.0) if count else math.nan  # rounding could exceed 1
+
+
+def tiles(sr: Tensor, hr: Tensor, shave: int, overlap: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the same parts of two images, without their border, as (C, h, w) in float64 from 0 to 255.
+
+    They have up to TILE + ``overlap`` pixels a side. Neighbors share ``overlap`` rows or columns, so that they contain
+    each window of overlap + 1 pixels once.
+    """
     if sr.shape != hr.shape or sr.ndim != 3 or sr.shape[0] not in (1, 3):
         raise ValueError(f"two (3, H, W) or (1, H, W) images are needed, not {tuple(sr.shape)} and {tuple(hr.shape)}")
-    height, width = sr.shape[1:]
-    if min(height, width) <= 2 * shave:
+    bottom, right = (side - shave for side in sr.shape[1:])
+    if min(bottom, right) <= shave:
         raise ValueError(f"nothing is left of {tuple(sr.shape)} with {shave} pixels shaved off")
-    weights = torch.tensor(channels, dtype=torch.float64, device=sr.device)
-    squares, count = 0.0, 0
-    rows = min(256, max(2**17 // width, 1))
-    for top in range(shave, height - shave, rows):  # in strips, since float64 needs eight times an image's memory
-        bottom = min(top + rows, height - shave)
-        a, b = (to_8bit(image[:, top:bottom, shave : width - shave]).double() for image in (sr, hr))
-        error = torch.einsum("kc,chw->khw", weights, (a - b) / 255)  # (K, h, w)
-        squares, count = squares + error.square().sum().item(), count + error.numel()
-    return 10 * math.log10(count / squares) if squares else math.inf
+    for top, left in product(*(range(shave, end - overlap, TILE) for end in (bottom, right))):
+        rows = slice(top, min(top + TILE + overlap, bottom))
+        columns = slice(left, min(left + TILE + overlap, right))
+        yield to_8bit(sr[:, rows, columns]).double(), to_8bit(hr[:, rows, columns]).double()
 
 
 def to_8bit(image: Tensor) -> Tensor:
@@ -121,30 +142,78 @@ def to_8bit(image: Tensor) -> Tensor:
     return image if image.dtype == torch.uint8 else image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def luma(image: Tensor) -> Tensor:
+    """Return the luma, or the values of a gray image, from 0 to 255: (C, h, w) becomes (h, w)."""
+    return image[0] if len(image) == 1 else 16 + sum(weight * channel for weight, channel in zip(LUMA, image))
+
+
+def psnr(errors: Iterable[Tensor]) -> float:
+    """Return the PSNR of errors that come in parts."""
+    squares, count = 0.0, 0
+    for error in errors:
+        squares, count = squares + error.square().sum().item(), count + error.numel()
+    return 10 * math.log10(PEAK**2 * count / squares) if squares else math.inf
+
+
+def gaussian_windows(count: int) -> Tensor:
+    """Return the weights of windows at successive pixels, one row for each: (count, count + WINDOW - 1)."""
+    radius = WINDOW // 2
+    offsets = torch.arange(-radius, count + radius) - torch.arange(count)[:, None]  # from each window's center
+    weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2)) * (offsets.abs() <= radius)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def ssim_map(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Return the similarity of two tiles in each window: (h, w) becomes (h - WINDOW + 1, w - WINDOW + 1).
+
+    In float32, variances of flat windows would be wrong by as much as K2's term, and SSIM by 4e-4.
+    """
+    down, across = (weights[: side - WINDOW + 1, :side] for side in x.shape)
+    means = down @ torch.stack([x, y, x * x + y * y, x * y]) @ across.T  # weighted, over each window
+    x, y, squares, products = means
+    xy, xx_yy = x * y, x * x + y * y
+    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    luminance = (2 * xy + c1) / (xx_yy + c1)
+    return luminance * (2 * (products - xy) + c2) / (squares - xx_yy + c2)
+
+
 # -------------------------------------------------------------------------------- as text
 
 
-def gain(scores: Scores) -> Psnr:
-    """Return the network's gain over bicubic interpolation, in dB; 0 where both are infinite."""
+def gain(scores: Scores) -> Quality:
+    """Return the network's gain over bicubic interpolation; 0 where both are infinite."""
     pairs = zip(scores.bicubic, scores.srcnn, strict=True)
-    return Psnr(*(0.0 if new == old else new - old for old, new in pairs))
+    return Quality(*(0.0 if new == old else new - old for old, new in pairs))
 
 
 def table(report: Report) -> list[str]:
-    """Format a report with one line for each image, and one for the mean if there are several."""
+    """Format a report with one line for each image, and one for the mean if there are several.
+
+    Lines have 80 characters if names have up to 9.
+    """
     rows = list(report.images.items())
     if len(rows) > 1:
         rows.append((f"{report.set} mean", report.mean))
     width = min(max(len(printable(name)) for name, _ in rows), 80)
-    lines = [f"{'':{width}}      bicubic Y / RGB        SRCNN Y / RGB            gain"]
+    groups = " ".join(f" {measure:22}" for measure in ("PSNR Y (dB)", "PSNR RGB (dB)", "SSIM Y"))
+    columns = " ".join([f"{'bicubic':>8} {'SRCNN':>6} {'gain':>7}"] * 3)
+    lines = [f"{'':{width}}{groups}".rstrip(), f"{'':{width}}{columns}"]
     for name, scores in rows:
-        bicubic, srcnn = (f"{psnr.y:7.3f} / {psnr.rgb:6.3f} dB" for psnr in scores)
-        better = gain(scores)
-        lines.append(f"{printable(name):{width}}  {bicubic}  {srcnn}  {better.y:+7.3f} / {better.rgb:+.3f} dB")
+        figures = zip(*scores, gain(scores), (3, 3, 4), strict=True)  # of each measure, and its digits
+        cells = (f"{text(a, n):>8} {text(b, n):>6} {text(c, n, '+'):>7}" for a, b, c, n in figures)
+        lines.append(f"{printable(name):{width}}{' '.join(cells)}")
     return lines
 
 
+def text(value: float, digits: int, sign: str = "") -> str:
+    """Format a figure, with its sign in any case if ``sign`` is "+"."""
+    return "n/a" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+
+
 def summary(report: Report) -> str:
-    """Format the mean of a report and its gain over bicubic interpolation in one line."""
+    """Format the mean PSNR of a report and its gain over bicubic interpolation in one line."""
     mean, better = report.mean.srcnn, gain(report.mean)
-    return f"{report.set} {mean.y:.3f} dB Y ({better.y:+.3f})  {mean.rgb:.3f} dB RGB ({better.rgb:+.3f})"
+    return (
+        f"{report.set} {mean.psnr_y:.3f} dB Y ({better.psnr_y:+.3f})"
+        f"  {mean.psnr_rgb:.3f} dB RGB ({better.psnr_rgb:+.3f})"
+    )

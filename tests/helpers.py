@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 from processes import ROOT, in_new_process  # noqa: F401  for test modules
 
-from imaging.metrics import Psnr, Report, Scores
+from imaging.metrics import Quality, Report, Scores
 from info import Info
 from model import SRCNN
 from train import RECIPES
@@ -137,9 +137,10 @@ def assert_one_line(err, *parts):
 
 
 def rows_of(out):
-    """Return the table that a command prints, as {first column: figures}."""
-    rows = (re.match(r"(\S+)(?: mean)? +(.*dB)", line) for line in out.splitlines())
-    return {row[1]: [float(x) for x in re.findall(r"[-+]?[\d.]+", row[2])] for row in rows if row}
+    """Return the table that a command prints: by first column, the figures of bicubic, of SRCNN, and the gain."""
+    rows = (re.fullmatch(r"(\S+)(?: mean)?((?: +([-+]?(\d+\.\d+|inf)|n/a)){9})", line) for line in out.splitlines())
+    figures = {row[1]: [float(x.replace("n/a", "nan")) for x in row[2].split()] for row in rows if row}
+    return {name: [*row[0::3], *row[1::3], *row[2::3]] for name, row in figures.items()}
 
 
 def dihedral(tensor):
@@ -157,8 +158,9 @@ def contents(folder="."):
 
 def report(y=31.0, name="photos", bicubic=30.0):
     """Return a report of two images with this mean PSNR on luma."""
-    rows = {"a": Scores(Psnr(bicubic, 28.0), Psnr(y - 1, 29.0)), "b": Scores(Psnr(bicubic, 28.0), Psnr(y + 1, 30.0))}
-    return Report(name, rows)
+    interpolated = Quality(bicubic, 28.0, 0.5)
+    a, b = Quality(y - 1, 29.0, 0.625), Quality(y + 1, 30.0, 0.875)
+    return Report(name, {"a": Scores(interpolated, a), "b": Scores(interpolated, b)})
 
 
 def small_run(**options):

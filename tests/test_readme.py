@@ -115,11 +115,11 @@ def test_links_lead_to_files_and_to_every_page():
 def test_shipped_checkpoint_has_figures_of_readme(shipped, real_data, self_ensemble, row):
     report = train.evaluate(trained_model(), TestSet(load_images(str(real_data / "Set5"), "test")), self_ensemble)
     figures = re.search(row, README)
-    assert report.mean.srcnn.y == pytest.approx(float(figures[1]), abs=0.006)
-    assert report.mean.srcnn.rgb == pytest.approx(float(figures[2]), abs=0.006)
+    assert report.mean.srcnn.psnr_y == pytest.approx(float(figures[1]), abs=0.006)
+    assert report.mean.srcnn.psnr_rgb == pytest.approx(float(figures[2]), abs=0.006)
     if not self_ensemble:
-        assert report.mean.srcnn.y >= 32.75
-        assert shipped.psnr == pytest.approx(report.mean.srcnn.y, abs=0.003)
+        assert report.mean.srcnn.psnr_y >= 32.75
+        assert shipped.psnr == pytest.approx(report.mean.srcnn.psnr_y, abs=0.003)
         assert shipped.training.report.set == "Set5"
 
 
@@ -139,7 +139,7 @@ def test_shipped_checkpoint_was_trained_by_commands_of_docs(shipped, monkeypatch
 
     assert comparable([*shipped.training.history, (shipped.epoch, shipped.args)]) == comparable(records)
     mean = shipped.training.report.mean.srcnn
-    assert f"| **`checkpoint.pth`** | **{mean.y:.3f}** | **{mean.rgb:.3f}** |" in README
+    assert f"| **`checkpoint.pth`** | **{mean.psnr_y:.3f}** | **{mean.psnr_rgb:.3f}** |" in README
 
 
 def test_docs_have_psnr_by_protocol_of_course(real_data):
@@ -155,16 +155,16 @@ def test_docs_have_psnr_by_protocol_of_course(real_data):
     model.forward = upscale_once
     for batch_size, measured in ((1, None), (8, (31.192, 32.501)), (128, (29.695, 31.078))):
         scores = course_psnr(model, images, batch_size)
-        row = f"| the course's, batches of {batch_size} | {scores.bicubic.rgb:.3f} dB | {scores.srcnn.rgb:.3f} dB |"
+        row = f"| the course's, batches of {batch_size} | {scores.bicubic.psnr_rgb:.3f} dB | {scores.srcnn.psnr_rgb:.3f} dB |"
         assert row in DOCS["protocol.md"]
         if measured:
-            assert (scores.bicubic.rgb, scores.srcnn.rgb) == pytest.approx(measured, abs=6e-4)
+            assert (scores.bicubic.psnr_rgb, scores.srcnn.psnr_rgb) == pytest.approx(measured, abs=6e-4)
 
 
 def test_docs_have_psnr_by_protocol_of_literature(shipped):
     mean = shipped.training.report.mean
-    assert f"| the literature's, luma | {mean.bicubic.y:.3f} dB | {mean.srcnn.y:.3f} dB |" in DOCS["protocol.md"]
-    assert f"| the literature's, RGB | {mean.bicubic.rgb:.3f} dB | {mean.srcnn.rgb:.3f} dB |" in DOCS["protocol.md"]
+    assert f"| the literature's, luma | {mean.bicubic.psnr_y:.3f} dB | {mean.srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
+    assert f"| the literature's, RGB | {mean.bicubic.psnr_rgb:.3f} dB | {mean.srcnn.psnr_rgb:.3f} dB |" in DOCS["protocol.md"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaging.metrics import SCORE_NAMES, Report, Scores
+from imaging.metrics import SCORE_NAMES, SSIM_NAMES, Report, Scores
 from info import Info, info
 from model import SCALE, SRCNN
 from training.options import Args, check_args, valid_args
@@ -185,7 +185,10 @@ def parse_training(content: dict[str, Any], whitened: bool) -> TrainingState:
     report, history = check(content["report"], dict, "report"), check(content.get("history", []), list, "history")
     images = {}
     for name, scores in check(report["images"], dict, "report").items():
-        values = {key: check(check(scores, dict, "report").get(key), float, "report") for key in SCORE_NAMES}
+        scores = dict.fromkeys(SSIM_NAMES, math.nan) | check(scores, dict, "report")  # older checkpoints have no SSIM
+        values = {key: check(scores.get(key), float, "report") for key in SCORE_NAMES}
+        if any(abs(values[key]) > 1 for key in SSIM_NAMES):
+            raise CommandError("missing or invalid 'report'")
         images[check(name, str, "report")] = Scores.from_dict(values)
     if not images or math.isnan(content["best"]) or not re.fullmatch(r"[\w-]{1,64}", content["run"], re.ASCII):
         raise CommandError("invalid 'report', 'best' or 'run'")

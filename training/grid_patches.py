@@ -12,7 +12,7 @@ from torch import Tensor
 from data import Batch
 from imaging.image_sets import ImageSet
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Psnr, Scores
+from imaging.metrics import Quality, Scores
 from model import SCALE, SRCNN
 from training.patches import Patches
 from training.recipe import Network
@@ -120,7 +120,7 @@ def grid(image: Image.Image, size: int) -> Iterator[Image.Image]:
 
 @torch.inference_mode()
 def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
-    """Return the PSNR over RGB as the course's test program measures it; its value on luma is NaN.
+    """Return the PSNR over RGB as the course's test program measures it; values on luma are NaN.
 
     It is the mean over batches of the PSNR of a batch's mean squared error. The output is neither clamped
     nor rounded. Bicubic interpolation is PyTorch's, with Pillow's kernel.
@@ -128,10 +128,10 @@ def course_psnr(model: SRCNN, image_set: ImageSet, batch_size: int) -> Scores:
     device = model.conv1.weight.device
     lr, hr = (patches.to(device).float() / 255 for patches in cut_patches(image_set))
 
-    def mean_over_batches(upscale: Callable[[Tensor], Tensor]) -> Psnr:
+    def mean_over_batches(upscale: Callable[[Tensor], Tensor]) -> Quality:
         batches = zip(lr.split(batch_size), hr.split(batch_size), strict=True)
         errors = [F.mse_loss(upscale(x), y).item() for x, y in batches]
         values = [-10 * math.log10(error) if error else math.inf for error in errors]
-        return Psnr(math.nan, sum(values) / len(values))
+        return Quality(math.nan, sum(values) / len(values), math.nan)
 
     return Scores(mean_over_batches(upscale_patches), mean_over_batches(model))

@@ -86,13 +86,13 @@ def finite(value: Any) -> Any:
 def describe_course(scores: Scores, set_name: str, batch_size: int) -> list[str]:
     """Describe the figures of :func:`training.grid_patches.course_psnr`."""
     patches = f"patches of {set_name} in batches of {batch_size}"
-    figures = f"bicubic {scores.bicubic.rgb:.3f} dB, SRCNN {scores.srcnn.rgb:.3f} dB"
+    figures = f"bicubic {scores.bicubic.psnr_rgb:.3f} dB, SRCNN {scores.srcnn.psnr_rgb:.3f} dB"
     return [f"PSNR over RGB as the course's test measures it, on {patches}:", figures]
 
 
 def course_to_json(scores: Scores, set_name: str, batch_size: int) -> str:
     facts = {"protocol": "course", "set": set_name, "batch_size": batch_size}
-    return json.dumps(facts | {"bicubic_rgb": scores.bicubic.rgb, "psnr_rgb": scores.srcnn.rgb}, indent=2)
+    return json.dumps(facts | {"bicubic_rgb": scores.bicubic.psnr_rgb, "psnr_rgb": scores.srcnn.psnr_rgb}, indent=2)
 
 
 def number_of_parameters(checkpoint: Checkpoint) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from data import TestImage, TestSet
 from imaging.images import to_tensor
 from imaging.metrics import Report
-from model import SCALE, SRCNN
+from model import SRCNN
 from training.options import Options
 from upscaling.upscaler import Upscaler
 from utils import TERMINATION_SIGNALS, handle_signals, printable, warn
@@ -61,15 +61,10 @@ class Log:
     def write(self, epoch: int, report: Report, loss: float, learning_rate: float) -> None:
         if not self.writer:
             return
-        values = {
-            "train/loss": loss,
-            "train/learning_rate": learning_rate,
-            f"{report.set}/psnr_y": report.mean.srcnn.y,
-            f"{report.set}/psnr_rgb": report.mean.srcnn.rgb,
-        }
+        values = {"train/loss": loss, "train/learning_rate": learning_rate}
+        values |= {f"{report.set}/{measure}": value for measure, value in report.mean.srcnn._asdict().items()}
         for name, scores in report.images.items():
-            values[f"{report.set}_psnr_y/{name}"] = scores.srcnn.y
-            values[f"{report.set}_psnr_rgb/{name}"] = scores.srcnn.rgb
+            values |= {f"{report.set}_{measure}/{name}": value for measure, value in scores.srcnn._asdict().items()}
         with self.errors_as_warning():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch)
@@ -96,7 +91,7 @@ class Log:
         It has a folder of its own, since TensorBoard would show a resumed run with the options of its first end.
         """
         if self.writer:
-            final = {"final/psnr_y": report.mean.srcnn.y, "final/psnr_rgb": report.mean.srcnn.rgb}
+            final = {f"final/{measure}": value for measure, value in report.mean.srcnn._asdict().items()}
             with self.errors_as_warning():
                 self.writer.add_hparams(self.args, final, run_name=f"end-{epoch}")
 
@@ -115,7 +110,8 @@ def cut_center(image: TestImage) -> tuple[Image.Image, Tensor, Tensor]:
     (left, width), (top, height) = (
         (max(side - PICTURE_SIDE, 0) // 2, min(side, PICTURE_SIDE)) for side in image.lr.size
     )
-    rows, columns = (slice(SCALE * start, SCALE * (start + side)) for start, side in ((top, height), (left, width)))
+    scale = image.hr.shape[1] // image.lr.height
+    rows, columns = (slice(scale * start, scale * (start + side)) for start, side in ((top, height), (left, width)))
     lr = image.lr.crop((left, top, left + width, top + height))
     return lr, image.bicubic[:, rows, columns], image.hr[:, rows, columns]
 

@@ -45,7 +45,7 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
 def print_start(run: Run) -> None:
     """Print the PSNR of bicubic interpolation and of the network before the first epoch."""
     report, bicubic = run.report, run.report.mean.bicubic
-    show(f"bicubic        {report.set} {bicubic.y:.3f} dB Y  {bicubic.rgb:.3f} dB RGB")
+    show(f"bicubic        {report.set} {bicubic.psnr_y:.3f} dB Y  {bicubic.psnr_rgb:.3f} dB RGB")
     show(f"epoch {run.epoch:3}/{run.options.num_epoch}  {summary(report)}")
 
 
@@ -97,7 +97,7 @@ def print_result(run: Run, output: Path) -> None:
 
 def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
     """Warn when the PSNR falls clearly below that of bicubic interpolation."""
-    if after.mean.srcnn.y < after.mean.bicubic.y - 0.5 <= before.mean.srcnn.y:
+    if after.mean.srcnn.psnr_y < after.mean.bicubic.psnr_y - 0.5 <= before.mean.srcnn.psnr_y:
         warn(f"epoch {epoch} is worse than bicubic interpolation; lower --lr")
 
 

@@ -61,14 +61,14 @@ class Run:
     def start(self, report: Report) -> None:
         """Set the first report. The best PSNR so far counts only if the training and test images are the same."""
         if self.report.fingerprint() != report.fingerprint():
-            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+            self.best, self.best_epoch = report.mean.srcnn.psnr_y, self.epoch
         self.report, self.began = report, (self.epoch, time.monotonic())
 
     def finish_epoch(self, report: Report) -> None:
         self.epoch += 1
         self.report = report
-        if report.mean.srcnn.y > self.best:
-            self.best, self.best_epoch = report.mean.srcnn.y, self.epoch
+        if report.mean.srcnn.psnr_y > self.best:
+            self.best, self.best_epoch = report.mean.srcnn.psnr_y, self.epoch
 
     def has_written(self, saved: Checkpoint) -> bool:
         return saved.training is not None and saved.training.run == self.id
@@ -113,7 +113,7 @@ class Run:
             history=self.history,
         )
         model = self.model.state_dict()
-        return Checkpoint(model, self.epoch, self.report.mean.srcnn.y, self.options.to_args(), state)
+        return Checkpoint(model, self.epoch, self.report.mean.srcnn.psnr_y, self.options.to_args(), state)
 
     def save_start(self, output: Path) -> None:
         """Write checkpoint.last before the first epoch, and checkpoint.best if that is missing and this is the best."""

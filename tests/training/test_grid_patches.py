@@ -64,16 +64,16 @@ def test_course_psnr_neither_clamps_nor_rounds_output():
         torch.nn.init.dirac_(layer.weight)
     model.conv3.bias.data.fill_(0.1)
     scores = course_psnr(model, ImageSet("plain", {c: Image.new("RGB", (80, 66), c) for c in ("white", "black")}), 2)
-    assert scores.srcnn.rgb == pytest.approx(20, abs=1e-3)
-    assert scores.bicubic.rgb > 100
-    assert math.isnan(scores.srcnn.y)
+    assert scores.srcnn.psnr_rgb == pytest.approx(20, abs=1e-3)
+    assert scores.bicubic.psnr_rgb > 100
+    assert math.isnan(scores.srcnn.psnr_y)
 
 
 def test_course_psnr_of_infinite_error_is_minus_infinity():
     model = SRCNN()
     model.conv3.bias.data.fill_(1e30)
     scores = course_psnr(model, ImageSet("plain", {"white": Image.new("RGB", (80, 66), "white")}), 2)
-    assert scores.srcnn.rgb == -math.inf
+    assert scores.srcnn.psnr_rgb == -math.inf
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
@@ -82,4 +82,4 @@ def test_course_psnr_is_mean_over_batches(batch_size):
     error = F.interpolate(lr / 255, scale_factor=3, mode="bicubic", antialias=True) - hr / 255
     batches = [-10 * math.log10(batch.square().mean()) for batch in error.split(batch_size)]
     found = course_psnr(SRCNN(), LEAVES, batch_size)
-    assert found.bicubic.rgb == pytest.approx(sum(batches) / len(batches), abs=1e-3)
+    assert found.bicubic.psnr_rgb == pytest.approx(sum(batches) / len(batches), abs=1e-3)

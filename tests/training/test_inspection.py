@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import PATH, course_content, loaded, report, trained_checkpoint, trained_content
 
-from imaging.metrics import Psnr, Scores, table
+from imaging.metrics import Quality, Scores, table
 from training.inspection import course_to_json, describe, describe_course, origin, to_json
 from utils import show
 
@@ -65,7 +65,7 @@ def test_origin_is_described_as_far_as_it_is_known(content, wanted):
 
 
 def test_scores_by_protocol_of_course_as_text_and_json():
-    scores = Scores(Psnr(math.nan, 30.0), Psnr(math.nan, 31.5))
+    scores = Scores(Quality(math.nan, 30.0, math.nan), Quality(math.nan, 31.5, math.nan))
     assert describe_course(scores, "Set5", 8) == [
         "PSNR over RGB as the course's test measures it, on patches of Set5 in batches of 8:",
         "bicubic 30.000 dB, SRCNN 31.500 dB",

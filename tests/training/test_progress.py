@@ -35,7 +35,7 @@ def test_run_prints_one_line_per_epoch_and_table_at_end(train_small, photos):
     assert lines[2][1] == summary(saved)
     assert "\n\n" + "\n".join(table(saved)) + "\n\nsaved: checkpoint.2; best: epoch " in out
     mean = saved.mean.bicubic
-    assert f"bicubic        {photos.name} {mean.y:.3f} dB Y  {mean.rgb:.3f} dB RGB\n" in out
+    assert f"bicubic        {photos.name} {mean.psnr_y:.3f} dB Y  {mean.psnr_rgb:.3f} dB RGB\n" in out
     assert f"training set {photos.name}: 5 images, 30,798 pixels, 4 steps per epoch\n" in out
 
 
