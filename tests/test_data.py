@@ -87,7 +87,7 @@ def test_images_of_any_format_and_mode_have_unique_names(tmp_path):
 
 
 def test_only_ground_truths_of_course_images_are_tested_on(tmp_path, capfd):
-    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_HR.png"):
+    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_GT.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     assert list(data.load_images(str(tmp_path), "test").images) == ["a", "b"]
     assert_one_line(capfd.readouterr().err, "WARNING", tmp_path, "2 images", "_GT")
@@ -153,7 +153,7 @@ def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeyp
     for name, image in a.images.items():
         assert torch.equal(b.images[name].hr, image.hr)
         assert torch.equal(b.images[name].bicubic, image.bicubic)
-        assert (b.images[name].lr, b.images[name].bicubic_quality) == (image.lr, image.bicubic_quality)
+        assert (b.images[name].lr, b.images[name].bicubic_psnr) == (image.lr, image.bicubic_psnr)
     monkeypatch.setattr(data, "TEST_PIXELS", 0)
     assert isinstance(data.load_sets(str(photos), str(photos), 0)[1].images, data.TestImages)
     training, test = large.split(3)
@@ -241,17 +241,16 @@ def test_lr_images_of_course_are_reproduced_exactly(real_data):
         assert bicubic(hr, lr.size).tobytes() == lr.tobytes()
 
 
-@pytest.mark.parametrize(("scale", "size"), [(2, (100, 82)), (3, (99, 81)), (4, (100, 80))])
-def test_test_set_follows_protocol(photos, scale, size):
-    """An image is cropped to a multiple of the scale, reduced by Pillow, and enlarged for comparison."""
-    test_set = data.TestSet(data.load_images(str(photos), "test"), scale)
+def test_test_set_follows_protocol(photos):
+    """An image is cropped to a multiple of 3, reduced by Pillow, and enlarged for comparison."""
+    test_set = data.TestSet(data.load_images(str(photos), "test"))
     assert (test_set.name, list(test_set.images)) == (photos.name, [f"leaves{i}" for i in range(1, 6)])
     lr, hr, upscaled, bicubic_quality = test_set.images["leaves5"]
-    image = Image.open(photos / "leaves5.png").crop((0, 0, *size))
+    image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
     assert to_image(hr) == image
-    assert lr == image.resize((size[0] // scale, size[1] // scale), Image.Resampling.BICUBIC)
-    assert to_image(upscaled) == lr.resize(size, Image.Resampling.BICUBIC)
-    assert bicubic_quality == measure(upscaled, hr, scale)
+    assert lr == image.resize((33, 27), Image.Resampling.BICUBIC)
+    assert to_image(upscaled) == lr.resize((99, 81), Image.Resampling.BICUBIC)
+    assert bicubic_quality == measure(upscaled, hr, 3)
 
 
 def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
