@@ -144,7 +144,9 @@ def to_8bit(image: Tensor) -> Tensor:
 
 def luma(image: Tensor) -> Tensor:
     """Return the luma, or the values of a gray image, from 0 to 255: (C, h, w) becomes (h, w)."""
-    return image[0] if len(image) == 1 else 16 + sum(weight * channel for weight, channel in zip(LUMA, image))
+    return (
+        image[0] if len(image) == 1 else 16 + sum(weight * channel for weight, channel in zip(LUMA, image, strict=True))
+    )
 
 
 def psnr(errors: Iterable[Tensor]) -> float:

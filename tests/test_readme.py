@@ -163,8 +163,13 @@ def test_docs_have_psnr_by_protocol_of_course(real_data):
 
 def test_docs_have_psnr_by_protocol_of_literature(shipped):
     mean = shipped.training.report.mean
-    assert f"| the literature's, luma | {mean.bicubic.psnr_y:.3f} dB | {mean.srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
-    assert f"| the literature's, RGB | {mean.bicubic.psnr_rgb:.3f} dB | {mean.srcnn.psnr_rgb:.3f} dB |" in DOCS["protocol.md"]
+    assert (
+        f"| the literature's, luma | {mean.bicubic.psnr_y:.3f} dB | {mean.srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
+    )
+    assert (
+        f"| the literature's, RGB | {mean.bicubic.psnr_rgb:.3f} dB | {mean.srcnn.psnr_rgb:.3f} dB |"
+        in DOCS["protocol.md"]
+    )
 
 
 @pytest.mark.parametrize(

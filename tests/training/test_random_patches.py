@@ -32,9 +32,9 @@ def draw(images, patch, count, steps=1, scale=3):
 
 @cache
 def located_patches(scale):
-    """Return (blue, top, left, order of channels, lr, hr) of the 400 patches of two batches, in the usual colors."""
+    """Return (blue, top, left, order of channels, lr, hr) of the patches of some batches of 200, in the usual colors."""
     patches = []
-    for lr, hr, _ in draw(IMAGES, 12, 200, 2, scale):
+    for lr, hr, _ in draw(IMAGES, 12, 200, 4 if scale == 4 else 2, scale):
         assert lr.is_contiguous(memory_format=torch.channels_last)
         lr[175:], hr[175:] = 255 - lr[175:], 255 - hr[175:]  # the last eighth is negative
         for lr_patch, hr_patch in zip(lr, hr, strict=True):
