@@ -280,11 +280,19 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments
 
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("scale", [4])
-def test_output_that_is_too_large_for_its_format_is_refused(cli, scale):
-    Image.new("L", (16384, 1)).save("wide.png")
-    status, out, err = cli(*COMMAND, "wide.png", "--format=jpg")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("wide.png --format=jpg", "wide_srcnn_x4.jpg: 65536x4 pixels are too many for JPEG; "),
+        ("dot.png --ground-truth=small.png", "small.png: 11x11 pixels are too few; the minimum is 12x12"),
+    ],
+)
+def test_limits_of_size_depend_on_scale(cli, scale, arguments, problem):
+    for name, size in (("wide.png", (16384, 1)), ("dot.png", (2, 2)), ("small.png", (11, 11))):
+        Image.new("L", size).save(name)
+    status, out, err = cli(*COMMAND, *arguments.split())
     assert (status, out) == (1, "")
-    assert_one_line(err, "wide_srcnn_x4.jpg: 65536x4 pixels are too many for JPEG; ")
+    assert_one_line(err, problem)
 
 
 @pytest.mark.parametrize(
