@@ -110,10 +110,11 @@ def test_json_contains_facts_of_checkpoint(inspected):
 
 def test_json_has_null_for_infinity_and_nan(inspected):
     inspected.psnr, inspected.training.best = math.nan, math.inf
-    text = to_json(inspected, report(math.inf))
+    text = to_json(inspected, report(math.inf, ssim=math.nan))
     facts = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert (facts["psnr"], facts["best"], facts["report"]["mean"]["psnr_y"]) == (None, None, None)
-    assert facts["report"]["mean"]["bicubic_y"] == 30.0
+    mean = facts["report"]["mean"]
+    assert (facts["psnr"], facts["best"], mean["psnr_y"], mean["ssim_y"]) == (None, None, None, None)
+    assert (mean["bicubic_y"], mean["bicubic_ssim"]) == (30.0, 0.5)
 
 
 def test_control_characters_in_checkpoint_are_escaped(capsys):
