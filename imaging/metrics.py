@@ -143,7 +143,7 @@ def to_8bit(image: Tensor) -> Tensor:
     return image if image.dtype == torch.uint8 else image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-# NumPy computes what follows in one thread. The threads of PyTorch, or of a matrix product, would wait for each other at
+# NumPy computes what follows in one thread. The threads of PyTorch or of a matrix product would wait for each other at
 # each operation on a tile: if other programs use the cores, that takes a hundred times as long.
 
 
