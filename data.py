@@ -34,6 +34,7 @@ from utils import (
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 GENERATED = "(GENERATED IMAGES)"  # in the names of sets
+GROUND_TRUTH_SUFFIXES = ("_GT", "_HR")  # of names in the course's images, and in published copies of test sets
 TEST_PIXELS = 10_000_000  # of test images in memory
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
@@ -62,11 +63,12 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
     if folder == DEAD_LEAVES:
         return ImageSet(f"{DEAD_LEAVES}-{role} {GENERATED}", dead_leaves(role))
     files = list_images(Path(folder))
-    ground_truths = [file for file in files if file.stem.endswith("_GT")]
+    ground_truths = [file for file in files if file.stem.endswith(GROUND_TRUTH_SUFFIXES)]
     if role == "test" and 0 < len(ground_truths) < len(files):
-        warn(f"{folder}: skipping {plural(len(files) - len(ground_truths), 'image')} whose names do not end in _GT")
+        suffixes, others = " or ".join(GROUND_TRUTH_SUFFIXES), plural(len(files) - len(ground_truths), "image")
+        warn(f"{folder}: skipping {others} whose names do not end in {suffixes}")
         files = ground_truths
-    names = [file.stem.removesuffix("_GT") for file in files]
+    names = [file.stem.removesuffix("_GT").removesuffix("_HR") for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
     names = list(map(printable, names))

@@ -1,4 +1,4 @@
-"""Upscale images by 3 with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
+"""Upscale images by 3, or by 2 or 4, with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
 import contextlib
@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from imaging.comparison import compare
-from imaging.folders import SUFFIX
 from imaging.formats import FORMAT_CHOICES
 from imaging.images import (
     MAX_PIXELS,
@@ -29,17 +28,17 @@ from imaging.images import (
     write_image,
 )
 from imaging.metadata import upscaled_metadata
-from imaging.metrics import MIN_SIDE, Report, Scores, table
-from model import SCALE, SRCNN
+from imaging.metrics import Report, Scores, min_side, table
+from model import SCALE, SCALES, SRCNN
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
 from upscaling.distributed import gather, process_group, rank_and_world_size
 from upscaling.jobs import Job, find_jobs
-from upscaling.upscaler import TILE, Upscaler, select_accurate_dtype
+from upscaling.upscaler import Upscaler, default_tile, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 
 T = TypeVar("T", Image.Image, np.ndarray)
-CHECKPOINT = Path(__file__).resolve().with_name("checkpoint.pth")  # even if it is run by a link
+FOLDER = Path(__file__).resolve().parent  # even if this file is run by a link
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,14 +46,15 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(
         prog="super_resolve.py",
         description=__doc__,
-        examples=f"  {start} lr.bmp\n  {start} photos --output=big",
-        hints={"--scale": f"the factor is always {SCALE}"},
+        examples=f"  {start} lr.bmp\n  {start} lr.bmp --scale=2\n  {start} photos --output=big",
     )
     text = "LR image, folder of LR images, or - for standard input"
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
-    text = "checkpoint file (default: checkpoint.pth beside super_resolve.py)"
-    parser.add_argument("--checkpoint", type=path, default=CHECKPOINT, metavar="FILE", help=text)
-    text = f"output file or folder, or - for standard output (default: NAME{SUFFIX} beside each input)"
+    text = f"upscaling factor (default: the checkpoint's, or {SCALE})"
+    parser.add_argument("--scale", type=int, choices=SCALES, help=text)
+    text = "checkpoint file (default: the one for --scale that comes with super_resolve.py)"
+    parser.add_argument("--checkpoint", type=path, metavar="FILE", help=text)
+    text = "output file or folder, or - for standard output (default: NAME_srcnn_xSCALE beside each input)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
     text = f"output format: {', '.join(FORMAT_CHOICES)} (default: same as the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
@@ -66,7 +66,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--self-ensemble", action="store_true", help=text)
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
-    text = f"side of a tile in LR pixels (default: {TILE['cpu']}, or {TILE['cuda']} with --cuda)"
+    tiles = {device: " / ".join(str(default_tile(device, scale)) for scale in SCALES) for device in ("cpu", "cuda")}
+    scales = " / ".join(f"x{scale}" for scale in SCALES)
+    text = f"side of a tile in LR pixels (default at {scales}: {tiles['cpu']}, or {tiles['cuda']} with --cuda)"
     parser.add_argument("--tile", type=integer(), metavar="N", help=text)
     text = "maximum input size in pixels (default: %(default)s)"
     parser.add_argument("--max-pixels", type=integer(), default=MAX_PIXELS, metavar="N", help=text)
@@ -82,34 +84,55 @@ def output(text: str) -> str:
 # ------------------------------------------------------------------------------- upscaling
 
 
+def shipped_checkpoint(scale: int | None) -> Path:
+    """Return the path of the shipped checkpoint for a scale. Raise CommandError if it is missing."""
+    scale = scale or SCALE
+    file = FOLDER / ("checkpoint.pth" if scale == SCALE else f"checkpoints/x{scale}.pth")
+    if not file.exists():
+        raise CommandError(f"{file}: the checkpoint for x{scale} is missing; copy it there, or use --checkpoint=FILE")
+    return file
+
+
 def load_upscaler(
-    checkpoint: Path | str = CHECKPOINT,
+    checkpoint: Path | str | None = None,
     cuda: bool = False,
     precision: str = "auto",
     tile: int | None = None,
     self_ensemble: bool = False,
+    scale: int | None = None,
 ) -> Upscaler:
-    """Load the network of a checkpoint, for any number of images. The parameters are options of the command."""
+    """Load the network of a checkpoint, for any number of images. The parameters are options of the command.
+
+    Raises ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
+    """
+    if scale not in (None, *SCALES):
+        raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, not {scale!r}")
     device = select_device(cuda)
-    model = SRCNN()
-    model.load_state_dict(load_checkpoint(Path(checkpoint)).model)
+    file = shipped_checkpoint(scale) if checkpoint is None else Path(checkpoint)
+    loaded = load_checkpoint(file)
+    if scale not in (None, loaded.scale):
+        problem = f"--scale={scale} contradicts --checkpoint={file}, which upscales by {loaded.scale}"
+        raise CommandError(f"{problem}; leave out one of them")
+    model = SRCNN(loaded.scale)
+    model.load_state_dict(loaded.model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Upscaler(model, select_accurate_dtype(precision, model), tile, self_ensemble)
 
 
 @lru_cache
-def shipped_upscaler() -> Upscaler:
-    return load_upscaler()
+def shipped_upscaler(scale: int) -> Upscaler:
+    return load_upscaler(scale=scale)
 
 
-def upscale(image: T, upscaler: Upscaler | None = None) -> T:
-    """Upscale an image by 3.
+def upscale(image: T, upscaler: Upscaler | None = None, scale: int | None = None) -> T:
+    """Upscale an image.
 
     Parameters
     ----------
     image : Pillow image of any mode but I and F; or array, uint8 of shape (h, w) or (h, w, 2 to 4), or
         uint16 of shape (h, w). With 2 or 4 channels, the last is alpha.
-    upscaler : result of :func:`load_upscaler`; by default the shipped checkpoint, which is loaded once
+    upscaler : result of :func:`load_upscaler`; by default the shipped checkpoint for ``scale``, which is loaded once
+    scale : upscaling factor, one of SCALES; by default the upscaler's, or 3
 
     Returns
     -------
@@ -117,14 +140,19 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
 
     Raises
     ------
-    TypeError if ``image`` is neither, such as a path, or ValueError if it is of another mode, dtype or shape
+    TypeError if ``image`` is neither, such as a path, or ValueError if it is of another mode, dtype or shape, or if
+    ``scale`` contradicts ``upscaler`` or is none of SCALES
     """
     if not isinstance(image, Image.Image | np.ndarray):
         kind = type(image).__name__
         raise TypeError(
             f"an image is a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
         )
-    upscaler = upscaler or shipped_upscaler()
+    upscaler = upscaler or shipped_upscaler(SCALE if scale is None else scale)
+    if scale not in (None, upscaler.scale):
+        raise ValueError(
+            f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; leave out one of them"
+        )
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))
     return upscale_with_metadata(from_pillow(image), upscaler)
@@ -133,28 +161,35 @@ def upscale(image: T, upscaler: Upscaler | None = None) -> T:
 def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") -> Image.Image:
     """Upscale an image of :func:`read_image`, and its resolution and size in metadata."""
     sr = upscaler(lr, label)
-    sr.info = upscaled_metadata(lr.info, sr.size, SCALE)
+    sr.info = upscaled_metadata(lr.info, sr.size, upscaler.scale)
     return sr
 
 
 def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     """Read, upscale and write an image. If there is a ground truth, write a comparison and return the scores."""
-    start = time.perf_counter()
+    start, scale = time.perf_counter(), job.scale
     lr = read_image(job.lr, max_pixels)
-    check_output(job.sr, (SCALE * lr.width, SCALE * lr.height), lr.mode, job.format)
-    hr = read_hr(job.hr, MIN_SIDE, (SCALE + 1) ** 2 * max_pixels) if job.hr else None
-    if hr and not all(0 <= a - SCALE * b < SCALE for a, b in zip(hr.size, lr.size, strict=True)):
-        raise CommandError(f"{job.hr}: {hr.width}x{hr.height} is not three times {lr.width}x{lr.height}")
+    check_output(job.sr, (scale * lr.width, scale * lr.height), lr.mode, job.format)
+    hr = read_hr(job.hr, min_side(scale), (scale + 1) ** 2 * max_pixels) if job.hr else None
+    if hr and not fits(hr, lr, scale):
+        other = next((f", but --scale={other} fits" for other in SCALES if fits(hr, lr, other)), "")
+        problem = f"{hr.width}x{hr.height} is not {scale} times {lr.width}x{lr.height}{other}"
+        raise CommandError(f"{job.hr}: {problem}")
     sr = upscale_with_metadata(lr, upscaler, job.lr.name)
     write_image(sr, job.sr, sr.info, job.format)
     seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
     show(f"{job.sr}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
     if not hr:
         return None
-    picture, scores = compare(flatten(lr), flatten(sr), hr)
+    picture, scores = compare(flatten(lr), flatten(sr), hr, scale)
     write_image(picture, job.comparison, {})
     show(job.comparison)
     return scores
+
+
+def fits(hr: Image.Image, lr: Image.Image, scale: int) -> bool:
+    """Return whether an HR image is ``scale`` times as wide and high as an LR image, or a few pixels more."""
+    return all(0 <= a - scale * b < scale for a, b in zip(hr.size, lr.size, strict=True))
 
 
 class Results(NamedTuple):
@@ -213,8 +248,9 @@ def summarize(results: list[Results], ground_truth: Path | None, count: int, sec
 
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
-    upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble)
-    jobs = find_jobs(args.inputs, args.output, args.ground_truth, args.checkpoint, args.format, args.recursive)
+    file = args.checkpoint or shipped_checkpoint(args.scale)
+    upscaler = load_upscaler(file, args.cuda, args.precision, args.tile, args.self_ensemble, args.scale)
+    jobs = find_jobs(args.inputs, args.output, args.ground_truth, file, upscaler.scale, args.format, args.recursive)
     with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
         results = run_share(jobs, upscaler, args.skip_existing, args.max_pixels)
     with process_group(timedelta(days=9)):  # wait for the others, since a failure makes torchrun end all processes

@@ -7,10 +7,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from imaging.formats import readable_formats
+from model import SCALES
 from utils import CommandError, plural, warn
-
-SUFFIX = "_srcnn_x3"  # of the names of outputs
-COMPARISON_SUFFIX = f"{SUFFIX}_comparison"
 
 
 class Listing(NamedTuple):
@@ -69,9 +67,18 @@ def search_folder(folder: Path, recursive: bool | None = None) -> Listing:
     return listing
 
 
+def suffix(scale: int) -> str:
+    """Return the suffix of the names of outputs, before the extension."""
+    return f"_srcnn_x{scale}"
+
+
+def comparison_suffix(scale: int) -> str:
+    return f"{suffix(scale)}_comparison"
+
+
 def is_output(path: PurePath) -> bool:
-    """Return whether a file has the name of an output of super_resolve.py."""
-    return path.stem.endswith((SUFFIX, COMPARISON_SUFFIX))
+    """Return whether a file has the name of an output of super_resolve.py, at any scale."""
+    return any(path.stem.endswith((suffix(scale), comparison_suffix(scale))) for scale in SCALES)
 
 
 def describe(number: int, noun: str, detail: str) -> str:

@@ -153,7 +153,7 @@ def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeyp
     for name, image in a.images.items():
         assert torch.equal(b.images[name].hr, image.hr)
         assert torch.equal(b.images[name].bicubic, image.bicubic)
-        assert (b.images[name].lr, b.images[name].bicubic_psnr) == (image.lr, image.bicubic_psnr)
+        assert (b.images[name].lr, b.images[name].bicubic_quality) == (image.lr, image.bicubic_quality)
     monkeypatch.setattr(data, "TEST_PIXELS", 0)
     assert isinstance(data.load_sets(str(photos), str(photos), 0)[1].images, data.TestImages)
     training, test = large.split(3)

@@ -114,6 +114,30 @@ def test_init_starts_new_run_from_weights_of_checkpoint(train_small, recipe, con
     assert load("o/checkpoint.3")["args"]["init"] == "x"
 
 
+@pytest.mark.parametrize(("options", "scale", "patch"), [((), 4, 36), (("--scale=2",), 2, 30)], ids=["own", "other"])
+def test_init_starts_run_at_scale_of_checkpoint_unless_another_is_given(cli, photos, options, scale, patch):
+    torch.save(trained_content(args={"scale": 4}), "x")
+    sets = (f"--train-data={photos}", f"--test-data={photos}")
+    status, out, err = cli("train.py", "train", "--init=x", "--num-epoch=1", "--batch-size=8", *sets, *options)
+    assert (status, err) == (0, "")
+    assert f"\nSRCNN 9-1-5 x{scale} on cpu" in out
+    saved = load("checkpoint.1")["args"]
+    assert (saved["scale"], saved["patch_size"]) == (scale, patch)
+
+
+def test_resume_and_inspect_use_scale_of_checkpoint(train_small, cli, photos):
+    assert train_small("--scale=2", "--save-freq=1", "--output=a")[0] == 0
+    assert train_small("--output=b", command=("resume", "a/checkpoint.1"))[0] == 0
+    saved = load("b/checkpoint.2")
+    assert same(load("a/checkpoint.2")["model"], saved["model"])
+    assert saved["args"]["scale"] == 2
+    status, out, _ = cli("train.py", "inspect", "b/checkpoint.2", f"--test-data={photos}", "--json")
+    assert status == 0
+    for name, scores in json.loads(out)["report"]["images"].items():  # another memory layout rounds otherwise
+        assert saved["report"]["images"][name] == pytest.approx(scores, abs=0.002)
+    assert "SRCNN 9-1-5 x2, 20,099 parameters" in cli("train.py", "inspect", "b/checkpoint.2")[1]
+
+
 def test_run_on_generated_images_names_them_and_resumes_without_network(cli, offline):
     status, out, err = cli("train.py", "train", "--num-epoch=1", "--output=o")
     assert status == 0
@@ -191,6 +215,14 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
             "unrecognized arguments: --epoch=3; did you mean --num-epoch? (see train.py train --help)",
         ),
         ("train --no-such", 2, "--no-such"),
+        ("train --scale=5", 2, "--scale: invalid choice"),
+        ("train --patch-size=32", 2, "--patch-size must be a multiple of the scale, 3, not 32"),
+        ("train --scale=4 --patch-size=33", 2, "--patch-size must be a multiple of the scale, 4, not 33"),
+        ("train --scale=2 --recipe=assignment", 2, "--recipe=assignment is for --scale=3"),
+        ("train --init=doubled --recipe=assignment", 1, "--recipe=assignment is for --scale=3"),
+        ("resume x --scale=2", 2, "--scale is fixed at the start of a run"),
+        ("resume doubled --num-epoch=9 --patch-size=33", 1, "--patch-size must be a multiple of the scale, 2, not 33"),
+        ("inspect doubled --protocol=course", 1, "doubled upscales by 2, and the course's protocol is for 3 only"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
         ("train --hold-out=2", 2, "--hold-out"),
@@ -214,15 +246,18 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
 def test_bad_input_prints_one_line_and_writes_nothing(cli, photos, arguments, status, fact):
     torch.save(trained_content(epoch=2), "x")
     torch.save(trained_content(args={"hold_out": 2}), "held")
+    torch.save(trained_content(args={"scale": 2}), "doubled")
     Path("empty").mkdir()
     Path("file").write_text("in the way")
     command, *options = arguments.split()
     sets = [f"--train-data={photos}", f"--test-data={photos}"] if command == "train" else []
     found, out, err = cli("train.py", command, *sets, *options)
     assert found == status
-    assert not out or out.startswith("resuming held after epoch 1")
+    assert not out or out.startswith(
+        ("resuming held after epoch 1", "resuming doubled", "starting from the weights of")
+    )
     assert_one_line(err, fact)
-    assert sorted(os.listdir()) == ["empty", "file", "held", "x"]
+    assert sorted(os.listdir()) == ["doubled", "empty", "file", "held", "x"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
     state, args = checkpoint.training, checkpoint.args
     who = ", ".join(f"{key}: {value}" for key, value in asdict(checkpoint.info).items() if value)
     lines = [
-        f"{path}: SRCNN 9-1-5, {number_of_parameters(checkpoint):,} parameters",
+        f"{path}: SRCNN 9-1-5 x{checkpoint.scale}, {number_of_parameters(checkpoint):,} parameters",
         f"epoch       {checkpoint.epoch} of {args.get('num_epoch', 'an unknown number')}",
     ]
     if state:
@@ -59,6 +59,7 @@ def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
     facts: dict[str, Any] = {
         "epoch": checkpoint.epoch,
         "psnr": checkpoint.psnr,
+        "scale": checkpoint.scale,
         "args": checkpoint.args,
         "info": asdict(checkpoint.info),
         "torch": checkpoint.torch_version,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from imaging.folders import COMPARISON_SUFFIX, SUFFIX, is_output, search_folder, warn_of_skipped
+from imaging.folders import comparison_suffix, is_output, search_folder, suffix, warn_of_skipped
 from imaging.formats import EXTENSIONS, format_of, writable
 from imaging.images import STANDARD
 from utils import CommandError, make_folder, plural, remove_stale_files, warn
@@ -16,11 +16,12 @@ class Job(NamedTuple):
     sr: Path
     hr: Path | None  # ground truth
     format: str  # Pillow's name of the format to write sr in
+    scale: int  # upscaling factor
     problem: str = ""  # why it cannot be done, although the other jobs can
 
     @property
     def comparison(self) -> Path:
-        return self.sr.with_name(f"{self.sr.stem.removesuffix(SUFFIX)}{COMPARISON_SUFFIX}.png")
+        return self.sr.with_name(f"{self.sr.stem.removesuffix(suffix(self.scale))}{comparison_suffix(self.scale)}.png")
 
     @property
     def outputs(self) -> list[Path]:
@@ -47,6 +48,7 @@ def find_jobs(
     output: str | None,
     ground_truth: Path | None,
     checkpoint: Path,
+    scale: int,
     extension: str | None = None,
     recursive: bool = False,
 ) -> list[Job]:
@@ -58,6 +60,7 @@ def find_jobs(
     output : a file for a single image, a folder, or "-"; by default each output is put beside its input
     ground_truth : an image, or a folder of images with the names of the inputs
     checkpoint : a file that no output may replace
+    scale : upscaling factor, which is in the names of outputs
     extension : the format of outputs that ``output`` does not name; by default the format of the input
     recursive : search subfolders, and create the same tree in an output folder
 
@@ -67,7 +70,7 @@ def find_jobs(
     output would replace an input
     """
     if STANDARD in inputs or output == str(STANDARD):
-        return [pipe_job(inputs, output, ground_truth, checkpoint, extension)]
+        return [pipe_job(inputs, output, ground_truth, checkpoint, scale, extension)]
     several = len(inputs) > 1 or inputs[0].is_dir()
     if ground_truth and several and not ground_truth.is_dir():
         raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
@@ -75,9 +78,9 @@ def find_jobs(
     images = find_images(inputs, truths, recursive)
     file = output_file(output, several, extension)
     folder = Path(output) if output and not file else None
-    outputs = [file or output_path(image, folder, extension) for image in images]
-    jobs = [Job(image.path, sr, truths.find(image), format_of(sr)) for image, sr in zip(images, outputs, strict=True)]
-    jobs = with_distinct_outputs(jobs)
+    outputs = [file or output_path(image, folder, scale, extension) for image in images]
+    pairs = zip(images, outputs, strict=True)
+    jobs = with_distinct_outputs([Job(image.path, sr, truths.find(image), format_of(sr), scale) for image, sr in pairs])
     check_overwrites(jobs, [checkpoint, *(job.lr for job in jobs)])
     if not file and not extension:
         warn_of_png([job.lr for job in jobs])
@@ -89,7 +92,12 @@ def find_jobs(
 
 
 def pipe_job(
-    inputs: list[Path], output: str | None, ground_truth: Path | None, checkpoint: Path, extension: str | None
+    inputs: list[Path],
+    output: str | None,
+    ground_truth: Path | None,
+    checkpoint: Path,
+    scale: int,
+    extension: str | None,
 ) -> Job:
     """Return the job that reads standard input or writes standard output; see :func:`find_jobs`."""
     if len(inputs) > 1 or inputs[0].is_dir():
@@ -97,7 +105,7 @@ def pipe_job(
     if output not in (None, str(STANDARD)):
         file = Path(output)
         check_file_name(file, extension)
-        job = Job(inputs[0], file, ground_truth, format_of(file))
+        job = Job(inputs[0], file, ground_truth, format_of(file), scale)
         check_overwrites([job], [checkpoint])
         remove_stale_files(file.parent)
         return job
@@ -105,7 +113,7 @@ def pipe_job(
         raise CommandError("standard output needs a format, such as --format=png")
     if ground_truth:
         raise CommandError("--ground-truth also writes a comparison, and needs --output=FILE")
-    return Job(inputs[0], STANDARD, None, format_of(Path(f"x.{extension}")))
+    return Job(inputs[0], STANDARD, None, format_of(Path(f"x.{extension}")), scale)
 
 
 # ------------------------------------------------------------------------------- inputs
@@ -218,10 +226,11 @@ def output_file(output: str | None, several: bool, extension: str | None) -> Pat
     return file
 
 
-def output_path(image: InputImage, folder: Path | None, extension: str | None) -> Path:
+def output_path(image: InputImage, folder: Path | None, scale: int, extension: str | None) -> Path:
     """Return the path of an image's output, a PNG file if the image's own format cannot be written."""
-    suffix = f".{extension}" if extension else image.path.suffix if writable(image.path) else ".png"
-    return (folder or image.root) / image.subfolder / f"{image.path.stem}{SUFFIX}{suffix}"
+    own = image.path.suffix if writable(image.path) else ".png"
+    name = f"{image.path.stem}{suffix(scale)}{f'.{extension}' if extension else own}"
+    return (folder or image.root) / image.subfolder / name
 
 
 def warn_of_png(images: list[Path]) -> None:
@@ -253,7 +262,7 @@ def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
             for output in job.outputs:
                 inputs.setdefault(os.path.realpath(output), set()).add(job.lr.name)
         for i, job in enumerate(jobs):
-            sr = job.sr.with_name(f"{job.lr.name}{SUFFIX}{job.sr.suffix}")
+            sr = job.sr.with_name(f"{job.lr.name}{suffix(job.scale)}{job.sr.suffix}")
             if sr != job.sr and any(len(inputs[os.path.realpath(output)]) > 1 for output in job.outputs):
                 jobs[i], renamed = job._replace(sr=sr), True
     writers: dict[str, Path] = {}

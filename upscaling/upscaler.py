@@ -11,26 +11,24 @@ from PIL import Image
 from torch import Tensor
 
 from imaging.images import bicubic, to_image, to_tensor
-from model import HALO_LR, SCALE, SRCNN, crop
+from model import BICUBIC_REACH, SRCNN, context_of, crop
 from upscaling.device import select_dtype
 from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16
 from utils import is_out_of_memory, progress_bar
 
-# Side of a tile in LR pixels. On a CPU the features of a tile, 5 or 11 MB, just about fit into the caches.
-TILE = {"cpu": 66, "cuda": 256}
-# LR pixels around visible pixels to fill with color: bicubic interpolation of alpha makes 2 of them visible, and the
-# receptive field of the network adds 4.
-FILL = 6
+# HR pixels in a row of a tile's features. On a CPU the features, 5 or 11 MB, just about fit into the caches, and their
+# inner 200 columns are a multiple of PIXELS_AT_ONCE in fast_srcnn.py.
+FEATURE_SIDE = {"cpu": 204, "cuda": 774}
 
 
 class Upscaler:
-    """Upscale images by 3. The memory for features does not depend on the size of the image.
+    """Upscale images by the factor of a network. The memory for features does not depend on the size of the image.
 
     Parameters
     ----------
     model : SRCNN on the device to compute on
     dtype : torch.float32 or torch.bfloat16. 16-bit gray images are always computed in float32.
-    tile : side of a tile in LR pixels, by default TILE of the device. It is halved whenever memory runs out.
+    tile : side of a tile in LR pixels, by default that of :func:`default_tile`. It is halved whenever memory runs out.
     self_ensemble : average over the eight flips and rotations, at eight times the cost
     """
 
@@ -42,8 +40,11 @@ class Upscaler:
         tile: int | None = None,
         self_ensemble: bool = False,
     ) -> None:
-        self.device = model.conv1.weight.device
-        self.tile = tile or TILE[self.device.type]
+        self.scale, self.device = model.scale, model.conv1.weight.device
+        self.tile = tile or default_tile(self.device.type, self.scale)
+        # LR pixels around visible pixels to fill with color: bicubic interpolation of alpha makes some of them visible,
+        # and the network sees further ones.
+        self.fill = BICUBIC_REACH + context_of(self.scale)
         self.self_ensemble = self_ensemble
         self.model, self.dtype = model, dtype
         self.network = FastSRCNNBf16(model) if dtype == torch.bfloat16 else FastSRCNN(model)
@@ -63,7 +64,7 @@ class Upscaler:
 
         Returns
         -------
-        Image of the same mode, three times as wide and high, whose alpha is upscaled by bicubic interpolation
+        Image of the same mode, ``scale`` times as wide and high, whose alpha is upscaled by bicubic interpolation
         """
         while True:
             try:
@@ -76,9 +77,9 @@ class Upscaler:
 
     @torch.inference_mode()
     def upscale(self, lr: Image.Image, label: str) -> Image.Image:
-        sr = Image.new(lr.mode, (SCALE * lr.width, SCALE * lr.height))
+        sr = Image.new(lr.mode, (self.scale * lr.width, self.scale * lr.height))
         pixels = to_array(lr)  # (h, w, C)
-        context = HALO_LR + (FILL if has_alpha(lr.mode) else 0)
+        context = context_of(self.scale) + (self.fill if has_alpha(lr.mode) else 0)
         corners = list(product(range(0, lr.height, self.tile), range(0, lr.width, self.tile)))
         for top, left in progress_bar(corners, label, "tile", hidden=not label or len(corners) == 1):
             rows, columns = (
@@ -86,7 +87,7 @@ class Upscaler:
                 for start, size in ((top, lr.height), (left, lr.width))
             )  # clamped, which replicates the edges of the image
             tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
-            sr.paste(self.upscale_tile(tile, lr.mode), (SCALE * left, SCALE * top))
+            sr.paste(self.upscale_tile(tile, lr.mode), (self.scale * left, self.scale * top))
         if has_alpha(lr.mode):
             sr.putalpha(bicubic(lr.getchannel("A"), sr.size))
         return sr
@@ -94,15 +95,20 @@ class Upscaler:
     def upscale_tile(self, tile: Tensor, mode: str) -> Image.Image:
         """Upscale a tile with context, (1, C, h', w'), to an image without alpha."""
         if has_alpha(mode):
-            tile = crop(fill_transparent(tile[:, :-1], tile[:, -1:]), FILL)
+            tile = crop(fill_transparent(tile[:, :-1], tile[:, -1:], self.fill), self.fill)
         channels = tile.shape[1]
-        lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 8, w + 8)
+        lr = tile.to(self.device).expand(-1, 3, -1, -1)  # (1, 3, h + 2c, w + 2c)
         network = self.float32_network if mode == "I;16" else self.network
-        sr = (self_ensemble(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, 3h, 3w)
-        values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (3h, 3w, 3) or (3h, 3w)
+        sr = (self_ensemble(network, lr) if self.self_ensemble else network(lr))[0].clamp_(0, 255)  # (3, s * h, s * w)
+        values = sr.permute(1, 2, 0) if channels == 3 else luma(sr)  # (s * h, s * w, 3) or (s * h, s * w)
         if mode == "I;16":
             return Image.fromarray((257 * values).round_().to(torch.uint16).cpu().numpy())
         return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
+
+
+def default_tile(device: str, scale: int) -> int:
+    """Return the side of a tile in LR pixels on "cpu" or "cuda". The features include an LR pixel on each side."""
+    return FEATURE_SIDE[device] // scale - 2
 
 
 def has_alpha(mode: str) -> bool:
@@ -123,7 +129,7 @@ def self_ensemble(network: Callable[[Tensor], Tensor], lr: Tensor) -> Tensor:
     outputs = []
     for turns in range(4):
         x = lr.rot90(turns, (2, 3))
-        outputs.append((network(x) + network(x.flip(3)).flip(3)).rot90(-turns, (2, 3)))  # (1, 3, 3h, 3w)
+        outputs.append((network(x) + network(x.flip(3)).flip(3)).rot90(-turns, (2, 3)))  # (1, 3, s * h, s * w)
     return torch.stack(outputs).sum(0) / 8
 
 
@@ -133,8 +139,8 @@ def luma(rgb: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
-    """Give transparent pixels within FILL of visible ones the mean color of their visible neighbors.
+def fill_transparent(color: Tensor, alpha: Tensor, distance: int) -> Tensor:
+    """Give transparent pixels within a distance of visible ones the mean color of their visible neighbors.
 
     In files they have any color, often black, which the network would turn into a fringe.
 
@@ -142,6 +148,7 @@ def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
     ----------
     color : uint8 Tensor of shape (1, C, h, w)
     alpha : uint8 Tensor of shape (1, 1, h, w)
+    distance : pixels
 
     Returns
     -------
@@ -151,7 +158,7 @@ def fill_transparent(color: Tensor, alpha: Tensor) -> Tensor:
         return color
     weight = alpha.double() / 255
     total = color * weight
-    for _ in range(FILL):
+    for _ in range(distance):
         known = weight > 0
         total, weight = (torch.where(known, x, F.avg_pool2d(x, 3, 1, padding=1)) for x in (total, weight))
     filled = (total / weight).round().nan_to_num(0).to(torch.uint8)  # 0 / 0 far from visible pixels

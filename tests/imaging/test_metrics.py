@@ -23,7 +23,7 @@ from imaging.metrics import (
 )
 
 SET5 = ["baby", "bird", "butterfly", "head", "woman"]
-# Of Pillow's bicubic down- and upscaling: PSNR Y (dB), PSNR RGB (dB), SSIM Y by an independent program; the mean is last.
+# PSNR Y (dB), PSNR RGB (dB) and SSIM Y of Pillow's bicubic interpolation, by an independent program; last, the mean.
 BICUBIC = {
     2: """37.078 / 35.588 / 0.9523 | 36.822 / 34.962 / 0.9725 | 27.437 / 26.092 / 0.9158 | 34.881 / 31.485 / 0.8630
         | 32.149 / 30.809 / 0.9478 | 33.673 / 31.787 / 0.9303""",

@@ -153,6 +153,14 @@ def test_checkpoint_that_began_on_generated_images_is_warned_of(monkeypatch, cap
     assert_one_line(capsys.readouterr().err, "WARNING: net was first trained on dead-leaves (GENERATED IMAGES)")
 
 
+def test_checkpoint_of_another_scale_is_not_handed_in(monkeypatch):
+    monkeypatch.setattr("tools.hand_in.info", STUDENT)
+    checkpoint = load_checkpoint(ROOT / "checkpoint.pth")
+    checkpoint.info, checkpoint.args = STUDENT, checkpoint.args | {"scale": 4}
+    with pytest.raises(CommandError, match=r"^net upscales by 4; the assignment asks for 3$"):
+        check_origin(Path("net"), checkpoint)
+
+
 @pytest.mark.parametrize(("init", "warns"), [("checkpoint.pth", True), ("", False)])
 def test_checkpoint_that_began_with_weights_of_another_is_warned_of(monkeypatch, capsys, init, warns):
     monkeypatch.setattr("tools.hand_in.info", STUDENT)

@@ -7,7 +7,7 @@ from torch import nn
 
 from data import ImageSet
 from imaging.dead_leaves import dead_leaves
-from model import SRCNN
+from model import SCALES, SRCNN
 from train import RECIPES
 from training.grid_patches import GridPatches
 from training.optimizer import WhitenedAdam, whitened_adam, whitening_matrix
@@ -23,9 +23,11 @@ def noise():
     return torch.randint(256, (64, 3, 20, 20), generator=torch.Generator().manual_seed(0))
 
 
-def test_whitening_matrix_decorrelates_and_scales_to_unit_variance(noise):
-    whitening = whitening_matrix(noise, floor=1e-9, size=1)
-    x = F.interpolate(noise.double() / 255, scale_factor=3, mode="bicubic", antialias=True)[..., 6:-6, 6:-6]
+@pytest.mark.parametrize("scale", SCALES)
+def test_whitening_matrix_decorrelates_and_scales_to_unit_variance(noise, scale):
+    whitening = whitening_matrix(noise, scale, floor=1e-9, size=1)
+    x = F.interpolate(noise.double() / 255, scale_factor=scale, mode="bicubic", antialias=True)
+    x = x[..., 2 * scale : -2 * scale, 2 * scale : -2 * scale]
     patches = F.unfold(x, 9, stride=5).transpose(1, 2).reshape(-1, 243)
     covariance = (patches @ whitening.T).T.cov()
     variances = covariance.diag()[3:]
@@ -36,12 +38,12 @@ def test_whitening_matrix_decorrelates_and_scales_to_unit_variance(noise):
 
 def test_whitening_matrix_amplifies_up_to_floor(noise):
     """A floor of 1e-3 allows a factor of about 30, times the size of 0.3."""
-    assert torch.linalg.matrix_norm(whitening_matrix(noise), 2).item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
+    assert torch.linalg.matrix_norm(whitening_matrix(noise, 3), 2).item() == pytest.approx(0.3 * 1e-3**-0.5, rel=0.01)
 
 
 def test_whitening_matrix_ignores_mean_of_each_channel(noise):
     plain = torch.block_diag(*[torch.ones(1, 81, dtype=torch.float64)] * 3)
-    assert (whitening_matrix(noise, floor=1e-9, size=1) @ plain.T).abs().max() < 1e-6
+    assert (whitening_matrix(noise, 3, floor=1e-9, size=1) @ plain.T).abs().max() < 1e-6
 
 
 def test_whitened_adam_is_adam_on_v_where_weight_is_start_plus_v_p():
@@ -67,14 +69,16 @@ def test_whitened_adam_is_adam_on_v_where_weight_is_start_plus_v_p():
 @pytest.mark.parametrize("patch", [9, 63, 360])
 def test_whitening_matrix_is_computed_from_same_number_of_pixels_for_any_patch_size(monkeypatch, patch):
     patches, counts = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
-    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr: counts.append(len(lr)) or torch.eye(243))
+    monkeypatch.setattr(
+        "training.optimizer.whitening_matrix", lambda lr, scale: counts.append(len(lr)) or torch.eye(243)
+    )
     whitened_adam(SRCNN(), patches, torch.Generator())
     (count,) = counts
     assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
 
 
 def test_whitened_adam_uses_whitening_matrix_of_rank_0(train_set, monkeypatch):
-    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr: torch.eye(243))
+    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda lr, scale: torch.eye(243))
     monkeypatch.setattr("training.optimizer.broadcast", lambda matrix: 2 * matrix)  # as if rank 0 had another
     assert torch.equal(whitened_adam(SRCNN(), train_set, torch.Generator()).whitening, 2 * torch.eye(243))
 

@@ -29,7 +29,7 @@ from utils import ArgumentParser, CommandError
 
 ALL = {"lr": 1e-9, "batch_size": 3, "num_epoch": 2**31 - 1, "save_freq": 1, "patch_size": 9, "seed": 7}
 ALL |= {"recipe": "assignment", "hold_out": 2, "precision": "bf16", "train_data": "a b", "test_data": "dead-leaves"}
-ALL |= {"epoch_size": 0.5}
+ALL |= {"epoch_size": 0.5, "scale": 3}
 ALL |= {"init": "a/checkpoint.best"}
 
 
@@ -53,12 +53,14 @@ def test_options_convert_to_args_and_back():
 def test_options_not_given_have_defaults_of_their_recipe():
     assert given_options(parser().parse_args([])) == {}
     assert Options.from_args({"lr": 0.5}) == Options(learning_rate=0.5)
-    assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 0.0001, 128, 100, 10, "fp32", 33)
+    assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 3, 0.0001, 128, 100, 10, "fp32", 33)
+    assert [Options.from_args({"scale": scale}).patch_size for scale in (2, 3, 4)] == [30, 33, 36]
 
 
 def test_help_shows_defaults_but_not_for_resume():
     text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
-    for name, default in (("--lr N", "0.003"), ("--batch-size N", "32"), ("--num-epoch N", "100")):
+    sizes = "30 at x2, 33 at x3, 36 at x4"
+    for name, default in (("--lr N", "0.003"), ("--scale {2,3,4}", "3"), ("--patch-size N", sizes)):
         assert f"(default: {default})" in text.partition(f" {name} ")[2].partition(" --")[0]
     assert "default" not in text_of_resume
     assert "--seed" not in text_of_resume
@@ -75,8 +77,9 @@ def test_help_shows_defaults_but_not_for_resume():
         ("batch_size", "2147483648", "below 2^31"),
         ("num_epoch", "-3", "positive integer"),
         ("save_freq", "1.5", "positive integer"),
-        ("patch_size", "0", "multiple of 3"),
-        ("patch_size", "32", "multiple of 3"),
+        ("patch_size", "0", "positive integer"),
+        ("scale", "x2", "positive integer"),
+        ("scale", "5", ""),
         ("seed", "-1", "0 or greater"),
         ("hold_out", "-2", "0 or greater"),
         ("hold_out", "1", "at least 2"),
@@ -102,6 +105,15 @@ def test_init_is_a_path_or_in_a_checkpoint_empty(capsys):
     assert "--init FILE checkpoint with initial weights (default: none)" in " ".join(parser().format_help().split())
 
 
+def test_patch_size_in_checkpoint_must_be_multiple_of_its_scale():
+    assert check_args({"scale": 4, "patch_size": 32}) == {"scale": 4, "patch_size": 32}
+    for args in ({"patch_size": 32}, {"scale": 2, "patch_size": 33}):
+        with pytest.raises(CommandError, match="--patch-size must be a multiple of the scale"):
+            check_args(args)
+    assert valid_args({"patch_size": 33, "scale": 2, "lr": 0.5}) == {"scale": 2, "lr": 0.5}
+    assert valid_args({"patch_size": 33, "scale": 1.5}) == {"patch_size": 33}
+
+
 def test_init_of_another_program_is_not_ours():
     assert valid_args({"init": "xavier", "lr": 0.5, "seed": -1}) == {"lr": 0.5}
 
@@ -116,11 +128,11 @@ def test_value_of_no_option_is_refused_in_checkpoint(name, value):
         check_args({name: value})
 
 
-@pytest.mark.parametrize("words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--init=x"])
+@pytest.mark.parametrize("words", ["--seed 3", "--seed=0", "--seed", "--recipe=assignment", "--scale=2", "--init=x"])
 def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
     with pytest.raises(SystemExit, match="2"):
         parser(resume=True).parse_args(words.split())
-    (name,) = [name for name in ("--recipe", "--seed", "--init") if words.startswith(name[:5])]
+    (name,) = [name for name in ("--recipe", "--scale", "--seed", "--init") if words.startswith(name[:5])]
     assert_one_line(capsys.readouterr().err, f"{name} is fixed at the start of a run")
 
 
@@ -130,8 +142,10 @@ def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
         (Options("assignment", precision="bf16"), "--precision"),
         (Options(hold_out=4), "--hold-out=0"),
         (Options(batch_size=2), "3 processes"),
+        (Options(scale=4, patch_size=30), "--patch-size must be a multiple of the scale, 4, not 30"),
+        (Options("assignment", scale=2, patch_size=30), "--recipe=assignment is for --scale=3"),
     ],
-    ids=["precision", "ignored test data", "fewer patches than processes"],
+    ids=["precision", "ignored test data", "fewer patches than processes", "patch size", "scale of the assignment"],
 )
 def test_options_that_contradict_or_ask_too_much_are_refused(options, problem):
     with pytest.raises(CommandError, match=problem):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data import ImageSet, degrade
 from imaging.images import to_tensor
+from model import SCALES, context_of
 from training.random_patches import ImportanceSampler, RandomPatches, bicubic_error, mean_of_patches
 
 
@@ -22,18 +23,18 @@ def coordinates(width, height, blue):
 IMAGES = {200: coordinates(60, 45, 200), 250: coordinates(33, 90, 250)}
 
 
-def draw(images, patch, count, steps=1):
-    patches = RandomPatches(ImageSet("x", images), patch, torch.device("cpu"))
+def draw(images, patch, count, steps=1, scale=3):
+    patches = RandomPatches(ImageSet("x", images), patch, torch.device("cpu"), scale=scale)
     batches = list(patches.batches(steps, count, torch.Generator().manual_seed(1)))
     assert [len(batch.hr) for batch in batches] == [count] * steps
     return batches
 
 
 @cache
-def located_patches():
-    """Return (blue, top, left, order of channels, lr, hr) of the 400 patches of two batches, in the usual colors."""
+def located_patches(scale):
+    """Return (blue, top, left, order of channels, lr, hr) of the patches of some batches of 200, in the usual colors."""
     patches = []
-    for lr, hr, _ in draw(IMAGES, 12, 200, steps=2):
+    for lr, hr, _ in draw(IMAGES, 12, 200, 4 if scale == 4 else 2, scale):
         assert lr.is_contiguous(memory_format=torch.channels_last)
         lr[175:], hr[175:] = 255 - lr[175:], 255 - hr[175:]  # the last eighth is negative
         for lr_patch, hr_patch in zip(lr, hr, strict=True):
@@ -43,36 +44,40 @@ def located_patches():
     return patches
 
 
-def test_patches_are_oriented_crops_with_context_in_lr():
-    orientations = set()
-    for blue, top, left, _, lr, hr in located_patches():
+@pytest.mark.parametrize("scale", SCALES)
+def test_patches_are_oriented_crops_with_context_in_lr(scale):
+    orientations, context = set(), context_of(scale)
+    for blue, top, left, _, lr, hr in located_patches(scale):
         image = IMAGES[blue]
         crop = to_tensor(image.crop((left, top, left + 12, top + 12)))
         (orientation,) = (i for i, patch in enumerate(dihedral(crop)) if torch.equal(patch, hr))
         orientations.add(orientation)
-        # The LR patch is the same place of the LR image with 4 pixels around it, where edges are repeated.
-        whole = to_tensor(degrade(image.crop((left % 3, top % 3, *image.size)))[0])
-        y = torch.arange(top // 3 - 4, top // 3 + 8).clamp(0, whole.shape[1] - 1)
-        x = torch.arange(left // 3 - 4, left // 3 + 8).clamp(0, whole.shape[2] - 1)
+        # The LR patch is the same place of the LR image with its context, where edges are repeated.
+        whole = to_tensor(degrade(image.crop((left % scale, top % scale, *image.size)), scale)[0])
+        y, x = (
+            torch.arange(start // scale - context, (start + 12) // scale + context).clamp(0, side - 1)
+            for start, side in zip((top, left), whole.shape[1:], strict=True)
+        )
         assert torch.equal(lr, dihedral(whole[:, y][..., x])[orientation])
     assert orientations == set(range(8))
 
 
 def test_first_eighth_of_batch_has_permuted_channels():
-    orders = [patch[3] for patch in located_patches()]
+    orders = [patch[3] for patch in located_patches(3)]
     permuted, kept = orders[:25] + orders[200:225], orders[25:200] + orders[225:]
     assert set(kept) == {(0, 1, 2)}
     assert set(permuted) == set(permutations(range(3))) - set(kept)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("blue", IMAGES)
-def test_patches_cover_image_to_its_edges_at_all_offsets(blue):
-    corners = {(top, left) for found, top, left, *_ in located_patches() if found == blue}
+def test_patches_cover_image_to_its_edges_at_all_offsets(blue, scale):
+    corners = {(top, left) for found, top, left, *_ in located_patches(scale) if found == blue}
     tops, lefts = zip(*corners, strict=True)
     assert len(corners) > 120
     assert (min(tops), max(tops)) == (0, IMAGES[blue].height - 12)
     assert (min(lefts), max(lefts)) == (0, IMAGES[blue].width - 12)
-    assert len({(top % 3, left % 3) for top, left in corners}) == 9
+    assert len({(top % scale, left % scale) for top, left in corners}) == scale**2
 
 
 def test_image_smaller_than_patch_is_padded_with_its_edges():
@@ -119,13 +124,14 @@ def test_images_without_error_are_drawn_uniformly():
     assert weight.tolist() == pytest.approx([1] * 9)
 
 
-def test_error_of_patch_is_mean_squared_error_of_bicubic():
-    image = random_image("RGB", (31, 26))
-    lr, hr = degrade(image)
+@pytest.mark.parametrize("scale", SCALES)
+def test_error_of_patch_is_mean_squared_error_of_bicubic(scale):
+    image = random_image("RGB", (10 * scale + 1, 9 * scale - 1))
+    lr, hr = degrade(image, scale)
     upscaled = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
     squares = ((upscaled - np.asarray(hr, float)) ** 2).mean(2)
     error = bicubic_error(lr, hr)
     means = mean_of_patches(error, 3)
     assert (error.shape, means.shape) == ((8, 10), (6, 8))
-    assert error[2, 7].item() == pytest.approx(squares[6:9, 21:24].mean())
-    assert means[4, 1].item() == pytest.approx(squares[12:21, 3:12].mean())
+    assert error[2, 7].item() == pytest.approx(squares[2 * scale : 3 * scale, 7 * scale : 8 * scale].mean())
+    assert means[4, 1].item() == pytest.approx(squares[4 * scale : 7 * scale, scale : 4 * scale].mean())

@@ -42,16 +42,17 @@ def test_penalty_for_tinted_gray_is_quarter_of_what_image_can_show(passing_model
     assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2 + 0.9**2) / 3 / 255**2 / 2 / 4)
 
 
-def test_gray_corners_are_gray_with_contrast_drawn_by_patch_itself():
+@pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
+def test_gray_corners_are_gray_with_contrast_drawn_by_patch_itself(scale, side):
     lr = plain(100, 100)
     lr[:, :, 5, 5] += torch.tensor([[6], [14]], dtype=torch.uint8)  # the second differs more
     lr[:, 0, 5, 5] += 3
-    draws = lr[..., :13, :13].sum((1, 2, 3)) % 256
+    draws = lr[..., :side, :side].sum((1, 2, 3)) % 256
     assert draws[0] != draws[1]
-    gray = gray_corners(lr)
-    assert gray.shape == (2, 3, 13, 13)
+    gray = gray_corners(lr, scale)
+    assert gray.shape == (2, 3, side, side)
     for patch, draw, rise in zip(gray, draws, (7, 15), strict=True):
         assert (patch == patch[:1]).all()
         assert patch[0, 0, 0] == 100
         assert patch[0, 5, 5] == min(255, round(100 + rise * math.exp(5 * draw.item() / 256)))
-    assert torch.equal(gray_corners(lr[1:]), gray[1:])  # each patch by itself, as in several processes
+    assert torch.equal(gray_corners(lr[1:], scale), gray[1:])  # each patch by itself, as in several processes

@@ -14,6 +14,7 @@ from data import ImageSet, degrade, load_images
 from imaging import image_sets
 from imaging.dead_leaves import dead_leaves
 from imaging.image_sets import ImageFiles, read_headers
+from model import SCALES, context_of
 from training import patches, window
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches, bicubic_error, crop_of_tile
@@ -47,51 +48,54 @@ def bound(monkeypatch):
 # ---------------------------------------------------------------------------------- tiles
 
 
-def test_tiles_divide_the_places_for_patches_of_all_images():
-    sizes = np.array([[9, 9], [100, 40], [33, 200], [150, 151]])
-    tiles, found = Tiles(sizes, 4, 10), []
+@pytest.mark.parametrize("scale", SCALES)
+def test_tiles_divide_the_places_for_patches_of_all_images(scale):
+    sizes = np.array([[9, 9], [100, 40], [33, 200], [150, 151]]) * scale // 3
+    tiles, found = Tiles(sizes, 4, 10, scale), []
     for tile in tiles:
         left, top, right, bottom = tile.box
         assert max(tile.places) <= 10 or np.prod(tile.places) <= 100
         rows, columns = (
-            range(start // 3 + first, start // 3 + first + count)
+            range(start // scale + first, start // scale + first + count)
             for start, first, count in zip((top, left), tile.first, tile.places, strict=True)
         )
         found += [(tile.image, row, column) for row in rows for column in columns]
         assert 0 <= left < right <= sizes[tile.image, 0]
         assert 0 <= top < bottom <= sizes[tile.image, 1]
-    places = [(max(height // 3 - 3, 1), max(width // 3 - 3, 1)) for width, height in sizes.tolist()]
+    places = [(max(height // scale - 3, 1), max(width // scale - 3, 1)) for width, height in sizes.tolist()]
     expected = [(i, row, column) for i, (h, w) in enumerate(places) for row in range(h) for column in range(w)]
     assert sorted(found) == expected
     boxes = [tile.box for tile in tiles]
     assert tiles.areas().tolist() == [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
 
 
-def test_tile_has_the_errors_of_its_places_in_the_whole_image():
-    image, size = random_image(size=(131, 87)), 5
-    for tile in Tiles(np.array([image.size]), size, 11):
+@pytest.mark.parametrize("scale", SCALES)
+def test_tile_has_the_errors_of_its_places_in_the_whole_image(scale):
+    image, size = random_image(size=(44 * scale - 1, 29 * scale)), 5
+    for tile in Tiles(np.array([image.size]), size, 11, scale):
         left, top, *_ = tile.box
-        crop, whole = crop_of_tile(tile, image.crop(tile.box), size), bicubic_error(*degrade(image))
+        crop, whole = crop_of_tile(tile, image.crop(tile.box), size, scale), bicubic_error(*degrade(image, scale))
         (row, column), (rows, columns) = crop.first, (count + size - 1 for count in tile.places)
-        row, column = row + top // 3, column + left // 3
+        row, column = row + top // scale, column + left // scale
         assert torch.equal(crop.error, whole[row : row + rows, column : column + columns])
 
 
-def test_tile_has_the_lr_pixels_that_the_whole_image_has():
+@pytest.mark.parametrize("scale", SCALES)
+def test_tile_has_the_lr_pixels_that_the_whole_image_has(scale):
     """At each offset of their grid, and with the context of a patch, which no edge of a tile distorts."""
-    image, size = random_image(size=(131, 87)), 5
-    tiles = Tiles(np.array([image.size]), size, 11)
+    image, size, context = random_image(size=(44 * scale - 1, 29 * scale)), 5, context_of(scale)
+    tiles = Tiles(np.array([image.size]), size, 11, scale)
     assert len(tiles) > 8
-    for tile, (y, x) in product(tiles, product(range(3), repeat=2)):
+    for tile, (y, x) in product(tiles, product(range(scale), repeat=2)):
         left, top, right, bottom = tile.box
-        crop = crop_of_tile(tile, image.crop((left + x, top + y, right, bottom)), size)
-        (lr,), whole = crop.lr, np.array(degrade(image.crop((x, y, *image.size)))[0])
+        crop = crop_of_tile(tile, image.crop((left + x, top + y, right, bottom)), size, scale)
+        (lr,), whole = crop.lr, np.array(degrade(image.crop((x, y, *image.size)), scale)[0])
         ends = [
-            min(first + count + size + 3, side)
+            min(first + count + size - 1 + context, side)
             for first, count, side in zip(crop.first, tile.places, lr.shape[:2], strict=True)
         ]
-        rows, columns = (slice(max(first - 4, 0), end) for first, end in zip(crop.first, ends, strict=True))
-        inside = whole[top // 3 :, left // 3 :][rows, columns]
+        rows, columns = (slice(max(first - context, 0), end) for first, end in zip(crop.first, ends, strict=True))
+        inside = whole[top // scale :, left // scale :][rows, columns]
         assert inside.size > 0
         assert np.array_equal(lr[rows, columns], inside)
         assert np.array_equal(crop.hr[:9, :9], np.array(image)[top + y : top + y + 9, left + x : left + x + 9])
@@ -105,7 +109,7 @@ def first_place(tile):
 def test_each_tile_comes_once_before_any_comes_again(bound):
     bound(200_000)
     sizes = [(20, 20), (20, 120), (90, 20), (150, 130), (60, 60)]
-    moving = Window(image_set({str(i): Image.new("L", size) for i, size in enumerate(sizes)}).images, 12, 0, 10)
+    moving = Window(image_set({str(i): Image.new("L", size) for i, size in enumerate(sizes)}).images, 12, 3, 0, 10)
     tiles = [tile for number in range(2500) for tile in moving.draw(number)]
     everything, count = sorted(map(first_place, moving.tiles)), len(moving.tiles)
     assert count > 10
@@ -119,7 +123,7 @@ def test_each_tile_comes_once_before_any_comes_again(bound):
 def test_parts_depend_on_seed_and_number_alone(bound):
     bound(200_000)
     files = image_set({str(i): Image.new("L", (90, 80)) for i in range(4)}).images
-    a, b, other = (Window(files, 12, seed, 10) for seed in (3, 3, 4))
+    a, b, other = (Window(files, 12, 3, seed, 10) for seed in (3, 3, 4))
     parts = [a.draw(number) for number in range(5)]
     assert [b.draw(number) for number in reversed(range(5))] == parts[::-1]
     assert parts[0] != parts[1]
@@ -142,7 +146,7 @@ def numbers_by_step(moving, epochs, steps, pixels):
 def test_window_depends_on_the_pixels_drawn_alone(bound):
     bound(200_000)
     files = image_set({"a": Image.new("L", (90, 80))}).images
-    windows = [Window(files, 12, 0, 10) for _ in range(3)]
+    windows = [Window(files, 12, 3, 0, 10) for _ in range(3)]
     pixels = windows[0].part_pixels * 3 // 5
     turns = [step * pixels // (DRAWS * windows[0].part_pixels) for step in range(60)]
     expected = [list(range(turn, turn + PARTS)) for turn in turns]
@@ -195,7 +199,7 @@ def test_tiles_of_images_of_all_kinds_are_read(bound):
     exif[0x0112] = 6
     turned.info["exif"] = exif
     images = {"gray": random_image("L", (50, 40)), "large": random_image(size=(210, 180), seed=1), "turned": turned}
-    moving = Window(image_set(images).images, 9, 0, 14)
+    moving = Window(image_set(images).images, 9, 3, 0, 14)
     assert moving.pixels < 210 * 180
     images["turned"] = turned.transpose(Image.Transpose.ROTATE_270).transpose(Image.Transpose.TRANSPOSE)
     tiles = list(moving.read(list(moving.tiles)))
@@ -238,7 +242,7 @@ def test_each_image_of_a_part_is_decoded_once(bound, monkeypatch):
     bound(1_000_000)
     decoded, read = [], image_sets.read_hr
     images = image_set({name: random_image(size=(200, 200)) for name in "ab"})
-    moving = Window(images.images, 12, 0, 10)
+    moving = Window(images.images, 12, 3, 0, 10)
     monkeypatch.setattr(image_sets, "read_hr", lambda path, *a, **b: decoded.append(path.name) or read(path, *a, **b))
     tiles = [moving.tiles[i] for i in np.random.default_rng(0).permutation(len(moving.tiles))]
     assert len(list(moving.read(tiles))) == len(tiles) > 2
@@ -301,7 +305,7 @@ def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
 
 
 def test_docs_have_the_sizes_of_sets_in_memory():
-    sizes = (kind.max_pixels(33) // 10**6 for kind in (RandomPatches, GridPatches))
+    sizes = (kind.max_pixels(33, 3) // 10**6 for kind in (RandomPatches, GridPatches))
     assert "A set of up to {} megapixels is in memory as a whole, or of up to {}".format(*sizes) in " ".join(
         (ROOT / "docs" / "training.md").read_text().split()
     )
