@@ -31,7 +31,8 @@ def test_file_contains_what_assignment_asks_for():
     names = [f"conv{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")]
     assert {name: tensor.shape for name, tensor in saved["model"].items()} == dict(zip(names, shapes, strict=True))
     args = {"lr": 0.003, "batch_size": 32, "num_epoch": 4, "save_freq": 10}  # the assignment's
-    args |= {"recipe": "default", "precision": "auto", "patch_size": 33, "seed": 0, "hold_out": 0, "epoch_size": 100}
+    args |= {"recipe": "default", "scale": 3, "precision": "auto", "patch_size": 33, "seed": 0}
+    args |= {"hold_out": 0, "epoch_size": 100}
     args |= {"train_data": "data/91-image", "test_data": "data/Set5", "init": ""}
     assert saved["args"] == args
     assert saved["info"] == {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"}
