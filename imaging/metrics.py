@@ -117,7 +117,7 @@ def ssim_y(sr: Tensor, hr: Tensor, shave: int) -> float:
     for a, b in tiles(sr, hr, shave, overlap=WINDOW - 1):
         similarity = ssim_map(luma(a), luma(b))
         total, count = total + float(similarity.sum()), count + similarity.size
-    return min(total / count, 1.0) if count else math.nan  # rounding could exceed 1
+    return min(total / count, 1.0) if count else math.nan  # rounding must not lift it above 1
 
 
 def tiles(sr: Tensor, hr: Tensor, shave: int, overlap: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

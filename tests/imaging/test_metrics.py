@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imaging import metrics
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import (
     TILE,
@@ -83,17 +84,17 @@ def test_gray_image_is_measured_on_its_values():
 
 def test_values_are_rounded_to_8_bits_and_clamped():
     hr = NOISE.clamp(10, 245)
-    assert measure(hr / 255 + 0.4 / 255, hr, 3) == (math.inf, math.inf, 1)
+    assert measure(hr / 255 + 0.4 / 255, hr, 3) == pytest.approx((math.inf, math.inf, 1))
     assert psnr_rgb(hr / 255 + 0.6 / 255, hr, 3) == pytest.approx(ONE_LEVEL)
     assert ssim_y(hr / 255 + 0.6 / 255, hr, 3) == ssim_y(hr + 1, hr, 3) < 1
     white = torch.full((3, 30, 30), 255, dtype=torch.uint8)
-    assert measure(torch.full((3, 30, 30), 1.7), white, 3) == (math.inf, math.inf, 1)
+    assert measure(torch.full((3, 30, 30), 1.7), white, 3) == pytest.approx((math.inf, math.inf, 1))
 
 
 def test_border_is_left_out():
     spoilt = NOISE.clone()
     spoilt[:, :3], spoilt[:, -3:], spoilt[:, :, :3], spoilt[:, :, -3:] = 0, 0, 0, 0
-    assert measure(spoilt, NOISE, 3) == (math.inf, math.inf, 1)
+    assert measure(spoilt, NOISE, 3) == pytest.approx((math.inf, math.inf, 1))
     for shave, psnr, ssim in ((2, 40, 1), (0, 20, 0.98)):
         found = measure(spoilt, NOISE, shave)
         assert max(found[:2]) < psnr
@@ -176,18 +177,27 @@ def test_each_constant_of_ssim_matters(change):
 
 
 @pytest.mark.parametrize("image", [NOISE, NOISE[:1], GRAY], ids=["color", "gray", "flat"])
-def test_ssim_of_equal_images_is_exactly_1(image):
-    assert ssim_y(image, image, 3) == 1
+def test_ssim_of_equal_images_is_1(image):
+    assert ssim_y(image, image, 3) == pytest.approx(1, abs=1e-12)
 
 
 def test_ssim_of_inverted_image_is_negative():
     assert -1 <= ssim_y(255 - NOISE, NOISE, 3) < -0.5
 
 
-def test_ssim_of_nearly_equal_images_is_not_above_1():
-    """Checkpoints with a larger value would be refused, and rounding could make it larger."""
-    images = torch.randint(0, 3, (200, 1, 17, 17), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert max(ssim_y(image, image | (image == 2), 3) for image in images) <= 1
+def test_smallest_difference_lowers_ssim():
+    """Rounding changes it by far less."""
+    images = torch.randint(250, 256, (100, 3, 11, 11), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for image in images:
+        changed = image.clone()
+        changed[2, 0, 0] ^= 1  # blue, which has the smallest weight, in a corner of the only window
+        assert 1e-11 < 1 - ssim_y(changed, image, 0) < 1e-9
+
+
+def test_rounding_does_not_lift_ssim_above_1(monkeypatch):
+    """A checkpoint with such a value could not be loaded."""
+    monkeypatch.setattr(metrics, "ssim_map", lambda x, y: np.full(x.shape, 1 + 2**-52))
+    assert ssim_y(NOISE, NOISE, 3) == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 40), (3, 40, 16), (3, 9, 9)])
@@ -195,7 +205,7 @@ def test_ssim_is_undefined_where_no_window_fits(shape):
     image = torch.zeros(shape, dtype=torch.uint8)
     assert math.isnan(ssim_y(image, image, 3))
     assert measure(image, image, 3)[:2] == (math.inf, math.inf)
-    assert measure(*[torch.zeros(1, 17, 17, dtype=torch.uint8)] * 2, 3).ssim_y == 1
+    assert measure(*[torch.zeros(1, 17, 17, dtype=torch.uint8)] * 2, 3).ssim_y == pytest.approx(1)
 
 
 # --------------------------------------------------------------------------------- tiles
