@@ -18,7 +18,7 @@ import train
 from data import ImageSet, degrade
 from imaging.dead_leaves import dead_leaves
 from info import Info
-from model import SRCNN
+from model import SCALE, SRCNN
 from training import progress, speed
 from training.random_patches import RandomPatches
 from utils import run_command
@@ -104,13 +104,19 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Write an LR image (lr.bmp), its ground truth (hr.png), and a network (net) that changes bicubic clearly."""
-    lr, hr = degrade(dead_leaves("test", 1, 90)["leaves1"])
+def scale():
+    """Return the scale of the fixture pictures, unless a test is parametrized by "scale"."""
+    return SCALE
+
+
+@pytest.fixture
+def pictures(tmp_path, scale):
+    """Write a 30x30 LR image (lr.bmp), its ground truth (hr.png), and a network (net) that changes bicubic clearly."""
+    lr, hr = degrade(dead_leaves("test", 1, 30 * scale)["leaves1"], scale)
     lr.save("lr.bmp")
     hr.save("hr.png")
     torch.manual_seed(1)
-    model = SRCNN()
+    model = SRCNN(scale)
     model.conv3.weight.data[range(3), range(3), 2, 2] = 0.9
-    torch.save(content(model=model.state_dict()), tmp_path / "net")
+    torch.save(content(model=model.state_dict(), args={"scale": scale}), tmp_path / "net")
     return lr, hr, model

@@ -14,7 +14,8 @@ from processes import ROOT, in_new_process  # noqa: F401  for test modules
 
 from imaging.metrics import Quality, Report, Scores
 from info import Info
-from model import SRCNN
+from model import SCALE, SRCNN
+from super_resolve import shipped_checkpoint
 from train import RECIPES
 from training.checkpoints import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
 from training.optimizer import WhitenedAdam
@@ -94,18 +95,26 @@ RUN = Call(os.system, "touch was-run")
 # -------------------------------------------------------------------------------- networks
 
 
-def random_model(seed=0, noise=0.05):
+def random_model(seed=0, noise=0.05, scale=SCALE):
     """Return a network in float64, far from the identity, with biases."""
     torch.manual_seed(seed)
-    model = SRCNN().double()
+    model = SRCNN(scale).double()
     for parameter in model.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return model.requires_grad_(False)
 
 
-def trained_model(path=ROOT / "checkpoint.pth"):
-    model = SRCNN().requires_grad_(False)
-    model.load_state_dict(load_checkpoint(Path(path)).model)
+@cache
+def shipped(scale):
+    """Return the content of the shipped checkpoint for a scale."""
+    return load_checkpoint(shipped_checkpoint(scale))
+
+
+def trained_model(checkpoint=SCALE):
+    """Return the network of a checkpoint file, or the shipped one for a scale."""
+    content = shipped(checkpoint) if isinstance(checkpoint, int) else load_checkpoint(Path(checkpoint))
+    model = SRCNN(content.scale).requires_grad_(False)
+    model.load_state_dict(content.model)
     return model
 
 

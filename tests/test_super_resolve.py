@@ -12,7 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SRGB, assert_one_line, assert_same, contents, expected, random_image, rows_of, trained_model
+import torch
+from helpers import (
+    ROOT,
+    SRGB,
+    assert_one_line,
+    assert_same,
+    content,
+    contents,
+    expected,
+    random_image,
+    rows_of,
+    trained_model,
+)
 from PIL import Image
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
@@ -22,6 +34,7 @@ import super_resolve
 from imaging.formats import FORMATS
 from imaging.images import bicubic, flatten, to_tensor
 from imaging.metrics import Quality, Scores, gain, measure
+from model import SCALES
 from super_resolve import Results, load_upscaler, summarize, upscale
 from utils import CommandError
 
@@ -31,31 +44,62 @@ COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
 # ----------------------------------------------------------------------------- one image
 
 
-def test_command_writes_output_beside_input_and_nothing_else(cli, pictures):
+@pytest.mark.parametrize("scale", SCALES)
+def test_command_writes_output_beside_input_and_nothing_else(cli, pictures, scale):
     lr, _, model = pictures
+    side, name = 30 * scale, f"lr_srcnn_x{scale}.bmp"
     before = contents()
     status, out, err = cli(*COMMAND, "lr.bmp")
     assert (status, err) == (0, "")
-    assert re.fullmatch(r"lr_srcnn_x3\.bmp: 30x30 -> 90x90 in [\d.]+ s on cpu, fp32\n", out)
-    with Image.open("lr_srcnn_x3.bmp") as sr:
+    assert re.fullmatch(rf"{name}: 30x30 -> {side}x{side} in [\d.]+ s on cpu, fp32\n", out)
+    with Image.open(name) as sr:
         assert sr.format == "BMP"
         assert_same(sr, expected(model, lr))
     after = contents()
-    del after["lr_srcnn_x3.bmp"]
+    del after[name]
     assert after == before
 
 
-def test_shipped_checkpoint_is_default(cli, pictures):
-    assert cli("super_resolve.py", "--precision=fp32", "lr.bmp")[0] == 0
-    assert_same(Image.open("lr_srcnn_x3.bmp"), expected(trained_model(), pictures[0]))
+@pytest.mark.parametrize(("options", "scale"), [([], 3), (["--scale=2"], 2), (["--scale=3"], 3), (["--scale=4"], 4)])
+def test_shipped_checkpoint_of_scale_is_default(cli, pictures, options, scale):
+    assert cli("super_resolve.py", "--precision=fp32", "lr.bmp", *options)[0] == 0
+    assert_same(Image.open(f"lr_srcnn_x{scale}.bmp"), expected(trained_model(scale), pictures[0]))
 
 
-def test_link_to_the_program_uses_the_checkpoint_beside_the_program():
+@pytest.mark.parametrize(("args", "scale"), [({"scale": 2}, 2), ({"scale": 3}, 3), ({}, 3)])
+def test_scale_that_agrees_with_checkpoint_may_be_given(cli, pictures, args, scale):
+    """Checkpoints without a scale, such as those of the course, are for x3."""
+    torch.save(content(args=args), "x")
+    for option in ([], [f"--scale={scale}"]):
+        assert cli("super_resolve.py", "--checkpoint=x", "lr.bmp", f"--output={scale}.png", *option)[0] == 0
+        assert Image.open(f"{scale}.png").size == (30 * scale, 30 * scale)
+
+
+def test_scale_that_contradicts_checkpoint_is_refused(cli, pictures):
+    before = contents()
+    status, out, err = cli(*COMMAND, "lr.bmp", "--scale=2")
+    assert (status, out) == (1, "")
+    assert err == "error: --scale=2 contradicts --checkpoint=net, which upscales by 3; leave out one of them\n"
+    assert contents() == before
+
+
+@pytest.mark.parametrize(("scale", "name"), [(2, "checkpoints/x2.pth"), (3, "checkpoint.pth")])
+def test_missing_shipped_checkpoint_is_reported(cli, pictures, monkeypatch, tmp_path, scale, name):
+    monkeypatch.setattr(super_resolve, "FOLDER", tmp_path)
+    status, _, err = cli("super_resolve.py", "lr.bmp", f"--scale={scale}")
+    assert status == 1
+    assert_one_line(err, f"error: {tmp_path / name}: the checkpoint for x{scale} is missing; ", "--checkpoint=FILE")
+
+
+@pytest.mark.parametrize(
+    ("scale", "name"), [(None, "checkpoint.pth"), (2, "checkpoints/x2.pth"), (4, "checkpoints/x4.pth")]
+)
+def test_link_to_the_program_uses_the_checkpoints_beside_the_program(scale, name):
     Path("link.py").symlink_to(ROOT / "super_resolve.py")
     spec = importlib.util.spec_from_file_location("link", "link.py")
     linked = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(linked)
-    assert linked.CHECKPOINT.samefile(ROOT / "checkpoint.pth")
+    assert linked.shipped_checkpoint(scale).samefile(ROOT / name)
 
 
 def test_file_names_are_printed_escaped(cli, pictures):
@@ -183,28 +227,29 @@ def transparent(lr, hr):
 
 
 @pytest.mark.parametrize(
-    ("change", "warning"),
+    ("change", "scale", "warning"),
     [
-        (transparent, ""),
-        (lambda lr, hr: (lr.convert("L"), hr.convert("L")), ""),
-        (lambda lr, hr: (lr, hr.convert("L")), ""),
-        (lambda lr, hr: (lr.convert("L"), hr), ""),
+        (transparent, 3, ""),
+        (lambda lr, hr: (lr.convert("L"), hr.convert("L")), 3, ""),
+        (lambda lr, hr: (lr, hr.convert("L")), 2, ""),
+        (lambda lr, hr: (lr.convert("L"), hr), 3, ""),
         # The course made its LR images without cropping: 256 -> 85, so 3 x 85 is one less than 256.
-        (lambda lr, hr: (lr, bicubic(hr, (92, 91))), "WARNING: the ground truth has 92x91 pixels"),
+        (lambda lr, hr: (lr, bicubic(hr, (92, 91))), 3, "WARNING: the ground truth has 92x91 pixels"),
+        (lambda lr, hr: (lr, bicubic(hr, (120, 123))), 4, "WARNING: the ground truth has 120x123 pixels"),
     ],
-    ids=["transparent", "both gray", "gray HR", "gray LR", "larger HR"],
+    ids=["transparent", "both gray", "gray HR", "gray LR", "larger HR", "larger HR at x4"],
 )
-def test_psnr_is_measured_in_mode_and_size_of_ground_truth(cli, pictures, change, warning):
+def test_psnr_is_measured_in_mode_and_size_of_ground_truth(cli, pictures, change, scale, warning):
     for image, name in zip(change(*pictures[:2]), ("lr.png", "hr.png"), strict=True):
         image.save(name)
     status, out, err = cli(*COMMAND, "lr.png", "--ground-truth=hr.png")
     assert (status, err.count("\n")) == (0, bool(warning))
     assert err.startswith(warning)
-    lr, sr, hr = (flatten(Image.open(file)) for file in ("lr.png", "lr_srcnn_x3.png", "hr.png"))
-    a, b = (measure(to_tensor(bicubic(image.convert(hr.mode), hr.size)), to_tensor(hr), 3) for image in (lr, sr))
+    lr, sr, hr = (flatten(Image.open(file)) for file in ("lr.png", f"lr_srcnn_x{scale}.png", "hr.png"))
+    a, b = (measure(to_tensor(bicubic(image.convert(hr.mode), hr.size)), to_tensor(hr), scale) for image in (lr, sr))
     assert rows_of(out)["lr.png"] == pytest.approx([*a, *b, *gain(Scores(a, b))], abs=6e-4)
-    assert sr.size == (90, 90)
-    assert Image.open("lr_srcnn_x3_comparison.png").width >= 4 * hr.width + 3 * 8
+    assert sr.size == (30 * scale, 30 * scale)
+    assert Image.open(f"lr_srcnn_x{scale}_comparison.png").width >= 4 * hr.width + 3 * 8
 
 
 # ------------------------------------------------------------------------------- errors
@@ -214,21 +259,32 @@ def test_psnr_is_measured_in_mode_and_size_of_ground_truth(cli, pictures, change
     ("arguments", "problem"),
     [
         ("missing.bmp", "missing.bmp: no such file"),
-        ("lr.bmp --ground-truth=small.png", "small.png: 89x90 is not three times 30x30"),
-        ("lr.bmp --ground-truth=large.png", "large.png: 90x93 is not three times 30x30"),
+        ("lr.bmp --ground-truth=small.png", "small.png: 89x90 is not 3 times 30x30\n"),
+        ("lr.bmp --ground-truth=large.png", "large.png: 90x93 is not 3 times 30x30\n"),
+        ("lr.bmp --ground-truth=hr2.png", "hr2.png: 60x61 is not 3 times 30x30, but --scale=2 fits\n"),
         ("dot.png --ground-truth=lr.png", "lr.png: 3x3"),
         ("lr.bmp --output=nowhere/a.bmp", "nowhere/a.bmp: no such folder"),
     ],
 )
 @pytest.mark.usefixtures("pictures")
 def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments, problem):
-    for name, size in (("small.png", (89, 90)), ("large.png", (90, 93)), ("dot.png", (1, 1)), ("lr.png", (3, 3))):
-        Image.new("RGB", size).save(name)
+    sizes = {"small": (89, 90), "large": (90, 93), "hr2": (60, 61), "dot": (1, 1), "lr": (3, 3)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(f"{name}.png")
     before = contents()
     status, out, err = cli(*COMMAND, *arguments.split())
     assert (status, out) == (1, "")
     assert_one_line(err, "error: ", problem)
     assert contents() == before
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("scale", [4])
+def test_output_that_is_too_large_for_its_format_is_refused(cli, scale):
+    Image.new("L", (16384, 1)).save("wide.png")
+    status, out, err = cli(*COMMAND, "wide.png", "--format=jpg")
+    assert (status, out) == (1, "")
+    assert_one_line(err, "wide_srcnn_x4.jpg: 65536x4 pixels are too many for JPEG; ")
 
 
 @pytest.mark.parametrize(
@@ -241,8 +297,8 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments
         (["x", "--checkpoint="], "--checkpoint: must not be empty"),
         ([""], "INPUT: must not be empty"),
         (["x", "--checkpoint=net", "--a\nb"], "unrecognized arguments: --a\\nb"),
-        (["x", "--scale", "4"], "unrecognized arguments: --scale 4; the factor is always 3 (see"),
-        (["x", "--scale=3"], "unrecognized arguments: --scale=3; the factor is always 3 (see"),
+        (["x", "--scale=5"], "--scale: invalid choice: 5"),
+        (["x", "--scale=big"], "--scale: invalid int value: 'big'"),
         (["x", "--format=jp2"], "--format: invalid choice: 'jp2'"),
         (["--checkpoint=net"], "required: INPUT"),
     ],
@@ -256,11 +312,13 @@ def test_invalid_option_is_usage_error(cli, arguments, problem):
 # --------------------------------------------------------------------------- from Python
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "I;16"])
-def test_upscale_accepts_images_and_arrays_and_returns_same_kind(pictures, mode):
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("RGB", 3), ("L", 3), ("LA", 3), ("RGBA", 3), ("I;16", 3), ("RGBA", 2), ("I;16", 4)]
+)
+def test_upscale_accepts_images_and_arrays_and_returns_same_kind(pictures, mode, scale):
     upscaler, image = load_upscaler("net", precision="fp32"), random_image(mode)
     sr, array = upscale(image, upscaler), upscale(np.array(image), upscaler)
-    assert (sr.mode, sr.size) == (image.mode, (3 * image.width, 3 * image.height))
+    assert (sr.mode, sr.size) == (image.mode, (scale * image.width, scale * image.height))
     assert np.array_equal(array, sr)
     assert array.dtype == np.array(image).dtype
 
@@ -282,6 +340,20 @@ def test_upscale_refuses_arrays_that_are_not_images(shape, dtype):
 def test_upscale_refuses_paths_and_other_types(image):
     with pytest.raises(TypeError, match=f"not {type(image).__name__}; open a file with PIL.Image.open first"):
         upscale(image)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 5, "2"])
+def test_scale_that_does_not_exist_is_refused(pictures, wrong):
+    for call in (lambda: upscale(pictures[0], scale=wrong), lambda: load_upscaler("net", scale=wrong)):
+        with pytest.raises(ValueError, match=rf"^scale must be one of 2, 3, 4, not {wrong!r}$"):
+            call()
+
+
+def test_scale_that_contradicts_upscaler_is_refused(pictures):
+    upscaler = load_upscaler("net", scale=3)
+    assert np.array_equal(upscale(pictures[0], upscaler, scale=3), upscale(pictures[0], upscaler))
+    with pytest.raises(ValueError, match=r"^scale=2 contradicts the upscaler, which upscales by 3; "):
+        upscale(pictures[0], upscaler, scale=2)
 
 
 def rich_image(name):
@@ -311,15 +383,17 @@ def test_result_of_upscale_is_saved_as_command_saves_it(cli, extension):
     assert Path(f"out.{extension}").read_bytes() == Path(f"in_srcnn_x3.{extension}").read_bytes()
 
 
-def test_result_of_upscale_has_metadata_of_its_size(pictures):
+@pytest.mark.parametrize("scale", SCALES)
+def test_result_of_upscale_has_metadata_of_its_size(pictures, scale):
     rich_image("in.png")
     with Image.open("in.png") as image:
         sr = upscale(image, load_upscaler("net", precision="fp32"))
     exif, details = sr.getexif(), sr.getexif().get_ifd(IFD.Exif)
-    assert sr.size == (details[Base.ExifImageWidth], details[Base.ExifImageHeight]) == (45, 72)
-    assert (exif[Base.Orientation], exif[Base.XResolution], exif[Base.YResolution]) == (1, 450, 900)
+    assert sr.size == (details[Base.ExifImageWidth], details[Base.ExifImageHeight]) == (15 * scale, 24 * scale)
+    resolution = 150 * scale, 300 * scale
+    assert (exif[Base.Orientation], exif[Base.XResolution], exif[Base.YResolution]) == (1, *resolution)
     assert sr.info.keys() == {"icc_profile", "exif", "dpi", "pnginfo"}
-    assert sr.info["dpi"] == pytest.approx((450, 900), abs=0.05)
+    assert sr.info["dpi"] == pytest.approx(resolution, abs=0.05)
     sr.save("out.png")
     with Image.open("out.png") as image:
         assert image.info == {"icc_profile": SRGB}
@@ -345,11 +419,13 @@ def test_result_of_upscale_is_not_transparent_twice(pictures):
     assert (sr.mode, sr.info) == ("RGBA", {})
 
 
-def test_upscale_loads_shipped_checkpoint_once(pictures, monkeypatch):
-    lr = pictures[0]
+@pytest.mark.parametrize("scale", SCALES)
+def test_upscale_loads_shipped_checkpoint_once(pictures, monkeypatch, scale):
+    lr = pictures[0].crop((0, 0, 9, 9))
+    assert np.array_equal(upscale(lr, scale=scale), load_upscaler(scale=scale)(lr))
     assert np.array_equal(upscale(lr), load_upscaler()(lr))
     monkeypatch.setattr(super_resolve, "load_checkpoint", None)
-    upscale(lr)
+    assert [upscale(lr, scale=number).width for number in (None, scale)] == [27, 9 * scale]
 
 
 def test_import_does_not_load_training_dependencies():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imaging.folders import list_images, search_folder
+from imaging.folders import is_output, list_images, search_folder
 from utils import CommandError
 
 
@@ -24,11 +24,11 @@ def test_images_are_found_by_their_extensions(folder, recursive):
 
 
 def test_everything_skipped_is_counted_in_a_warning(folder, capfd):
-    for name in ("a_srcnn_x3.jpg", "x_srcnn_x3_comparison.png"):
+    for name in ("a_srcnn_x2.jpg", "a_srcnn_x3.jpg", "x_srcnn_x4_comparison.png"):
         Path("in", name).touch()
     assert [path.name for path in list_images(folder)] == ["a.jpg", "b.PNG", "c.webp"]
     assert capfd.readouterr().err == (
-        "WARNING: in: skipping 2 earlier outputs of super_resolve.py\n"
+        "WARNING: in: skipping 3 earlier outputs of super_resolve.py\n"
         "WARNING: in: skipping 2 files without an image extension\n"
         "WARNING: in: skipping 1 subfolder\n"
     )
@@ -67,3 +67,9 @@ def test_folder_without_images_is_refused(files, problem):
         Path("in", file).touch()
     with pytest.raises(CommandError, match=f"^in: this folder contains {problem}$"):
         search_folder(Path("in"), recursive=False)
+
+
+def test_outputs_of_every_scale_are_recognized_by_the_end_of_their_names():
+    names = [f"a_srcnn_x{scale}{end}" for scale in (2, 3, 4) for end in (".png", "_comparison.png")]
+    others = ["a_srcnn_x5.png", "a_srcnn_x3_.png", "a_srcnn_x33.png", "srcnn_x3.png", "a.png_srcnn_x3/b.png"]
+    assert [name for name in names + others if is_output(Path(name))] == names

@@ -8,25 +8,27 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
-from model import HALO_LR, SRCNN, crop
+from model import SCALES, SRCNN, context_of, crop
 from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16, bicubic_kernel, fold, round_to_bf16
 
+pytestmark = pytest.mark.parametrize("scale", SCALES)
 
-def with_context(lr):
-    return F.pad(lr.float(), (HALO_LR,) * 4, mode="replicate")
+
+def with_context(lr, scale):
+    return F.pad(lr.float(), (context_of(scale),) * 4, mode="replicate")
 
 
 def noise(*shape):
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (32, 13), (21, 66)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (6, 1), (3, 3), (4, 7), (3, 9), (20, 15)], ids=str)
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "no_onednn"])
-def test_fast_network_computes_same_function(shape, onednn):
-    """Edges included, with random and trained weights, with oneDNN and without."""
+def test_fast_network_computes_same_function(scale, shape, onednn):
+    """Edges included, with random and trained weights, with oneDNN and without, at all widths modulo 5."""
     lr = noise(2, 3, *shape)
-    context = with_context(lr)
-    for model in (random_model(1), random_model(2), trained_model().double()):
+    context = with_context(lr, scale)
+    for model in (random_model(1, scale=scale), random_model(2, scale=scale), trained_model(scale).double()):
         expected = model(lr.double() / 255) * 255
         with torch.backends.mkldnn.flags(enabled=onednn):
             assert torch.allclose(FastSRCNN(model, torch.float64)(context), expected, atol=1e-9, rtol=0)
@@ -35,19 +37,19 @@ def test_fast_network_computes_same_function(shape, onednn):
         assert (single - expected).abs().max() < 1e-5 * 255
 
 
-def test_gradients_flow_through_folding():
-    lr, model = noise(3, 3, 15, 19), random_model(3).requires_grad_()
+def test_gradients_flow_through_folding(scale):
+    lr, model, context = noise(2, 3, 15, 19), random_model(3, scale=scale).requires_grad_(), context_of(scale)
     bicubic_kernel.cache_clear()
     with torch.inference_mode():
-        FastSRCNN(SRCNN())  # training can use the kernel that inference has cached
-    weights = torch.rand(3, 3, 21, 33, dtype=torch.float64)  # a different weight for each pixel
-    plain = torch.autograd.grad((crop(model(lr.double() / 255), 3 * HALO_LR) * weights).sum(), list(model.parameters()))
-    folded = torch.autograd.grad((FastSRCNN(model, torch.float64)(lr) * weights).sum() / 255, list(model.parameters()))
+        FastSRCNN(SRCNN(scale))  # training can use the kernel that inference has cached
+    outputs = crop(model(lr.double() / 255), scale * context), FastSRCNN(model, torch.float64)(lr) / 255
+    weights = torch.rand_like(outputs[0])  # a different weight for each pixel
+    plain, folded = (torch.autograd.grad((sr * weights).sum(), list(model.parameters())) for sr in outputs)
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain, folded, strict=True))
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_memory_layout_of_convolutions_changes_no_result(monkeypatch, network):
+def test_memory_layout_of_convolutions_changes_no_result(monkeypatch, network, scale):
     """On GPUs without cuDNN, convolutions return their channels first."""
     lr, conv2d, outputs, gradients = noise(2, 3, 15, 19), F.conv2d, [], []
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -56,7 +58,7 @@ def test_memory_layout_of_convolutions_changes_no_result(monkeypatch, network):
             return conv2d(*args).contiguous(memory_format=layout)
 
         monkeypatch.setattr(F, "conv2d", conv)
-        model = trained_model().requires_grad_(network is FastSRCNN)
+        model = trained_model(scale).requires_grad_(network is FastSRCNN)
         outputs.append(network(model)(lr))
         if outputs[-1].requires_grad:
             gradients.append(torch.autograd.grad(outputs[-1].square().mean(), list(model.parameters())))
@@ -67,73 +69,83 @@ def test_memory_layout_of_convolutions_changes_no_result(monkeypatch, network):
 @torch.inference_mode()
 def differences(network, lr):
     """Return the differences between a network and float32 for each pixel, in 8-bit levels."""
-    exact, other = (f(with_context(lr)).clamp(0, 255).round() for f in (FastSRCNN(trained_model()), network))
+    exact = FastSRCNN(trained_model(network.scale))
+    exact, other = (f(with_context(lr, network.scale)).clamp(0, 255).round() for f in (exact, network))
     return (exact - other).abs().amax(1)
 
 
-def test_bf16_is_within_one_level_of_float32_for_all_but_1_pixel_in_10_000():
+def test_bf16_is_within_one_level_of_float32_for_all_but_1_pixel_in_10_000(scale):
     for image in dead_leaves("test", 2).values():
-        difference = differences(FastSRCNNBf16(trained_model()), to_tensor(image)[None])
+        lr = image.crop((0, 0, 360 // scale, 360 // scale))  # 129,600 pixels in the output
+        difference = differences(FastSRCNNBf16(trained_model(scale)), to_tensor(lr)[None])
         assert 0 < (difference > 0).double().mean() < 0.1
         assert (difference > 1).double().mean() <= 1e-4
 
 
-def test_rounding_to_bf16_keeps_sum_of_weights_of_each_color():
-    weight1 = fold(trained_model())[0].weight.detach()
+def test_rounding_to_bf16_keeps_sum_of_weights_of_each_color(scale):
+    weight1 = fold(trained_model(scale))[0].weight.detach()
     rounded = round_to_bf16(weight1)
     assert torch.equal(rounded.bfloat16().float(), rounded)
     assert (rounded - weight1).abs().max() < 0.01 * weight1.abs().max()
-    plain, kept = ((x - weight1).view(-1, 49, 3).sum(1).abs().max() for x in (weight1.bfloat16().float(), rounded))
+    plain, kept = ((x - weight1).view(len(x), -1, 3).sum(1).abs().max() for x in (weight1.bfloat16().float(), rounded))
     assert kept < plain / 10
+
+
+@pytest.fixture(scope="module")
+def leaves():
+    """Return an image that is not noise, as (1, 3, 60, 60)."""
+    return to_tensor(dead_leaves("test", 1, 60)["leaves1"])[None]
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("height", [1, 5])
-def test_bf16_is_accurate_for_narrow_images(height, width):
+def test_bf16_is_accurate_for_narrow_images(leaves, height, width, scale):
     """They match the left part of a wider image, and fp32. On AMX, oneDNN returns garbage for a single column."""
-    wide = noise(2, 3, height + 2 * HALO_LR, 30).float()
-    narrow = wide[..., : width + 2 * HALO_LR]
-    for upscale in (FastSRCNNBf16(trained_model()), FastSRCNN(trained_model(), torch.bfloat16)):
-        assert (upscale(narrow) - upscale(wide)[..., : 3 * width]).abs().max() <= 1
-    leaves = to_tensor(dead_leaves("test", 1, 60)["leaves1"])[None, :, :height, :width]
+    model, context = trained_model(scale), context_of(scale)
+    wide = noise(2, 3, height + 2 * context, 30).float()
+    narrow = wide[..., : width + 2 * context]
+    for upscale in (FastSRCNNBf16(model), FastSRCNN(model, torch.bfloat16)):
+        assert (upscale(narrow) - upscale(wide)[..., : scale * width]).abs().max() <= 1
+    leaves = leaves[..., :height, :width]
     for lr in (noise(2, 3, height, width), leaves):
-        assert differences(FastSRCNN(trained_model(), torch.bfloat16), lr).max() <= 4
-    assert differences(FastSRCNNBf16(trained_model()), leaves).max() <= 1
+        assert differences(FastSRCNN(model, torch.bfloat16), lr).max() <= 4
+    assert differences(FastSRCNNBf16(model), leaves).max() <= 1
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_shipped_checkpoint_keeps_plain_colors(network):
+def test_shipped_checkpoint_keeps_plain_colors(network, scale):
     """The colors are a grid over the RGB cube; the training images contain few of them."""
     colors = torch.cartesian_prod(*[torch.arange(0, 256, 51)] * 3)[..., None, None]
-    sr = network(trained_model())(colors.expand(-1, -1, 9, 9))
+    sr = network(trained_model(scale))(with_context(colors, scale))
     assert torch.equal(sr.clamp(0, 255).round(), colors.expand_as(sr).float())
 
 
-def text_and_lines():
+def text_and_lines(scale):
     """Yield gray images, in three pairs of ink and paper: texts of 9, 13 and 18 pixels, and drawings of lines."""
+    box = (0, 0, min(160, 480 // scale), min(96, 288 // scale))  # upscaled to at most 480x288 pixels
     for ink, paper in ((0, 255), (255, 0), (40, 200)):
         for size in (9, 13, 18):
             image = Image.new("L", (160, 96), paper)
             text = "The quick brown fox\njumps over 13 lazy dogs:\nMWmw illi {*&%} 0.5"
             ImageDraw.Draw(image).multiline_text((3, 2), text, ink, ImageFont.load_default(size))
-            yield "text", image
+            yield "text", image.crop(box)
         image = Image.new("L", (160, 96), paper)
         draw = ImageDraw.Draw(image)
         for i in range(12):
             draw.line((5 + 12 * i, 5, 155 - 9 * i, 50), ink, 1 + i % 3)
             draw.ellipse((4 + 12 * i, 55, 9 + 14 * i, 91 - 2 * i), outline=ink)
-        yield "lines", image
+        yield "lines", image.crop(box)
 
 
 @pytest.mark.parametrize("network", [FastSRCNN, FastSRCNNBf16])
-def test_shipped_checkpoint_keeps_text_and_lines_gray(network):
+def test_shipped_checkpoint_keeps_text_and_lines_gray(network, scale):
     """The spread of the channels is limited in gray levels, at its maximum and at the 99.9th percentile.
 
     Without the gray loss, they are 50 and 29 for text, 80 and 58 for lines.
     """
-    upscale, spreads = network(trained_model()), {"text": [], "lines": []}
-    for kind, image in text_and_lines():
-        sr = upscale(with_context(to_tensor(image.convert("RGB"))[None])).clamp(0, 255).round()
+    upscale, spreads = network(trained_model(scale)), {"text": [], "lines": []}
+    for kind, image in text_and_lines(scale):
+        sr = upscale(with_context(to_tensor(image.convert("RGB"))[None], scale)).clamp(0, 255).round()
         spreads[kind].append((sr.amax(1) - sr.amin(1)).flatten())
     for kind, (most, percentile) in {"text": (5, 2), "lines": (8, 2)}.items():
         spread = torch.cat(spreads[kind])

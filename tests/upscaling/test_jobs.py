@@ -29,9 +29,9 @@ def find():
         path.touch()
     Path("link.bmp").symlink_to("lr.bmp")
 
-    def call(inputs, output=None, truth=None, **options):
+    def call(inputs, output=None, truth=None, scale=3, **options):
         files = [Path(name) for name in inputs.split()]
-        return find_jobs(files, output, truth and Path(truth), Path("net.png"), **options)
+        return find_jobs(files, output, truth and Path(truth), Path("net.png"), scale, **options)
 
     return call
 
@@ -65,6 +65,18 @@ def test_comparison_is_named_as_an_output_whatever_the_output_is_called(find, ou
     (job,) = find("lr.bmp", output, "hr.png")
     assert job.comparison == job.sr.with_name(f"{name}_srcnn_x3_comparison.png")
     assert is_output(job.comparison)
+
+
+def test_names_of_outputs_have_the_scale(find):
+    (job,) = find("lr.bmp", "o/", "hr.png", scale=2)
+    assert job.outputs == [Path("o/lr_srcnn_x2.bmp"), Path("o/lr_srcnn_x2_comparison.png")]
+    jobs = find("in/a.jpg in/b.png mixed/a.psd", "o/", extension="png", scale=4)
+    assert [job.sr.name for job in jobs] == ["a.jpg_srcnn_x4.png", "b_srcnn_x4.png", "a.psd_srcnn_x4.png"]
+
+
+def test_output_of_another_scale_is_not_taken_as_done(find):
+    Path("lr_srcnn_x2.bmp").touch()
+    assert [find("lr.bmp", scale=scale)[0].is_done() for scale in (2, 3, 4)] == [True, False, False]
 
 
 def test_output_is_png_if_format_of_input_cannot_be_written(find, capsys):
@@ -113,7 +125,9 @@ def test_recursive_search_without_a_folder_is_pointed_out(find, capsys, inputs, 
 )
 def test_format_is_given_by_extension_or_output_name(find, inputs, output, truth, extension, job):
     lr, sr, hr, format = job
-    assert find(inputs, output, truth, extension=extension) == [Job(Path(lr), Path(sr), hr and Path(hr), format)]
+    assert find(inputs, output, truth, extension=extension) == [
+        Job(Path(lr), Path(sr), hr and Path(hr), format, scale=3)
+    ]
 
 
 @pytest.mark.parametrize(("inputs", "output"), [("-", "o/a.png"), ("lr.bmp", "o/a.png"), ("mixed", "o/")])
@@ -173,6 +187,7 @@ def test_second_of_two_inputs_with_same_name_fails_alone(outputs):
         ("p/x.png p/x_srcnn_x3.png", ["p/x.png"], 1),
         ("p/x_srcnn_x3_comparison.png p/x_srcnn_x3.png p/x.png p/y.png", ["p/x.png", "p/y.png"], 2),
         ("p/x_srcnn_x3.png", ["p/x_srcnn_x3.png"], 0),
+        ("p/x.png p/x_srcnn_x2.png p/x_srcnn_x4_comparison.png", ["p/x.png"], 2),
     ],
 )
 def test_earlier_outputs_among_inputs_are_skipped(outputs, capsys, inputs, expected, skipped):

@@ -12,9 +12,9 @@ from PIL import Image
 import data
 from imaging.images import bicubic, to_image, to_tensor
 from imaging.metrics import psnr_y
-from model import SRCNN
-from upscaling.fast_srcnn import FastSRCNNBf16
-from upscaling.upscaler import Upscaler, select_accurate_dtype
+from model import SCALES, SRCNN, context_of
+from upscaling.fast_srcnn import PIXELS_AT_ONCE, FastSRCNNBf16
+from upscaling.upscaler import Upscaler, default_tile, select_accurate_dtype
 
 LUMA = [0.299, 0.587, 0.114]
 NOISE = 0.02  # in the weights; more would push most of the output out of [0, 1]
@@ -29,12 +29,12 @@ def patchy_image(mode, size):
     return image
 
 
-@pytest.mark.parametrize("size", [(1, 1), (40, 1), (5, 5), (2, 17), (33, 29)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (40, 1), (5, 5), (2, 17), (23, 19)], ids=str)
 @pytest.mark.parametrize("tile", [2, 7, 16, 64])
-@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
-def test_tiles_leave_no_seams(mode, size, tile):
+@pytest.mark.parametrize(("mode", "scale"), [("L", 3), ("RGB", 3), ("I;16", 3), ("RGB", 2), ("L", 4)])
+def test_tiles_leave_no_seams(mode, size, tile, scale):
     """The output equals the rounded output of model.py for the whole image in float64."""
-    model, lr = random_model(sum(size), NOISE), random_image(mode, size)
+    model, lr = random_model(sum(size), NOISE, scale), random_image(mode, size)
     unit = 257 if mode == "I;16" else 1
     values = np.array(lr, dtype=float) / unit
     color = torch.from_numpy(values if mode == "RGB" else np.stack([values] * 3, 2)).permute(2, 0, 1)
@@ -42,18 +42,27 @@ def test_tiles_leave_no_seams(mode, size, tile):
     assert (whole > 0).mean() > 0.3  # black images would be equal in any case
     whole = unit * (whole if mode == "RGB" else whole @ LUMA)
     sr = Upscaler(model.float(), tile=tile)(lr)
-    assert (sr.mode, sr.size) == (mode, (3 * size[0], 3 * size[1]))
+    assert (sr.mode, sr.size) == (mode, (scale * size[0], scale * size[1]))
     assert abs(np.asarray(sr) - whole).max() < 0.5 + 1e-3 * unit
 
 
 @pytest.mark.parametrize("tile", [4, 11, 30])
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_tiles_leave_no_seams_in_transparent_images(mode, tile):
-    model, lr = random_model(0, NOISE).float(), patchy_image(mode, (40, 33))
+@pytest.mark.parametrize(("mode", "scale"), [("LA", 3), ("RGBA", 3), ("RGBA", 2), ("LA", 4)])
+def test_tiles_leave_no_seams_in_transparent_images(mode, tile, scale):
+    model, lr = random_model(0, NOISE, scale).float(), patchy_image(mode, (40, 33))
     sr, whole = (np.asarray(Upscaler(model, tile=side)(lr)) for side in (tile, 40))
     visible = whole[..., -1:] > 0
     assert 0.1 < visible.mean() < 0.9
     assert_same(visible * sr, visible * whole)
+
+
+@pytest.mark.parametrize(
+    ("device", "scale", "side"),
+    [("cpu", 2, 100), ("cpu", 3, 66), ("cpu", 4, 49), ("cuda", 2, 385), ("cuda", 3, 256), ("cuda", 4, 191)],
+)
+def test_tiles_have_as_large_features_at_each_scale(device, scale, side):
+    assert default_tile(device, scale) == side
+    assert device == "cuda" or (scale * (side + 2) - 4) % PIXELS_AT_ONCE == 0  # conv3 pads no row
 
 
 class SmallGpu:
@@ -122,15 +131,15 @@ def cut_out(lr, hard=False):
     return image, alpha
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_upscaled_by_bicubic_and_keeps_opaque_pixels(pictures, mode):
+@pytest.mark.parametrize(("mode", "scale"), [("RGBA", 3), ("LA", 3), ("LA", 2), ("RGBA", 4)])
+def test_alpha_is_upscaled_by_bicubic_and_keeps_opaque_pixels(pictures, mode, scale):
     image, alpha = cut_out(pictures[0])
     lr = image.convert(mode.removesuffix("A"))
     lr.putalpha(alpha)
-    sr = Upscaler(pictures[2])(lr)
+    sr, upscaled_alpha = Upscaler(pictures[2])(lr), bicubic(alpha, (30 * scale, 30 * scale))
     assert sr.mode == mode
-    assert np.array_equal(sr.getchannel("A"), bicubic(alpha, (90, 90)))
-    inside = np.asarray(bicubic(alpha, (90, 90)).reduce(5)) == 255  # far from the edge, whose neighbors differ
+    assert np.array_equal(sr.getchannel("A"), upscaled_alpha)
+    inside = np.asarray(upscaled_alpha.reduce(5)) == 255  # far from the edge, whose neighbors differ
     assert inside.sum() > 30
     plain = expected(pictures[2], lr.convert("RGB"))[2::5, 2::5]
     plain = plain if mode == "RGBA" else plain @ LUMA
@@ -139,21 +148,22 @@ def test_alpha_is_upscaled_by_bicubic_and_keeps_opaque_pixels(pictures, mode):
 
 
 @pytest.mark.parametrize(("mode", "color"), [("RGBA", (210, 120, 40)), ("LA", (210, 210, 210))])
-def test_transparent_pixels_leave_no_fringe(pictures, mode, color):
+@pytest.mark.parametrize("scale", SCALES)
+def test_transparent_pixels_leave_no_fringe(pictures, mode, color, scale):
     """Transparent pixels are black in the input. Visible ones have one color, which the output must keep."""
     image, alpha = cut_out(Image.new("RGB", (30, 30), color), hard=True)
     lr = image.convert(mode)
     lr.putalpha(alpha)
     pixels = np.asarray(Upscaler(pictures[2])(lr)).astype(int)
-    flat = expected(pictures[2], Image.new("RGB", (9, 9), color))[12, 12]
+    flat = expected(pictures[2], Image.new("RGB", (1, 1), color))[0, 0]
     visible = pixels[pixels[..., -1] > 0][:, :-1]
-    assert 0 < len(visible) < 90 * 90
+    assert 0 < len(visible) < (30 * scale) ** 2
     assert abs(visible - (flat if mode == "RGBA" else flat @ LUMA)).max() <= 0.51
 
 
-@pytest.mark.parametrize("tile", [None, 7])
-def test_self_ensemble_averages_eight_flips_and_rotations(pictures, tile):
-    lr, model, outputs = pictures[0], random_model(0, NOISE).float(), []
+@pytest.mark.parametrize(("scale", "tile"), [(2, 7), (3, None), (3, 7), (4, 7)])
+def test_self_ensemble_averages_eight_flips_and_rotations(pictures, scale, tile):
+    lr, model, outputs = pictures[0].crop((0, 0, 16, 20)), random_model(0, NOISE, scale).float(), []
     for turns, flipped in product(range(4), ((), (3,))):
         sr = model(to_tensor(lr)[None].rot90(turns, (2, 3)).flip(flipped) / 255)
         outputs.append(255 * sr.flip(flipped).rot90(-turns, (2, 3))[0].permute(1, 2, 0))
@@ -162,11 +172,13 @@ def test_self_ensemble_averages_eight_flips_and_rotations(pictures, tile):
     assert (outputs[0] - mean).abs().max() > 1
 
 
-def test_bf16_upscaler_uses_bf16_network(pictures):
+@pytest.mark.parametrize("scale", SCALES)
+def test_bf16_upscaler_uses_bf16_network(pictures, scale):
     lr, _, model = pictures
-    context = torch.from_numpy(np.pad(np.array(lr), ((4, 4), (4, 4), (0, 0)), mode="edge")).permute(2, 0, 1)
+    border = (context_of(scale),) * 2
+    padded = torch.from_numpy(np.pad(np.array(lr), (border, border, (0, 0)), mode="edge")).permute(2, 0, 1)
     with torch.inference_mode():
-        bf16 = FastSRCNNBf16(model)(context[None])[0].clamp(0, 255).round().byte()
+        bf16 = FastSRCNNBf16(model)(padded[None])[0].clamp(0, 255).round().byte()
     sr = Upscaler(model, torch.bfloat16)(lr)
     assert np.array_equal(sr, to_image(bf16))
     assert not np.array_equal(sr, Upscaler(model)(lr))
@@ -177,20 +189,22 @@ def test_bf16_upscaler_computes_16_bit_images_in_float32(pictures):
     assert np.array_equal(Upscaler(model, torch.bfloat16)(lr), Upscaler(model)(lr))
 
 
-def test_bf16_keeps_psnr_of_set5(real_data):
-    model, images = trained_model(), data.TestSet(data.load_images(real_data / "Set5", "test")).images.values()
-    fp32, bf16 = ([Upscaler(model, dtype)(image.lr) for image in images] for dtype in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scale", SCALES)
+def test_bf16_keeps_psnr_of_set5(real_data, scale):
+    images = data.TestSet(data.load_images(real_data / "Set5", "test"), scale).images.values()
+    networks = (Upscaler(trained_model(scale), dtype) for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = ([network(image.lr) for image in images] for network in networks)
     fp32_psnr, bf16_psnr = (
-        np.mean([psnr_y(to_tensor(a), b.hr, 3) for a, b in zip(srs, images, strict=True)]) for srs in (fp32, bf16)
+        np.mean([psnr_y(to_tensor(a), b.hr, scale) for a, b in zip(srs, images, strict=True)]) for srs in (fp32, bf16)
     )
     assert abs(fp32_psnr - bf16_psnr) < 0.005
     far = [abs(np.subtract(a, b, dtype=int)).max(2) > 1 for a, b in zip(fp32, bf16, strict=True)]
     assert sum(map(np.sum, far)) <= 1e-4 * sum(map(np.size, far))
 
 
-def image_carried_by_other_channels():
+def image_carried_by_other_channels(scale):
     """Return a model of the trained function whose last channels carry the image; only the first are exact in bf16."""
-    model = trained_model()
+    model = trained_model(scale)
     for first, second in ((model.conv1, model.conv2), (model.conv2, model.conv3)):
         first.weight.data, first.bias.data = first.weight.data.flip(0), first.bias.data.flip(0)
         second.weight.data = second.weight.data.flip(1)
@@ -206,6 +220,7 @@ def image_carried_by_other_channels():
         ("bf16", True, image_carried_by_other_channels, torch.bfloat16),
     ],
 )
-def test_auto_selects_bf16_if_fast_and_accurate(monkeypatch, precision, fast, model, selected):
+@pytest.mark.parametrize("scale", SCALES)
+def test_auto_selects_bf16_if_fast_and_accurate(monkeypatch, precision, fast, model, selected, scale):
     monkeypatch.setattr("upscaling.device.bf16_is_fast", lambda device: fast)
-    assert select_accurate_dtype(precision, model()) == selected
+    assert select_accurate_dtype(precision, model(scale)) == selected
