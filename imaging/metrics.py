@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ LUMA = 65.481 / 255, 128.553 / 255, 24.966 / 255  # weights of R, G and B in Y
 PEAK = 255
 WINDOW, SIGMA = 11, 1.5  # side in pixels, and standard deviation, of SSIM's Gaussian windows
 K1, K2 = 0.01, 0.03  # constants of SSIM that stabilize the comparison of dark and of flat windows
-TILE = 128  # side of the tiles in which images are measured: float64 needs eight times an image's memory
+TILE = 128  # side of the tiles that are measured one by one, since float64 needs eight times an image's memory
 SCORE_NAMES = ("bicubic_y", "bicubic_rgb", "bicubic_ssim", "psnr_y", "psnr_rgb", "ssim_y")  # in checkpoints and JSON
 SSIM_NAMES = "bicubic_ssim", "ssim_y"
 
@@ -104,7 +105,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int) -> float:
 
 def psnr_rgb(sr: Tensor, hr: Tensor, shave: int) -> float:
     """Return the PSNR of the mean squared error over all channels. Parameters as in :func:`psnr_y`."""
-    return psnr(a - b for a, b in tiles(sr, hr, shave))
+    return psnr(np.subtract(a, b, dtype=np.float64) for a, b in tiles(sr, hr, shave))
 
 
 def ssim_y(sr: Tensor, hr: Tensor, shave: int) -> float:
@@ -113,15 +114,14 @@ def ssim_y(sr: Tensor, hr: Tensor, shave: int) -> float:
     Parameters as in :func:`psnr_y`. The result is at most 1, and NaN if the image is smaller than a window.
     """
     total, count = 0.0, 0
-    weights = gaussian_windows(TILE).to(sr.device)
     for a, b in tiles(sr, hr, shave, overlap=WINDOW - 1):
-        similarity = ssim_map(luma(a), luma(b), weights)
-        total, count = total + similarity.sum().item(), count + similarity.numel()
-    return min(total / count, 1.0) if count else math.nan  # rounding could exceed 1
+        similarity = ssim_map(luma(a), luma(b))
+        total, count = total + float(similarity.sum()), count + similarity.size
+    return min(total / count, 1.0) if count else math.nan  # rounding must not lift it above 1
 
 
-def tiles(sr: Tensor, hr: Tensor, shave: int, overlap: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same parts of two images, without their border, as (C, h, w) in float64 from 0 to 255.
+def tiles(sr: Tensor, hr: Tensor, shave: int, overlap: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the same parts of two images, without their border, as uint8 arrays of shape (C, h, w).
 
     They have up to TILE + ``overlap`` pixels a side. Neighbors share ``overlap`` rows or columns, so that they contain
     each window of overlap + 1 pixels once.
@@ -134,7 +134,8 @@ def tiles(sr: Tensor, hr: Tensor, shave: int, overlap: int = 0) -> Iterator[tupl
     for top, left in product(*(range(shave, end - overlap, TILE) for end in (bottom, right))):
         rows = slice(top, min(top + TILE + overlap, bottom))
         columns = slice(left, min(left + TILE + overlap, right))
-        yield to_8bit(sr[:, rows, columns]).double(), to_8bit(hr[:, rows, columns]).double()
+        a, b = (to_8bit(image[:, rows, columns]).cpu().numpy() for image in (sr, hr))
+        yield a, b
 
 
 def to_8bit(image: Tensor) -> Tensor:
@@ -142,41 +143,44 @@ def to_8bit(image: Tensor) -> Tensor:
     return image if image.dtype == torch.uint8 else image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def luma(image: Tensor) -> Tensor:
-    """Return the luma, or the values of a gray image, from 0 to 255: (C, h, w) becomes (h, w)."""
-    return (
-        image[0] if len(image) == 1 else 16 + sum(weight * channel for weight, channel in zip(LUMA, image, strict=True))
-    )
+# NumPy computes what follows in one thread. The threads of PyTorch or of a matrix product would wait for each other at
+# each operation on a tile: if other programs use the cores, that takes a hundred times as long.
 
 
-def psnr(errors: Iterable[Tensor]) -> float:
+def luma(image: np.ndarray) -> np.ndarray:
+    """Return the luma, or the values of a gray image, in float64: (C, h, w) becomes (h, w)."""
+    if len(image) == 1:
+        return image[0].astype(np.float64)
+    red, green, blue = image
+    return 16 + LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def psnr(errors: Iterable[np.ndarray]) -> float:
     """Return the PSNR of errors that come in parts."""
     squares, count = 0.0, 0
     for error in errors:
-        squares, count = squares + error.square().sum().item(), count + error.numel()
+        squares, count = squares + float(np.square(error).sum()), count + error.size
     return 10 * math.log10(PEAK**2 * count / squares) if squares else math.inf
 
 
-def gaussian_windows(count: int) -> Tensor:
-    """Return the weights of windows at successive pixels, one row for each: (count, count + WINDOW - 1)."""
-    radius = WINDOW // 2
-    offsets = torch.arange(-radius, count + radius) - torch.arange(count)[:, None]  # from each window's center
-    weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2)) * (offsets.abs() <= radius)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def ssim_map(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+def ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the similarity of two tiles in each window: (h, w) becomes (h - WINDOW + 1, w - WINDOW + 1).
 
-    In float32, variances of flat windows would be wrong by as much as K2's term, and SSIM by 4e-4.
+    float32 would not do: errors of the variances in flat windows change SSIM by up to 4e-4.
     """
-    down, across = (weights[: side - WINDOW + 1, :side] for side in x.shape)
-    means = down @ torch.stack([x, y, x * x + y * y, x * y]) @ across.T  # weighted, over each window
-    x, y, squares, products = means
-    xy, xx_yy = x * y, x * x + y * y
+    x, y, squares, products = gaussian_means(np.stack([x, y, x * x + y * y, 2 * x * y]))
+    xy, xx_yy = 2 * x * y, x * x + y * y
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    luminance = (2 * xy + c1) / (xx_yy + c1)
-    return luminance * (2 * (products - xy) + c2) / (squares - xx_yy + c2)
+    return (xy + c1) * (products - xy + c2) / ((xx_yy + c1) * (squares - xx_yy + c2))
+
+
+def gaussian_means(maps: np.ndarray) -> np.ndarray:
+    """Return weighted means over all windows: (n, h, w) becomes (n, h - WINDOW + 1, w - WINDOW + 1)."""
+    weights = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * SIGMA**2))
+    weights /= weights.sum()
+    maps = np.lib.stride_tricks.sliding_window_view(maps, WINDOW, axis=1) @ weights  # over columns
+    maps = np.convolve(maps.ravel(), weights)[WINDOW - 1 :].reshape(maps.shape)  # over rows, joined into one, which is
+    return maps[..., : 1 - WINDOW]  # fastest; a row's last windows continue in the next row
 
 
 # -------------------------------------------------------------------------------- as text

@@ -165,10 +165,10 @@ def contents(folder="."):
 # --------------------------------------------------------------------------- training runs
 
 
-def report(y=31.0, name="photos", bicubic=30.0):
-    """Return a report of two images with this mean PSNR on luma."""
+def report(y=31.0, name="photos", bicubic=30.0, ssim=0.75):
+    """Return a report of two images with this mean PSNR and SSIM on luma."""
     interpolated = Quality(bicubic, 28.0, 0.5)
-    a, b = Quality(y - 1, 29.0, 0.625), Quality(y + 1, 30.0, 0.875)
+    a, b = Quality(y - 1, 29.0, ssim - 0.125), Quality(y + 1, 30.0, ssim + 0.125)
     return Report(name, {"a": Scores(interpolated, a), "b": Scores(interpolated, b)})
 
 

@@ -155,21 +155,17 @@ def test_docs_have_psnr_by_protocol_of_course(real_data):
     model.forward = upscale_once
     for batch_size, measured in ((1, None), (8, (31.192, 32.501)), (128, (29.695, 31.078))):
         scores = course_psnr(model, images, batch_size)
-        row = f"| the course's, batches of {batch_size} | {scores.bicubic.psnr_rgb:.3f} dB | {scores.srcnn.psnr_rgb:.3f} dB |"
+        figures = f"{scores.bicubic.psnr_rgb:.3f} dB | {scores.srcnn.psnr_rgb:.3f} dB"
+        row = f"| the course's, batches of {batch_size} | {figures} |"
         assert row in DOCS["protocol.md"]
         if measured:
             assert (scores.bicubic.psnr_rgb, scores.srcnn.psnr_rgb) == pytest.approx(measured, abs=6e-4)
 
 
 def test_docs_have_psnr_by_protocol_of_literature(shipped):
-    mean = shipped.training.report.mean
-    assert (
-        f"| the literature's, luma | {mean.bicubic.psnr_y:.3f} dB | {mean.srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
-    )
-    assert (
-        f"| the literature's, RGB | {mean.bicubic.psnr_rgb:.3f} dB | {mean.srcnn.psnr_rgb:.3f} dB |"
-        in DOCS["protocol.md"]
-    )
+    bicubic, srcnn = shipped.training.report.mean
+    assert f"| the literature's, luma | {bicubic.psnr_y:.3f} dB | {srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
+    assert f"| the literature's, RGB | {bicubic.psnr_rgb:.3f} dB | {srcnn.psnr_rgb:.3f} dB |" in DOCS["protocol.md"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from imaging.comparison import compare, side_by_side, with_detail
+from imaging.comparison import compare, label, labeled_panels, side_by_side, with_detail
 from imaging.images import bicubic, to_tensor
-from imaging.metrics import Scores, psnr
+from imaging.metrics import Quality, Scores, measure
 
 
 def red_pixels(pixels):
@@ -15,13 +17,14 @@ def test_comparison_has_four_labeled_panels_each_with_a_detail(pictures):
     lr, hr, _ = pictures
     sr = hr.point(lambda value: value // 2)
     up = bicubic(lr, (90, 90))
-    pixels = np.asarray(compare(lr, sr, hr)[0])
-    assert pixels.shape[1] == 4 * 90 + 3 * 8
+    pixels = np.asarray(compare(lr, sr, hr, 3)[0])
+    step = (pixels.shape[1] + 8) // 4
+    assert step >= 90 + 8  # the labels are wider than these panels
     label_height = pixels.shape[0] - 90 - 8 - 88
-    top, left = (places.min() for places in red_pixels(pixels[label_height:, :98]).nonzero())
+    top, left = (places.min() for places in red_pixels(pixels[label_height:, :step]).nonzero())
     window = (left, top, left + 22, top + 22)
     for i, panel in enumerate((lr.resize((90, 90), Image.Resampling.NEAREST), up, sr, hr)):
-        column = pixels[:, i * 98 : i * 98 + 90]
+        column = pixels[:, i * step : i * step + 90]
         label, picture, gap, detail = np.split(column, np.cumsum([label_height, 90, 8]))
         frame = red_pixels(picture)
         assert frame.sum() == 4 * 21
@@ -36,18 +39,34 @@ def test_comparison_has_four_labeled_panels_each_with_a_detail(pictures):
     assert sums[top, left] > 0.98 * sums.max()
 
 
-def test_comparison_reports_psnr_of_bicubic_and_network(pictures):
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_comparison_reports_quality_of_bicubic_and_network(pictures, scale):
+    """With as many pixels shaved off as the scale."""
+    _, hr, _ = pictures
+    hr = hr.crop((0, 0, 24 * scale, 20 * scale))
+    lr, sr = bicubic(hr, (24, 20)), hr.point(lambda value: value // 2)
+    _, scores = compare(lr, sr, hr, scale)
+    assert scores == Scores(*(measure(to_tensor(image), to_tensor(hr), scale) for image in (bicubic(lr, hr.size), sr)))
+
+
+def test_labels_show_what_is_measured_on_luma(pictures):
     lr, hr, _ = pictures
-    sr = hr.point(lambda value: value // 2)
-    _, scores = compare(lr, sr, hr)
-    assert scores == Scores(psnr(to_tensor(bicubic(lr, (90, 90))), to_tensor(hr)), psnr(to_tensor(sr), to_tensor(hr)))
+    panels, scores = labeled_panels(lr, hr, hr, 3)
+    interpolated = f"bicubic\n{scores.bicubic.psnr_y:.2f} dB Y, SSIM {scores.bicubic.ssim_y:.4f}"
+    assert list(panels) == [
+        "LR 30 x 30\n(enlarged)",
+        interpolated,
+        "SRCNN\ninf dB Y, SSIM 1.0000",
+        "ground truth\n90 x 90",
+    ]
+    assert label(Quality(31.456, 30.0, math.nan)) == "31.46 dB Y"  # smaller than a window of SSIM
 
 
 def test_large_comparison_is_reduced_except_for_its_detail():
     hr = Image.new("RGB", (1500, 600), "gray")
     up, sr = hr.copy(), hr.copy()
     up.paste("white", (1210, 410, 1260, 460))  # where they differ
-    sheet, _ = compare(up.resize((500, 200), Image.Resampling.BOX), sr, up)
+    sheet, _ = compare(up.resize((500, 200), Image.Resampling.BOX), sr, up, 3)
     pixels = np.asarray(sheet).astype(int)
     assert sheet.width == 4 * 512 + 3 * 8
     left = red_pixels(pixels)[:, :512].any(0).argmax()

@@ -31,7 +31,8 @@ def test_file_contains_what_assignment_asks_for():
     names = [f"conv{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")]
     assert {name: tensor.shape for name, tensor in saved["model"].items()} == dict(zip(names, shapes, strict=True))
     args = {"lr": 0.003, "batch_size": 32, "num_epoch": 4, "save_freq": 10}  # the assignment's
-    args |= {"recipe": "default", "precision": "auto", "patch_size": 33, "seed": 0, "hold_out": 0, "epoch_size": 100}
+    args |= {"recipe": "default", "scale": 3, "precision": "auto", "patch_size": 33, "seed": 0}
+    args |= {"hold_out": 0, "epoch_size": 100}
     args |= {"train_data": "data/91-image", "test_data": "data/Set5", "init": ""}
     assert saved["args"] == args
     assert saved["info"] == {"name": "your name", "id": "1155xxxxxx", "email": "example@example.com"}
@@ -80,6 +81,38 @@ def test_unknown_keys_are_ignored():
     found = loaded(saved)
     save_checkpoint(found, Path("again"))
     assert "further" not in repr(load("again"))
+
+
+SSIM = ("bicubic_ssim", "ssim_y")
+
+
+def test_checkpoint_without_ssim_is_loaded():
+    """Checkpoints saved before SSIM was measured have none."""
+    saved = trained_content()
+    for scores in saved["report"]["images"].values():
+        for name in SSIM:
+            del scores[name]
+    scores = loaded(saved).training.report.images["a"].to_dict()
+    assert all(math.isnan(scores.pop(name)) for name in SSIM)
+    assert scores == {"bicubic_y": 30.0, "bicubic_rgb": 28.0, "psnr_y": 30.0, "psnr_rgb": 29.0}
+    save_checkpoint(load_checkpoint(PATH), Path("again"))
+    assert math.isnan(load("again")["report"]["images"]["a"]["ssim_y"])
+
+
+@pytest.mark.parametrize("name", SSIM)
+@pytest.mark.parametrize("value", [None, "high", 1, 1.01, -1.01, math.inf, -math.inf, torch.zeros(())], ids=str)
+def test_impossible_ssim_is_refused(name, value):
+    saved = trained_content()
+    saved["report"]["images"]["a"][name] = value
+    with pytest.raises(CommandError, match=r"not a valid SRCNN checkpoint: missing or invalid 'report'$"):
+        loaded(saved)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.0])
+def test_possible_ssim_is_loaded(value):
+    saved = trained_content()
+    saved["report"]["images"]["a"]["ssim_y"] = value
+    assert loaded(saved).training.report.images["a"].srcnn.ssim_y == value
 
 
 def test_layers_may_be_in_any_order():

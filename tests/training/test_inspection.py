@@ -25,7 +25,7 @@ def inspected():
 
 def test_describe_own_checkpoint(inspected):
     lines = """\
-checkpoint.3: SRCNN 9-1-5, 20,099 parameters
+checkpoint.3: SRCNN 9-1-5 x3, 20,099 parameters
 epoch       1 of 8
 best        31.000 dB Y, after epoch 1
 trained on  dead-leaves-train, in fp32
@@ -76,7 +76,7 @@ def test_scores_by_protocol_of_course_as_text_and_json():
 
 def test_describe_checkpoint_of_another_program():
     lines = """\
-checkpoint.3: SRCNN 9-1-5, 20,099 parameters
+checkpoint.3: SRCNN 9-1-5 x3, 20,099 parameters
 epoch       2 of 4
 PSNR        27.500 dB, on an unnamed set
 info        name: Chan Tai Man, id: 1155000000, email: ctm@example.com
@@ -97,6 +97,7 @@ def test_json_contains_facts_of_checkpoint(inspected):
         "torch": "2.6.0",
         "time": "2025-01-02 03:04:05",
         "parameters": 20099,
+        "scale": 3,
         "precision": "fp32",
         "best": 31.0,
         "best_epoch": 1,
@@ -110,10 +111,11 @@ def test_json_contains_facts_of_checkpoint(inspected):
 
 def test_json_has_null_for_infinity_and_nan(inspected):
     inspected.psnr, inspected.training.best = math.nan, math.inf
-    text = to_json(inspected, report(math.inf))
+    text = to_json(inspected, report(math.inf, ssim=math.nan))
     facts = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert (facts["psnr"], facts["best"], facts["report"]["mean"]["psnr_y"]) == (None, None, None)
-    assert facts["report"]["mean"]["bicubic_y"] == 30.0
+    mean = facts["report"]["mean"]
+    assert (facts["psnr"], facts["best"], mean["psnr_y"], mean["ssim_y"]) == (None, None, None, None)
+    assert (mean["bicubic_y"], mean["bicubic_ssim"]) == (30.0, 0.5)
 
 
 def test_control_characters_in_checkpoint_are_escaped(capsys):

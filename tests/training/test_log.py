@@ -38,7 +38,7 @@ def values(log, tag):
     return [(event.step, event.value) for event in log.Scalars(tag)]
 
 
-def test_epoch_is_logged_with_means_and_psnr_of_each_image():
+def test_epoch_is_logged_with_means_and_quality_of_each_image():
     with Log(Path("log"), 0, OPTIONS) as log:
         log.write(1, report(31.0), 0.5, 0.25)
     found = events("log")
@@ -47,10 +47,13 @@ def test_epoch_is_logged_with_means_and_psnr_of_each_image():
         "train/learning_rate": [(1, 0.25)],
         "photos/psnr_y": [(1, 31.0)],
         "photos/psnr_rgb": [(1, 29.5)],
+        "photos/ssim_y": [(1, 0.75)],
         "photos_psnr_y/a": [(1, 30.0)],
         "photos_psnr_y/b": [(1, 32.0)],
         "photos_psnr_rgb/a": [(1, 29.0)],
         "photos_psnr_rgb/b": [(1, 30.0)],
+        "photos_ssim_y/a": [(1, 0.625)],
+        "photos_ssim_y/b": [(1, 0.875)],
     }
 
 
@@ -113,7 +116,7 @@ def test_end_of_run_is_logged_with_its_options():
     with Log(Path("log"), 0, OPTIONS) as log:
         log.write_result(4, report(31.0))
     found = events("log/end-4")
-    for key, value in (("psnr_y", 31.0), ("psnr_rgb", 29.5)):
+    for key, value in (("psnr_y", 31.0), ("psnr_rgb", 29.5), ("ssim_y", 0.75)):
         assert [event.value for event in found.Scalars(f"final/{key}")] == [value]
     content = found.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
     hparams = metadata.parse_session_start_info_plugin_data(content).hparams
@@ -259,9 +262,10 @@ def test_first_interrupt_is_deferred_and_second_is_not(number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, *TERMINATION_SIGNALS)] == before
 
 
-def test_pictures_of_large_images_show_their_centers():
-    image = TestSet(ImageSet("x", {"a": random_image(size=(690, 270))})).images["a"]
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_pictures_of_large_images_show_their_centers(scale):
+    image = TestSet(ImageSet("x", {"a": random_image(size=(230 * scale, 90 * scale))}), scale).images["a"]
     lr, bicubic, hr = cut_center(image)
     assert lr == image.lr.crop((15, 0, 215, 90))
-    assert torch.equal(bicubic, image.bicubic[:, :, 45:645])
-    assert torch.equal(hr, image.hr[:, :, 45:645])
+    assert torch.equal(bicubic, image.bicubic[:, :, 15 * scale : 215 * scale])
+    assert torch.equal(hr, image.hr[:, :, 15 * scale : 215 * scale])

@@ -11,6 +11,7 @@ from helpers import assert_one_line, in_new_process, peak_memory_mib
 import training.options
 from data import ImageSet
 from imaging.dead_leaves import dead_leaves
+from model import SCALES
 from train import RECIPES, train_one_step
 from training.options import (
     Options,
@@ -194,7 +195,8 @@ def test_batch_that_needs_more_memory_than_there_is_is_refused(monkeypatch, opti
 
 def growth_in_one_step(options):
     """Take two training steps in this process; return by how many bytes its peak of memory exceeds its start."""
-    train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 80)), options.patch_size, torch.device("cpu"))
+    images, device = ImageSet("leaves", dead_leaves("train", 1, 80)), torch.device("cpu")
+    train_set = RandomPatches(images, options.patch_size, device, scale=options.scale)
     run = new_run(options, RECIPES["default"], train_set, torch.float32)
     keep_memory()
     start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -203,7 +205,8 @@ def growth_in_one_step(options):
     return peak_memory_mib() * 2**20 - start
 
 
-def test_estimate_of_memory_is_not_below_peak_of_training():
-    options = Options(batch_size=64, precision="fp32")
+@pytest.mark.parametrize("scale", SCALES)
+def test_estimate_of_memory_is_not_below_peak_of_training(scale):
+    options = Options.from_args({"scale": scale, "batch_size": 64, "precision": "fp32"})
     peak, estimate = in_new_process(growth_in_one_step, options), step_memory(options, torch.float32)
     assert estimate / 2.5 < peak < estimate

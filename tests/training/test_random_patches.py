@@ -32,7 +32,7 @@ def draw(images, patch, count, steps=1, scale=3):
 
 @cache
 def located_patches(scale):
-    """Return (blue, top, left, order of channels, lr, hr) of the patches of some batches of 200, in the usual colors."""
+    """Return (blue, top, left, order of channels, lr, hr) of some batches of 200 patches, in the usual colors."""
     patches = []
     for lr, hr, _ in draw(IMAGES, 12, 200, 4 if scale == 4 else 2, scale):
         assert lr.is_contiguous(memory_format=torch.channels_last)
