@@ -97,10 +97,10 @@ def test_gradients_are_reduced_on_cpu_in_one_call(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "options"),
-    [((7, 5), "fp32", ["--self-ensemble"]), ((8, 0), "bf16", []), ((12, 0), "bf16", [])],
+    ("capability", "scale", "dtype", "options"),
+    [((7, 5), 3, "fp32", ["--self-ensemble"]), ((8, 0), 2, "bf16", []), ((12, 0), 4, "bf16", [])],
 )
-def test_upscaling_gives_same_pixels_as_on_cpu(cli, pictures, capability, dtype, options):
+def test_upscaling_gives_same_pixels_as_on_cpu(cli, pictures, capability, scale, dtype, options):
     """Exactly in fp32, and within a gray level in bf16, which auto selects on GPUs of capability 8.0 or more."""
     Path("in").mkdir()
     for mode in ("RGB", "L", "RGBA", "I;16"):
