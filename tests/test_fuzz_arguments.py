@@ -18,7 +18,7 @@ WORDS = st.one_of(
     st.sampled_from(["train", "resume", "inspect", "--", "-h", "--json", "--self-ensemble", "--num-epoch", "--lr"]),
     st.builds(
         "--{}={}".format,
-        st.sampled_from(["lr", "seed", "save-freq", "hold-out", "tile", "max-pixels", "batch-size"]),
+        st.sampled_from(["lr", "seed", "save-freq", "hold-out", "scale", "tile", "max-pixels", "batch-size"]),
         NUMBERS,
     ),
     st.builds("--precision={}".format, st.sampled_from(["fp32", "auto", "fp64", ""])),
