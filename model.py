@@ -16,8 +16,6 @@
 Using Deep Convolutional Networks", TPAMI 2015). This module needs only torch.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,7 +106,7 @@ class SRCNN(nn.Module):
 
 def context_of(scale: int) -> int:
     """Return the number of LR pixels on each side of an LR pixel that are enough to compute its HR pixels."""
-    return math.ceil(REACH / scale) + BICUBIC_REACH
+    return -(-REACH // scale) + BICUBIC_REACH
 
 
 def interpolate(lr: Tensor, scale: int) -> Tensor:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, trained_model
+from helpers import ROOT, shipped, trained_model
 from PIL import Image
 
 import data
 import super_resolve
 import train
 from data import TestSet, load_images
+from model import SCALES
 from tools import bench
-from training.checkpoints import load_checkpoint
 from training.grid_patches import course_psnr
 from training.options import Options, given_options
 
@@ -32,11 +32,6 @@ def commands(page):
 
 
 COMMANDS = [command for page in (README, *DOCS.values()) for command in commands(page)]
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_checkpoint(ROOT / "checkpoint.pth")
 
 
 @pytest.mark.parametrize(
@@ -104,42 +99,63 @@ def test_links_lead_to_files_and_to_every_page():
         assert f"(docs/{name})" in README
 
 
+def row_of(page, name):
+    """Return the figures in the row of a table that begins with ``name``, one list for each column."""
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+    return [[float(x) for x in re.findall(r"[\d.]+", cell)] for cell in row.removeprefix(f"| {name} |").split("|")]
+
+
 @pytest.mark.parametrize(
-    ("self_ensemble", "row"),
-    [
-        (False, r"\*\*`checkpoint.pth`\*\* \| \*\*([\d.]+)\*\* \| \*\*([\d.]+)\*\*"),
-        (True, r"the same, self-ensemble \| ([\d.]+) \| ([\d.]+)"),
-    ],
-    ids=["one pass", "self-ensemble"],
+    ("scale", "self_ensemble"), [(2, False), (3, False), (4, False), (3, True)], ids=["x2", "x3", "x4", "self-ensemble"]
 )
-def test_shipped_checkpoint_has_figures_of_readme(shipped, real_data, self_ensemble, row):
-    report = train.evaluate(trained_model(), TestSet(load_images(str(real_data / "Set5"), "test")), self_ensemble)
-    figures = re.search(row, README)
-    assert report.mean.srcnn.psnr_y == pytest.approx(float(figures[1]), abs=0.006)
-    assert report.mean.srcnn.psnr_rgb == pytest.approx(float(figures[2]), abs=0.006)
+def test_shipped_checkpoint_has_figures_of_docs(real_data, scale, self_ensemble):
+    images, checkpoint = load_images(str(real_data / "Set5"), "test", scale=scale), shipped(scale)
+    report = train.evaluate(trained_model(scale), TestSet(images, scale), self_ensemble)
+    found = report.mean.srcnn
+    name = "ours, self-ensemble" if self_ensemble else "**ours**, 9-1-5 (20,099 parameters), 91 images"
+    psnr, ssim = row_of(DOCS["scales.md"], name)[scale - 2]
+    assert found.psnr_y == pytest.approx(psnr, abs=0.006)
+    assert found.ssim_y == pytest.approx(ssim, abs=0.0002)
+    if scale == 3:
+        row = row_of(README, "the same, self-ensemble" if self_ensemble else "**`checkpoint.pth`**")
+        assert (found.psnr_y, found.psnr_rgb) == pytest.approx((*row[0], *row[1]), abs=0.006)
     if not self_ensemble:
-        assert report.mean.srcnn.psnr_y >= 32.75
-        assert shipped.psnr == pytest.approx(report.mean.srcnn.psnr_y, abs=0.003)
-        assert shipped.training.report.set == "Set5"
+        least = {2: (36.66, 0.9545), 3: (32.90, 0.9122), 4: (30.48, 0.8635)}[scale]
+        assert found.psnr_y >= least[0]
+        assert found.ssim_y >= least[1] - 5e-5
+        assert checkpoint.psnr == pytest.approx(found.psnr_y, abs=0.003)
+        assert checkpoint.training.report.set == "Set5"
+        assert [psnr, ssim] == row_of(README, "**this repository**, 9-1-5 (20,099 parameters), 91 images")[scale - 2]
 
 
-def test_shipped_checkpoint_was_trained_by_commands_of_docs(shipped, monkeypatch):
-    assert shipped.training.train_set == "91-image"
-    options, records = Options().to_args(), []
-    for command in commands(DOCS["recipe.md"].partition("## The shipped checkpoint")[2]):
+@pytest.mark.parametrize("scale", SCALES)
+def test_bicubic_has_figures_of_docs(real_data, scale):
+    bicubic = shipped(scale).training.report.mean.bicubic
+    for page in (README, DOCS["scales.md"]):
+        assert f"{bicubic.psnr_y:.3f}" == f"{row_of(page, 'bicubic')[scale - 2][0]:.3f}"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_shipped_checkpoint_was_trained_by_commands_of_docs(scale, monkeypatch):
+    checkpoint, heading = shipped(scale), f"\n### \N{MULTIPLICATION SIGN}{scale}\n"
+    section = DOCS["recipe.md"].partition(heading)[2].partition("\n#")[0]
+    assert checkpoint.scale == scale
+    assert checkpoint.training.train_set == "91-image"
+    options, records = {}, []
+    for command in commands(section):
         monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
         args = train.parse_args()
         assert str(getattr(args, "checkpoint", None)) == (f"checkpoint.{records[-1][0]}" if records else "None")
-        options = options | given_options(args)
+        options = Options.from_args(options | given_options(args)).to_args()
         records.append((options["num_epoch"], options))
 
-    def comparable(records):  # save_freq changes no weight, and old checkpoints lack the other three
-        defaults = {"recipe": "default", "init": "", "epoch_size": 100}
-        return [(epoch, defaults | args | {"save_freq": None}) for epoch, args in records]
+    def comparable(records):  # save_freq changes no weight, and old checkpoints lack some options
+        return [(epoch, Options.from_args(args).to_args() | {"save_freq": None}) for epoch, args in records]
 
-    assert comparable([*shipped.training.history, (shipped.epoch, shipped.args)]) == comparable(records)
-    mean = shipped.training.report.mean.srcnn
-    assert f"| **`checkpoint.pth`** | **{mean.psnr_y:.3f}** | **{mean.psnr_rgb:.3f}** |" in README
+    assert comparable([*checkpoint.training.history, (checkpoint.epoch, checkpoint.args)]) == comparable(records)
+    if scale == 3:
+        mean = checkpoint.training.report.mean.srcnn
+        assert f"| **`checkpoint.pth`** | **{mean.psnr_y:.3f}** | **{mean.psnr_rgb:.3f}** |" in README
 
 
 def test_docs_have_psnr_by_protocol_of_course(real_data):
@@ -162,8 +178,8 @@ def test_docs_have_psnr_by_protocol_of_course(real_data):
             assert (scores.bicubic.psnr_rgb, scores.srcnn.psnr_rgb) == pytest.approx(measured, abs=6e-4)
 
 
-def test_docs_have_psnr_by_protocol_of_literature(shipped):
-    bicubic, srcnn = shipped.training.report.mean
+def test_docs_have_psnr_by_protocol_of_literature():
+    bicubic, srcnn = shipped(3).training.report.mean
     assert f"| the literature's, luma | {bicubic.psnr_y:.3f} dB | {srcnn.psnr_y:.3f} dB |" in DOCS["protocol.md"]
     assert f"| the literature's, RGB | {bicubic.psnr_rgb:.3f} dB | {srcnn.psnr_rgb:.3f} dB |" in DOCS["protocol.md"]
 
