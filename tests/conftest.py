@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from functools import cache
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -103,6 +104,11 @@ def offline(monkeypatch):
     monkeypatch.setattr("data.dead_leaves", lambda role: dead_leaves(role, 2, 60))
 
 
+@cache  # drawing it takes longer than most tests
+def generated_image(side):
+    return dead_leaves("test", 1, side)["leaves1"]
+
+
 @pytest.fixture
 def scale():
     """Return the scale of the fixture pictures, unless a test is parametrized by "scale"."""
@@ -112,7 +118,7 @@ def scale():
 @pytest.fixture
 def pictures(tmp_path, scale):
     """Write a 30x30 LR image (lr.bmp), its ground truth (hr.png), and a network (net) that changes bicubic clearly."""
-    lr, hr = degrade(dead_leaves("test", 1, 30 * scale)["leaves1"], scale)
+    lr, hr = degrade(generated_image(30 * scale), scale)
     lr.save("lr.bmp")
     hr.save("hr.png")
     torch.manual_seed(1)
