@@ -34,7 +34,6 @@ from utils import (
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
 GENERATED = "(GENERATED IMAGES)"  # in the names of sets
-GROUND_TRUTH_SUFFIXES = ("_GT", "_HR")  # of names in the course's images, and in published copies of test sets
 TEST_PIXELS = 10_000_000  # of test images in memory
 MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
 COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
@@ -63,12 +62,13 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
     if folder == DEAD_LEAVES:
         return ImageSet(f"{DEAD_LEAVES}-{role} {GENERATED}", dead_leaves(role))
     files = list_images(Path(folder))
-    ground_truths = [file for file in files if file.stem.endswith(GROUND_TRUTH_SUFFIXES)]
+    suffix = ground_truth_suffix(files)
+    ground_truths = [file for file in files if file.stem.endswith(suffix)]
     if role == "test" and 0 < len(ground_truths) < len(files):
-        suffixes, others = " or ".join(GROUND_TRUTH_SUFFIXES), plural(len(files) - len(ground_truths), "image")
-        warn(f"{folder}: skipping {others} whose names do not end in {suffixes}")
+        others = plural(len(files) - len(ground_truths), "image")
+        warn(f"{folder}: skipping {others} whose names do not end in {suffix}")
         files = ground_truths
-    names = [file.stem.removesuffix("_GT").removesuffix("_HR") for file in files]
+    names = [file.stem.removesuffix(suffix) for file in files]
     if len(set(names)) < len(names):
         names = [file.name for file in files]
     names = list(map(printable, names))
@@ -79,6 +79,12 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
         return ImageSet(name, dict(zip(names, read_all(files, min_side(scale)), strict=True)))
     raise_failures(failures, len(files))
     return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, min_side(scale)))
+
+
+def ground_truth_suffix(files: list[Path]) -> str:
+    """Return how the names of ground truths end: as the course's, or as in published test sets with LR images."""
+    published = {suffix for file in files for suffix in ("_HR", "_LR") if file.stem.endswith(suffix)}
+    return "_HR" if len(published) == 2 else "_GT"
 
 
 def require_folder(folder: str, option: str) -> None:
@@ -162,7 +168,7 @@ class TestSet:
     They are prepared in advance, unless the images are not in memory.
     """
 
-    def __init__(self, image_set: ImageSet, scale: int = SCALE) -> None:
+    def __init__(self, image_set: ImageSet, scale: int) -> None:
         self.name, self.scale = image_set.name, scale
         images = TestImages(image_set.images, scale)
         self.images: Mapping[str, TestImage] = images if isinstance(image_set.images, ImageFiles) else dict(images)
@@ -172,7 +178,7 @@ class TestSet:
 
 
 def load_sets(
-    train_data: str, test_data: str, hold_out: int, max_pixels: float = math.inf, scale: int = SCALE
+    train_data: str, test_data: str, hold_out: int, scale: int, max_pixels: float = math.inf
 ) -> tuple[ImageSet, TestSet]:
     """Return the training images, and the test set or else the held-out part of the training images.
 
@@ -180,8 +186,8 @@ def load_sets(
     ----------
     train_data, test_data : as ``folder`` of :func:`load_images`
     hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
-    max_pixels : of training images in memory
     scale : upscaling factor
+    max_pixels : of training images in memory
 
     Raises
     ------

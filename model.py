@@ -12,7 +12,7 @@
 # Student ID:
 # Email Addr:
 #
-"""SRCNN 9-1-5, which upscales RGB images by a factor of 3, or 2 or 4 (Dong et al., "Image Super-Resolution
+"""SRCNN 9-1-5, which upscales RGB images by a factor of 2, 3 (the default) or 4 (Dong et al., "Image Super-Resolution
 Using Deep Convolutional Networks", TPAMI 2015). This module needs only torch.
 """
 
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALES, SCALE = (2, 3, 4), 3  # upscaling factors, and the assignment's, which is the default
+SCALES = 2, 3, 4  # upscaling factors
+SCALE = 3  # the assignment's, which is the default
 REACH = 9 // 2 + 5 // 2  # interpolated HR pixels on each side that an output pixel depends on
 BICUBIC_REACH = 2  # LR pixels on each side that an interpolated pixel depends on
 
@@ -36,11 +37,13 @@ class SRCNN(nn.Module):
 
     Parameters
     ----------
-    scale : upscaling factor, one of SCALES
+    scale : upscaling factor, one of SCALES; with others ValueError is raised
     """
 
     def __init__(self, scale: int = SCALE) -> None:
         super().__init__()
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {SCALES}, not {scale!r}")
         self.scale = scale
         self.conv1 = nn.Conv2d(3, 64, kernel_size=9, padding=4)  # patch extraction
         self.conv2 = nn.Conv2d(64, 32, kernel_size=1)  # non-linear mapping
@@ -75,9 +78,9 @@ class SRCNN(nn.Module):
         Tensor of shape (N, 3, scale * h, scale * w), nominally in [0, 1], not clamped
         """
         context = context_of(self.scale)
-        x = interpolate(F.pad(lr, (context,) * 4, mode="replicate"), self.scale)  # (N, 3, 3h + 12, 3w + 12) if x3
+        x = interpolate(F.pad(lr, (context,) * 4, mode="replicate"), self.scale)  # (N, 3, 3h + 12, 3w + 12) at x3
         # The cropped border contains all that the zero padding of the convolutions can affect.
-        return crop(self.convolve(x), self.scale * (context - BICUBIC_REACH))  # (N, 3, 3h, 3w)
+        return crop(self.convolve(x), self.scale * (context - BICUBIC_REACH))  # (N, 3, 3h, 3w) at x3
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the three zero-padded convolutions to upscaled images of shape (N, 3, H, W)."""

@@ -1,7 +1,8 @@
-"""Upscale images by 3, or by 2 or 4, with SRCNN: lr.bmp becomes lr_srcnn_x3.bmp."""
+"""Upscale images by 3 with SRCNN, or by 2 or 4: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
 import contextlib
+import operator
 import sys
 import time
 from collections.abc import Iterator
@@ -50,9 +51,9 @@ def parse_args() -> argparse.Namespace:
     )
     text = "LR image, folder of LR images, or - for standard input"
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
-    text = f"upscaling factor (default: the checkpoint's, or {SCALE})"
-    parser.add_argument("--scale", type=int, choices=SCALES, help=text)
-    text = "checkpoint file (default: the one for --scale that comes with super_resolve.py)"
+    text = f"upscaling factor (default: {SCALE}, or that of --checkpoint)"
+    parser.add_argument("--scale", type=integer(), choices=SCALES, help=text)
+    text = "checkpoint file (default: the shipped one for --scale)"
     parser.add_argument("--checkpoint", type=path, metavar="FILE", help=text)
     text = "output file or folder, or - for standard output (default: NAME_srcnn_xSCALE beside each input)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
@@ -60,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
     parser.add_argument("--recursive", action="store_true", help="search subdirectories recursively")
     parser.add_argument("--skip-existing", action="store_true", help="skip images that already have an output")
-    text = "HR image, or folder of HR images, to measure PSNR against"
+    text = "HR image, or folder of HR images, to measure PSNR and SSIM against"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
     text = "average over eight flips and rotations, at eight times the cost"
     parser.add_argument("--self-ensemble", action="store_true", help=text)
@@ -84,9 +85,16 @@ def output(text: str) -> str:
 # ------------------------------------------------------------------------------- upscaling
 
 
-def shipped_checkpoint(scale: int | None) -> Path:
+def checked_scale(scale: int | None) -> int | None:
+    """Return a scale as an int, or None. Raise ValueError if it is neither None nor one of SCALES."""
+    with contextlib.suppress(TypeError):
+        if scale is None or (scale := operator.index(scale)) in SCALES:
+            return scale
+    raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, not {scale!r}")
+
+
+def shipped_checkpoint(scale: int = SCALE) -> Path:
     """Return the path of the shipped checkpoint for a scale. Raise CommandError if it is missing."""
-    scale = scale or SCALE
     file = FOLDER / ("checkpoint.pth" if scale == SCALE else f"checkpoints/x{scale}.pth")
     if not file.exists():
         raise CommandError(f"{file}: the checkpoint for x{scale} is missing; copy it there, or use --checkpoint=FILE")
@@ -105,13 +113,13 @@ def load_upscaler(
 
     Raises ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
     """
-    if scale not in (None, *SCALES):
-        raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, not {scale!r}")
-    device = select_device(cuda)
-    file = shipped_checkpoint(scale) if checkpoint is None else Path(checkpoint)
+    device, scale = select_device(cuda), checked_scale(scale)
+    file = shipped_checkpoint(scale or SCALE) if checkpoint is None else Path(checkpoint)
     loaded = load_checkpoint(file)
+    if checkpoint is None and loaded.scale != (scale or SCALE):
+        raise CommandError(f"{file} is for x{loaded.scale}, not the shipped one; use --checkpoint for your own")
     if scale not in (None, loaded.scale):
-        problem = f"--scale={scale} contradicts --checkpoint={file}, which upscales by {loaded.scale}"
+        problem = f"--scale={scale} contradicts --checkpoint={file}, which is for x{loaded.scale}"
         raise CommandError(f"{problem}; leave out one of them")
     model = SRCNN(loaded.scale)
     model.load_state_dict(loaded.model)
@@ -140,15 +148,18 @@ def upscale(image: T, upscaler: Upscaler | None = None, scale: int | None = None
 
     Raises
     ------
-    TypeError if ``image`` is neither, such as a path, or ValueError if it is of another mode, dtype or shape, or if
-    ``scale`` contradicts ``upscaler`` or is none of SCALES
+    TypeError if ``image`` is neither, such as a path, or ``upscaler`` is of another type; ValueError if the image is of
+    another mode, dtype or shape, or if ``scale`` contradicts ``upscaler`` or is none of SCALES
     """
     if not isinstance(image, Image.Image | np.ndarray):
         kind = type(image).__name__
         raise TypeError(
             f"an image is a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
         )
-    upscaler = upscaler or shipped_upscaler(SCALE if scale is None else scale)
+    if not isinstance(upscaler, Upscaler | None):
+        raise TypeError(f"an upscaler is a result of load_upscaler, not {type(upscaler).__name__}; or use scale=2")
+    scale = checked_scale(scale)
+    upscaler = upscaler or shipped_upscaler(scale or SCALE)
     if scale not in (None, upscaler.scale):
         raise ValueError(
             f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; leave out one of them"
@@ -167,12 +178,12 @@ def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") 
 
 def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
     """Read, upscale and write an image. If there is a ground truth, write a comparison and return the scores."""
-    start, scale = time.perf_counter(), job.scale
+    start, scale = time.perf_counter(), upscaler.scale
     lr = read_image(job.lr, max_pixels)
     check_output(job.sr, (scale * lr.width, scale * lr.height), lr.mode, job.format)
     hr = read_hr(job.hr, min_side(scale), (scale + 1) ** 2 * max_pixels) if job.hr else None
     if hr and not fits(hr, lr, scale):
-        other = next((f", but --scale={other} fits" for other in SCALES if fits(hr, lr, other)), "")
+        other = next((f"; it fits x{other}" for other in SCALES if fits(hr, lr, other)), "")
         problem = f"{hr.width}x{hr.height} is not {scale} times {lr.width}x{lr.height}{other}"
         raise CommandError(f"{job.hr}: {problem}")
     sr = upscale_with_metadata(lr, upscaler, job.lr.name)
@@ -230,7 +241,7 @@ def show_progress(jobs: list[Job], hidden: bool) -> Iterator[Job]:
 
 
 def summarize(results: list[Results], ground_truth: Path | None, count: int, seconds: float) -> None:
-    """Print PSNR, numbers of images and failures of all processes. Raise CommandError if there are failures."""
+    """Print scores, numbers of images and failures of all processes. Raise CommandError if there are failures."""
     scores = dict(sorted(item for result in results for item in result.scores.items()))
     failures = [failure for result in results for failure in result.failures]
     skipped = sum(result.skipped for result in results)
@@ -248,8 +259,8 @@ def summarize(results: list[Results], ground_truth: Path | None, count: int, sec
 
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
-    file = args.checkpoint or shipped_checkpoint(args.scale)
-    upscaler = load_upscaler(file, args.cuda, args.precision, args.tile, args.self_ensemble, args.scale)
+    upscaler = load_upscaler(args.checkpoint, args.cuda, args.precision, args.tile, args.self_ensemble, args.scale)
+    file = args.checkpoint or shipped_checkpoint(upscaler.scale)
     jobs = find_jobs(args.inputs, args.output, args.ground_truth, file, upscaler.scale, args.format, args.recursive)
     with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
         results = run_share(jobs, upscaler, args.skip_existing, args.max_pixels)

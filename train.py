@@ -238,23 +238,22 @@ def parse_args() -> argparse.Namespace:
     )
     add_inspection_arguments(inspect)
     args = parser.parse_args()
-    if problem := ignored_option(args):
+    if problem := usage_problem(args):
         commands.choices[args.command].error(problem)
     return args
 
 
-def ignored_option(args: argparse.Namespace) -> str | None:
-    """Describe an option that would be ignored because of another one, if there is one."""
+def usage_problem(args: argparse.Namespace) -> str | None:
+    """Describe an option that contradicts another or would be ignored because of it, if there is one."""
     if args.command == "inspect":
         course = args.protocol == "course"
         if args.self_ensemble and (args.test_data is None or course):
             return "--self-ensemble needs --test-data, and does not go with --protocol=course"
         return "--batch-size needs --protocol=course" if args.batch_size and not course else None
     given = given_options(args)
-    if args.command == "train" and ("init" not in given or "scale" in given):  # otherwise the scale is not known yet
-        problem = contradiction(given)
-        if problem:
-            return problem
+    scale_is_known = args.command == "train" and ("init" not in given or "scale" in given)
+    if scale_is_known and (problem := contradiction(given)):
+        return problem
     both = getattr(args, "hold_out", 0) and hasattr(args, "test_data")
     return "--hold-out tests on training images, not on --test-data; leave out one of them" if both else None
 
@@ -326,9 +325,9 @@ def start(
         options, dtype = broadcast((options, dtype))
         recipe = RECIPES[options.recipe]
         scale, max_pixels = options.scale, recipe.patches.max_pixels(options.patch_size, options.scale)
-        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, max_pixels, scale)
+        images, test_set = load_sets(options.train_data, options.test_data, options.hold_out, scale, max_pixels)
         with warn_of_busy_cores(device):
-            patches = recipe.patches(images, options.patch_size, device, options.seed, scale)
+            patches = recipe.patches(images, options.patch_size, scale, device, options.seed)
         progress.print_setup(patches, dtype, options)
         parts = options, recipe, patches, dtype
         run = restored_run(resumed, *parts) if resumed else new_run(*parts, init)
@@ -342,7 +341,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     model.to(select_device(args.cuda))
     if args.protocol == "course":
         if scale != SCALE:
-            raise CommandError(f"{args.checkpoint} upscales by {scale}, and the course's protocol is for {SCALE} only")
+            raise CommandError(f"{args.checkpoint} is for x{scale}, and the course's protocol for x{SCALE} only")
         images = load_images(args.test_data or default_folder(TEST_DATA), "test", TEST_PIXELS, scale)
         batch_size = args.batch_size or COURSE_BATCH_SIZE
         facts = course_psnr(model, images, batch_size), images.name, batch_size

@@ -39,14 +39,14 @@ def labeled_panels(
     scores = Scores(measure(to_tensor(upscaled), truth, scale), measure(to_tensor(sr), truth, scale))
     panels = {
         f"LR {lr.width} x {lr.height}\n(enlarged)": lr.resize(hr.size, Image.Resampling.NEAREST),
-        f"bicubic\n{label(scores.bicubic)}": upscaled,
-        f"SRCNN\n{label(scores.srcnn)}": sr,
+        f"bicubic\n{caption(scores.bicubic)}": upscaled,
+        f"SRCNN\n{caption(scores.srcnn)}": sr,
         f"ground truth\n{hr.width} x {hr.height}": hr,
     }
     return panels, scores
 
 
-def label(quality: Quality) -> str:
+def caption(quality: Quality) -> str:
     """Format what is measured on luma."""
     ssim = "" if math.isnan(quality.ssim_y) else f", SSIM {quality.ssim_y:.4f}"
     return f"{quality.psnr_y:.2f} dB Y{ssim}"

@@ -201,19 +201,21 @@ def table(report: Report) -> list[str]:
     if len(rows) > 1:
         rows.append((f"{report.set} mean", report.mean))
     width = min(max(len(printable(name)) for name, _ in rows), 80)
-    groups = " ".join(f" {measure:22}" for measure in ("PSNR Y (dB)", "PSNR RGB (dB)", "SSIM Y"))
+    groups = " ".join(f" {title:22}" for title in ("PSNR Y (dB)", "PSNR RGB (dB)", "SSIM Y"))
     columns = " ".join([f"{'bicubic':>8} {'SRCNN':>6} {'gain':>7}"] * 3)
     lines = [f"{'':{width}}{groups}".rstrip(), f"{'':{width}}{columns}"]
     for name, scores in rows:
         figures = zip(*scores, gain(scores), (3, 3, 4), strict=True)  # of each measure, and its digits
-        cells = (f"{text(a, n):>8} {text(b, n):>6} {text(c, n, '+'):>7}" for a, b, c, n in figures)
+        cells = (
+            f"{format_figure(a, n):>8} {format_figure(b, n):>6} {format_figure(c, n, '+'):>7}" for a, b, c, n in figures
+        )
         lines.append(f"{printable(name):{width}}{' '.join(cells)}")
     return lines
 
 
-def text(value: float, digits: int, sign: str = "") -> str:
+def format_figure(value: float, digits: int, sign: str = "") -> str:
     """Format a figure, with its sign in any case if ``sign`` is "+"."""
-    return "n/a" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+    return "n/a" if math.isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
 
 
 def summary(report: Report) -> str:

@@ -69,7 +69,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def train_set():
     """Return patches of two images, for tests that need no files."""
-    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, torch.device("cpu"))
+    return RandomPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 48, 3, torch.device("cpu"))
 
 
 @pytest.fixture

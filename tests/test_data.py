@@ -86,11 +86,20 @@ def test_images_of_any_format_and_mode_have_unique_names(tmp_path):
     assert {image.size for image in images.values()} == {(30, 60)}
 
 
-def test_only_ground_truths_of_course_images_are_tested_on(tmp_path, capfd):
-    for name in ("a_GT.png", "a_lr.png", "a_bicubic.png", "b_GT.png"):
+@pytest.mark.parametrize(("hr", "lr"), [("GT", "lr"), ("HR", "LR")])
+def test_only_ground_truths_are_tested_on(tmp_path, capfd, hr, lr):
+    """In the course's folder of examples, and in a published copy of test sets."""
+    for name in (f"a_{hr}.png", f"a_{lr}.png", "a_bicubic.png", f"b_{hr}.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     assert list(data.load_images(str(tmp_path), "test").images) == ["a", "b"]
-    assert_one_line(capfd.readouterr().err, "WARNING", tmp_path, "2 images", "_GT")
+    assert_one_line(capfd.readouterr().err, "WARNING", tmp_path, "2 images", f"_{hr}")
+
+
+def test_name_in_hr_has_no_meaning_without_lr_images(tmp_path, capfd):
+    for name in ("a_HR.png", "b.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert list(data.load_images(str(tmp_path), "test").images) == ["a_HR", "b"]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -134,10 +143,10 @@ def test_nodes_must_have_same_training_images(monkeypatch, other):
     monkeypatch.setattr(data, "gather", lambda own: checksums.append(own) or checksums)  # one more node at each call
     monkeypatch.setattr(data, "load_images", lambda *_: data.ImageSet("leaves", images))
     for _ in range(2):
-        assert data.load_sets("dead-leaves", "dead-leaves", 0)[0].images == images
+        assert data.load_sets("dead-leaves", "dead-leaves", 0, 3)[0].images == images
     images = dead_leaves(*other, 30)
     with pytest.raises(CommandError, match=r"^dead-leaves: the nodes have different images"):
-        data.load_sets("dead-leaves", "dead-leaves", 0)
+        data.load_sets("dead-leaves", "dead-leaves", 0, 3)
 
 
 # -------------------------------------------------------------------------- large sets
@@ -149,13 +158,13 @@ def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeyp
     assert (large.name, list(large.images)) == (small.name, list(small.images))
     assert all(large.images[name].tobytes() == image.tobytes() for name, image in small.images.items())
     assert np.array_equal(large.sizes(), small.sizes())
-    a, b = data.TestSet(small), data.TestSet(large)
+    a, b = data.TestSet(small, 3), data.TestSet(large, 3)
     for name, image in a.images.items():
         assert torch.equal(b.images[name].hr, image.hr)
         assert torch.equal(b.images[name].bicubic, image.bicubic)
         assert (b.images[name].lr, b.images[name].bicubic_quality) == (image.lr, image.bicubic_quality)
     monkeypatch.setattr(data, "TEST_PIXELS", 0)
-    assert isinstance(data.load_sets(str(photos), str(photos), 0)[1].images, data.TestImages)
+    assert isinstance(data.load_sets(str(photos), str(photos), 0, 3)[1].images, data.TestImages)
     training, test = large.split(3)
     assert (list(training.images), list(test.images)) == (["leaves1", "leaves3", "leaves4"], ["leaves2", "leaves5"])
     assert training.images["leaves3"].size == (30, 41)
@@ -225,8 +234,8 @@ def test_fingerprint_depends_on_sizes_and_pixels_but_not_on_names_and_order():
 def test_test_set_whose_figures_no_checkpoint_has_room_for_is_refused(photos, monkeypatch):
     monkeypatch.setattr(data, "MAX_TEST_IMAGES", 4)
     with pytest.raises(CommandError, match=f"^{photos.name}: at most 4 images can be tested on, not 5$"):
-        data.load_sets(str(photos), str(photos), 0)
-    assert len(data.load_sets(str(photos), "none", 2)[1].images) == 2
+        data.load_sets(str(photos), str(photos), 0, 3)
+    assert len(data.load_sets(str(photos), "none", 2, 3)[1].images) == 2
 
 
 # ----------------------------------------------------------------------------- LR/HR pairs
@@ -241,26 +250,27 @@ def test_lr_images_of_course_are_reproduced_exactly(real_data):
         assert bicubic(hr, lr.size).tobytes() == lr.tobytes()
 
 
-def test_test_set_follows_protocol(photos):
-    """An image is cropped to a multiple of 3, reduced by Pillow, and enlarged for comparison."""
-    test_set = data.TestSet(data.load_images(str(photos), "test"))
+@pytest.mark.parametrize(("scale", "size"), [(2, (100, 82)), (3, (99, 81)), (4, (100, 80))])
+def test_test_set_follows_protocol(photos, scale, size):
+    """An image is cropped to a multiple of the scale, reduced by Pillow, and enlarged for comparison."""
+    test_set = data.TestSet(data.load_images(str(photos), "test"), scale)
     assert (test_set.name, list(test_set.images)) == (photos.name, [f"leaves{i}" for i in range(1, 6)])
     lr, hr, upscaled, bicubic_quality = test_set.images["leaves5"]
-    image = Image.open(photos / "leaves5.png").crop((0, 0, 99, 81))
+    image = Image.open(photos / "leaves5.png").crop((0, 0, *size))
     assert to_image(hr) == image
-    assert lr == image.resize((33, 27), Image.Resampling.BICUBIC)
-    assert to_image(upscaled) == lr.resize((99, 81), Image.Resampling.BICUBIC)
-    assert bicubic_quality == measure(upscaled, hr, 3)
+    assert lr == image.resize((size[0] // scale, size[1] // scale), Image.Resampling.BICUBIC)
+    assert to_image(upscaled) == lr.resize(size, Image.Resampling.BICUBIC)
+    assert bicubic_quality == measure(upscaled, hr, scale)
 
 
 def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
     for folder, mode in (("gray", "L"), ("color", "RGB")):
         Path(folder).mkdir()
         random_image("L", (45, 36)).convert(mode).save(f"{folder}/a.png")
-    gray, color = (data.TestSet(data.load_images(name, "test")).images["a"] for name in ("gray", "color"))
+    gray, color = (data.TestSet(data.load_images(name, "test"), 3).images["a"] for name in ("gray", "color"))
     assert (gray.lr.mode, gray.hr.shape, color.hr.shape) == ("L", (1, 36, 45), (3, 36, 45))
     assert gray.bicubic_quality == measure(gray.bicubic, gray.hr, 3)
-    a, b = (RandomPatches(data.load_images(name, "train"), 9, torch.device("cpu")) for name in ("gray", "color"))
+    a, b = (RandomPatches(data.load_images(name, "train"), 9, 3, torch.device("cpu")) for name in ("gray", "color"))
     assert torch.equal(a.hr.pixels, b.hr.pixels)
     assert torch.equal(a.lr.pixels, b.lr.pixels)
 

@@ -52,6 +52,12 @@ def test_scale_is_three_by_default_and_changes_no_initial_weight():
     assert all(same(state, states[0]) for state in states)
 
 
+@pytest.mark.parametrize("scale", [1, 5, 2.5, "3"])
+def test_other_scales_are_refused(scale):
+    with pytest.raises(ValueError, match=r"^scale must be one of \(2, 3, 4\), not "):
+        SRCNN(scale)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 6), (1, 3, 7, 2), (3, 3, 10, 13)], ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_forward_is_bicubic_and_three_convolutions_of_padded_image(shape, scale):

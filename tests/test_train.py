@@ -14,7 +14,7 @@ from data import Batch, ImageSet, TestSet, load_images
 from imaging.dead_leaves import dead_leaves
 from imaging.images import to_tensor
 from imaging.metrics import Scores, measure
-from model import crop
+from model import SCALES, crop
 from train import RECIPES, evaluate, linear_schedule, mse_loss, train_one_epoch, train_one_step, weighted_mse_loss
 from training.grid_patches import GridPatches
 from training.options import Options
@@ -87,7 +87,7 @@ def test_learning_rate_continues_from_share_of_epochs_done(train_set, monkeypatc
 
 def test_assignment_recipe_trains_as_plain_pytorch():
     """Two steps of an ordinary training loop give the same losses and weights."""
-    patches = GridPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 33, torch.device("cpu"))
+    patches = GridPatches(ImageSet("leaves", dead_leaves("train", 2, 80)), 33, 3, torch.device("cpu"))
     recipe = RECIPES["assignment"]
     run = new_run(Options("assignment"), recipe, patches, torch.float32)
     conv1, conv2, conv3 = nn.Conv2d(3, 64, 9, padding=4), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 3, 5, padding=2)
@@ -109,7 +109,7 @@ def test_assignment_recipe_trains_as_plain_pytorch():
 
 @pytest.mark.parametrize("self_ensemble", [False, True])
 def test_evaluate_measures_image_as_it_would_be_saved(self_ensemble):
-    test_set, model = TestSet(ImageSet("leaves", dead_leaves("test", 2, 45))), small_run().model
+    test_set, model = TestSet(ImageSet("leaves", dead_leaves("test", 2, 45)), 3), small_run().model
     report = evaluate(model, test_set, self_ensemble)
     assert report.set == "leaves" + " (self-ensemble)" * self_ensemble
     upscale = Upscaler(model, self_ensemble=self_ensemble)
@@ -122,13 +122,15 @@ def test_evaluate_measures_image_as_it_would_be_saved(self_ensemble):
 # -------------------------------------------------------------------------- training runs
 
 
-def test_training_beats_bicubic_and_saves_its_report(train_small, photos):
-    status, _, err = train_small("--num-epoch=15", "--batch-size=1", "--patch-size=63", "--save-freq=20")
+@pytest.mark.parametrize("scale", SCALES)
+def test_training_beats_bicubic_and_saves_its_report(train_small, photos, scale):
+    options = (f"--scale={scale}", "--batch-size=1", "--patch-size=60", "--save-freq=20")
+    status, _, err = train_small("--num-epoch=15", *options)
     assert (status, err) == (0, "")
     saved = load("checkpoint.15")["report"]
     assert saved["mean"]["psnr_y"] > saved["mean"]["bicubic_y"] + 0.3
     assert saved["set"] == photos.name
-    report = evaluate(trained_model("checkpoint.15"), TestSet(load_images(photos, "test")))
+    report = evaluate(trained_model("checkpoint.15"), TestSet(load_images(photos, "test"), scale))
     for name, scores in report.to_dict()["images"].items():  # another memory layout rounds otherwise
         assert saved["images"][name] == pytest.approx(scores, abs=0.002)
 

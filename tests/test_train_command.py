@@ -41,7 +41,7 @@ def test_inspect_prints_checkpoint_and_its_own_report(cli, content, own_report):
 def test_inspect_measures_on_given_images(cli, photos, self_ensemble):
     torch.save(trained_content(), "x")
     saved = load_checkpoint(Path("x"))
-    found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test")), self_ensemble)
+    found = evaluate(trained_model("x"), TestSet(load_images(str(photos), "test"), 3), self_ensemble)
     options = [f"--test-data={photos}", *["--self-ensemble"] * self_ensemble]
     assert cli("train.py", "inspect", "x", *options) == (0, "\n".join([*describe(Path("x"), saved, found), ""]), "")
     assert json.loads(cli("train.py", "inspect", "x", *options, "--json")[1])["report"] == found.to_dict()
@@ -218,11 +218,11 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
         ("train --scale=5", 2, "--scale: invalid choice"),
         ("train --patch-size=32", 2, "--patch-size must be a multiple of the scale, 3, not 32"),
         ("train --scale=4 --patch-size=33", 2, "--patch-size must be a multiple of the scale, 4, not 33"),
-        ("train --scale=2 --recipe=assignment", 2, "--recipe=assignment is for --scale=3"),
-        ("train --init=doubled --recipe=assignment", 1, "--recipe=assignment is for --scale=3"),
+        ("train --scale=2 --recipe=assignment", 2, "--recipe=assignment is for x3 only, and the scale is 2"),
+        ("train --init=doubled --recipe=assignment", 1, "--recipe=assignment is for x3 only, and the scale is 2"),
         ("resume x --scale=2", 2, "--scale is fixed at the start of a run"),
         ("resume doubled --num-epoch=9 --patch-size=33", 1, "--patch-size must be a multiple of the scale, 2, not 33"),
-        ("inspect doubled --protocol=course", 1, "doubled upscales by 2, and the course's protocol is for 3 only"),
+        ("inspect doubled --protocol=course", 1, "doubled is for x2, and the course's protocol for x3 only"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
         ("train --hold-out=2", 2, "--hold-out"),

@@ -77,8 +77,9 @@ def start_training(folder: Path, recipe: str, dtype: torch.dtype) -> tuple[Run, 
     """Start a training run as train.py does, with a recipe's defaults."""
     options, kind = Options.from_args({"recipe": recipe}), RECIPES[recipe].patches
     keep_memory()
-    max_pixels = kind.max_pixels(options.patch_size, options.scale)
-    patches = kind(load_images(str(folder), "train", max_pixels), options.patch_size, CPU)
+    size, scale = options.patch_size, options.scale
+    images = load_images(str(folder), "train", kind.max_pixels(size, scale), scale)
+    patches = kind(images, size, scale, CPU)
     return new_run(options, RECIPES[recipe], patches, dtype), patches
 
 

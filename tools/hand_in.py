@@ -50,12 +50,13 @@ def program_files() -> list[str]:
 
 
 def check_origin(path: Path, checkpoint: Checkpoint) -> None:
-    """Raise CommandError if a checkpoint has another scale or names no student. Warn if it may be another's or knows no
-    real images.
+    """Raise CommandError if a checkpoint has another scale or names no student.
+
+    Warn if it may be another student's, or knows no real images.
     """
     name = checkpoint.info.name
     if checkpoint.scale != SCALE:
-        raise CommandError(f"{path} upscales by {checkpoint.scale}; the assignment asks for {SCALE}")
+        raise CommandError(f"{path} is for x{checkpoint.scale}; the assignment asks for x{SCALE}")
     if not is_filled_in(checkpoint.info):
         raise CommandError(
             f"{path} was saved without your info.py (name: {name or 'none'}); train or resume with yours"

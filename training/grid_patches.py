@@ -32,10 +32,8 @@ class GridPatches(Patches):
     In a window, each tile has a grid of its own.
     """
 
-    def __init__(
-        self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0, scale: int = SCALE
-    ) -> None:
-        super().__init__(image_set, patch_size, device, seed, scale)
+    def __init__(self, image_set: ImageSet, patch_size: int, scale: int, device: torch.device, seed: int = 0) -> None:
+        super().__init__(image_set, patch_size, scale, device, seed)
         self.slots: dict[int, Pairs] = {}
         if self.window:
             self.pixels = round(image_set.sizes().prod(1).sum() * (patch_size / STRIDE) ** 2)

@@ -15,13 +15,15 @@ from model import SCALE, SCALES
 from training.recipe import GRAY_EVERY, GRAY_SIZE
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
+from upscaling.fast_srcnn import window_side
 from utils import CommandError, integer, path, positive_float
 
-# Memory of a training step at its peak, in bytes for each HR pixel that is computed. The largest measured on a CPU, for
-# patches of 9 to 300 pixels in batches of 0.1 to 6.8 GB, were 1,680, 790 and 1,440.
+# Memory of a training step at its peak, in bytes for each HR pixel that is computed; in addition to this, the default
+# recipe has windows of LR pixels. The largest measured on a CPU at x3, with windows, for patches of 9 to 300 pixels in
+# batches of 0.1 to 6.8 GB, were 1,680, 890 and 1,440.
 STEP_BYTES = {
-    ("default", torch.float32): 1700,
-    ("default", torch.bfloat16): 850,
+    ("default", torch.float32): 1640,
+    ("default", torch.bfloat16): 870,
     ("assignment", torch.float32): 1500,
 }
 UNKNOWN_MEMORY = 2**34  # bytes that are assumed where the system does not say how much memory it has
@@ -33,7 +35,7 @@ RECIPE_DEFAULTS: dict[str, Args] = {
     "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
-RECIPE_HELP = "assignment follows its text, including learning rate and batch size"
+RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
 SCALE_HELP = "upscaling factor"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
@@ -78,7 +80,7 @@ class Options:
     num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
-    patch_size:    int   = option(33,              integer(),         PATCH_HELP, shown=PATCH_SIZES)
+    patch_size:    int   = option(default_patch_size(SCALE), integer(), PATCH_HELP, shown=PATCH_SIZES)
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
     train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
     test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
@@ -161,7 +163,7 @@ def contradiction(args: Args) -> str | None:
     """Describe an option that does not go with the scale, if there is one."""
     scale, size = args.get("scale", SCALE), args.get("patch_size", 0)
     if args.get("recipe") == "assignment" and scale != SCALE:
-        return f"--recipe=assignment is for --scale={SCALE}, as in its text; leave out one of them"
+        return f"--recipe=assignment is for x{SCALE} only, and the scale is {scale}"
     if size % scale:
         return f"--patch-size must be a multiple of the scale, {scale}, not {size}"
     return None
@@ -186,12 +188,13 @@ def check_memory(options: Options, dtype: torch.dtype, device: torch.device) -> 
 def step_memory(options: Options, dtype: torch.dtype) -> int:
     """Estimate the memory in bytes that this process needs for a training step."""
     share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
-    pixels = share * size**2
+    pixels, pixel_bytes = share * size**2, STEP_BYTES[options.recipe, dtype]
     if options.recipe == "default":
         # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the gray patches.
         gray = ((GRAY_SIZE + 2) * options.scale) ** 2 // GRAY_EVERY
         pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * gray
-    return pixels * STEP_BYTES[options.recipe, dtype]
+        pixel_bytes += 3 * window_side(options.scale) ** 2 // options.scale**2 * dtype.itemsize
+    return pixels * pixel_bytes
 
 
 # ------------------------------------------------------------------------- in checkpoints
@@ -200,11 +203,12 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
 def valid_args(args: Mapping[Any, Any]) -> Args:
     """Return the known options in another program's checkpoint, without values that are impossible here.
 
-    What it calls "init" may be anything, such as the name of a distribution.
+    What it calls "init" may be anything, such as the name of a distribution. A scale that is impossible raises
+    CommandError, since without it the network would be taken for one of x3.
     """
-    valid: Args = {}
+    valid = check_args({"scale": args.get("scale")})
     for name in FIELDS:
-        if name == "init":
+        if name in ("init", "scale"):
             continue
         with contextlib.suppress(CommandError):
             valid |= check_args(valid | {name: args.get(name)})

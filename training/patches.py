@@ -8,7 +8,6 @@ from PIL import Image
 
 from data import Batch
 from imaging.image_sets import ImageFiles, ImageSet
-from model import SCALE
 from training.window import MEMORY, Tile, Window
 from upscaling.distributed import gather, rank_and_world_size
 from utils import CommandError, progress_bar
@@ -23,18 +22,16 @@ class Patches:
     ----------
     image_set : the HR images
     patch_size : side of the patches in HR pixels, a multiple of the scale
+    scale : upscaling factor
     device : device of the pixels and the batches
     seed : seed of the window
-    scale : upscaling factor
     """
 
     pixels: int  # HR pixels in all patches of the set
 
-    def __init__(
-        self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0, scale: int = SCALE
-    ) -> None:
+    def __init__(self, image_set: ImageSet, patch_size: int, scale: int, device: torch.device, seed: int = 0) -> None:
         self.name, self.count, self.fingerprint = image_set.name, len(image_set.images), image_set.fingerprint()
-        self.patch_size, self.device, self.scale = patch_size, device, scale
+        self.patch_size, self.scale, self.device = patch_size, scale, device
         self.window: Window | None = None
         if isinstance(image_set.images, ImageFiles):
             pixel_bytes = self.pixel_bytes(patch_size, scale, window=True)

@@ -1,5 +1,6 @@
 """Random patches: batches from anywhere in the training images, cut out on the device."""
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, permutations, product
 from typing import NamedTuple
@@ -13,12 +14,14 @@ from torch import Tensor
 from data import Batch, degrade
 from imaging.image_sets import ImageSet
 from imaging.images import bicubic
-from model import SCALE, context_of
+from model import context_of
 from training.atlas import Atlas, View
 from training.patches import Patches
 from training.recipe import RECOLORED, SAMPLING_FLOOR
 from training.window import PARTS, Tile
 from utils import CommandError
+
+TABLES, WINDOW_TABLES = 45, 63  # bytes for each LR pixel of a set in memory, and of a window with its LR images
 
 
 class Crop(NamedTuple):
@@ -48,10 +51,8 @@ class RandomPatches(Patches):
     Each image has an LR image for each offset of the grid of LR pixels, nine at x3. In a window, each tile has one.
     """
 
-    def __init__(
-        self, image_set: ImageSet, patch_size: int, device: torch.device, seed: int = 0, scale: int = SCALE
-    ) -> None:
-        super().__init__(image_set, patch_size, device, seed, scale)
+    def __init__(self, image_set: ImageSet, patch_size: int, scale: int, device: torch.device, seed: int = 0) -> None:
+        super().__init__(image_set, patch_size, scale, device, seed)
         sizes = image_set.sizes()  # (count, 2)
         self.pixels = int((sizes // scale).prod(1).sum()) * scale**2
         self.slots: dict[int, Slot] = {}
@@ -71,14 +72,14 @@ class RandomPatches(Patches):
 
     @staticmethod
     def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
-        # 3 HR; 3 LR (in a window 3 / scale^2); tables, which have a row for each LR pixel; and unless in a window, 3
-        # decoded. At x3 these are 10 and 14.
-        return 3 + 63 // scale**2 if window else 9 + 45 // scale**2
+        # 3 HR; tables with a row for each LR pixel; and unless in a window, as many LR (an image for each offset) and 3
+        # decoded. In a window, LR pixels count as tables.
+        tables = (WINDOW_TABLES if window else TABLES) / scale**2
+        return math.ceil(3 + tables if window else 9 + tables)
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
-        self.write(
-            slot, (crop_of_tile(tile, image, self.patch_size // self.scale, self.scale) for tile, image in tiles)
-        )
+        size = self.patch_size // self.scale
+        self.write(slot, (crop_of_tile(tile, image, size, self.scale) for tile, image in tiles))
 
     def write(self, number: int, crops: Iterable[Crop]) -> None:
         """Replace the crops in a slot."""

@@ -1,11 +1,11 @@
 """SRCNN in a form that computes the same function as model.py several times as fast.
 
 Bicubic interpolation and conv1 are both linear, so they can be folded into one convolution of the
-LR image, of 7x7 pixels at x3 and x4 and of 9x9 at x2. It has 64 output channels for each of the HR
-pixels of an LR pixel. In memory the channels come last, so conv2 is a matrix product with one row
-per HR pixel.
+LR image, of 7x7 pixels at x3 and x4 and of 9x9 at x2. It has 64 output channels for each of the s*s
+HR pixels of an LR pixel. In memory the channels come last, so conv2 is a matrix product with one
+row per HR pixel.
 
-In shapes, s is the scale and k the side of that convolution.
+In shapes, s is the scale, k the side of that convolution, and c the context, context_of(s).
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import SRCNN, context_of, interpolate
+from model import BICUBIC_REACH, SRCNN, context_of, interpolate
 
 PIXELS_AT_ONCE = 5  # neighboring pixels in a row that conv3 computes at once
 
@@ -41,7 +41,7 @@ class FastSRCNN:
         self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in fold(model))
 
     def __call__(self, lr: Tensor) -> Tensor:
-        """Upscale the image without its outermost c = context_of(scale) LR pixels, which are context only.
+        """Upscale the image without its outermost c LR pixels, which are context only.
 
         Parameters
         ----------
@@ -56,9 +56,8 @@ class FastSRCNN:
         x = windows(pixels, self.scale)  # (N, h + 2, w' + 2, k * k * 3)
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, s * s * 64)
         x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, s * s * (w' + 2), 32)
-        x = conv(
-            to_hr_grid(x, self.scale), *self.conv3, PIXELS_AT_ONCE
-        )  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        x = to_hr_grid(x, self.scale)  # (N, s(h + 2), s(w' + 2), 32)
+        x = conv(x, *self.conv3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
         return to_images(x, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
 
@@ -74,8 +73,8 @@ class FastSRCNNBf16:
         (weight1, bias1), (weight2, bias2), (weight3, bias3) = fold(model)
         self.scale, self.shift = model.scale, 128
         phases, side = model.scale**2, window_side(model.scale)
-        image1 = weight1.view(phases, 64, side, side, 3)[:, :3].flatten(0, 1).permute(0, 3, 1, 2)
-        self.image1 = cast(Layer(image1, bias1[:3].repeat(phases)), torch.float32)
+        image1 = weight1.view(phases, 64, side, side, 3)[:, :3].flatten(0, 1)  # (s * s * 3, k, k, 3)
+        self.image1 = cast(Layer(image1.permute(0, 3, 1, 2), bias1[:3].repeat(phases)), torch.float32)
         self.image2 = cast_weight(weight2[:4, :3], torch.float32)  # no bias, since adding zeros takes time
         self.image3 = cast(Layer(weight3[:, :4], bias3), torch.float32)
         weight2, weight3 = weight2.clone(), weight3.clone()
@@ -94,9 +93,8 @@ class FastSRCNNBf16:
         y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, s * s * 3)
         y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, s * s * (w' + 2), 4)
         y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, s * s * (w' + 2), 4)
-        y = conv(
-            to_hr_grid(y, self.scale), *self.image3, PIXELS_AT_ONCE
-        )  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
+        y = to_hr_grid(y, self.scale)  # (N, s(h + 2), s(w' + 2), 4)
+        y = conv(y, *self.image3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
         y += conv(to_hr_grid(relu(x), self.scale), self.detail3, stride=PIXELS_AT_ONCE)
         return to_images(y, lr.shape, self.scale)  # (N, 3, s * h, s * w)
 
@@ -164,8 +162,8 @@ def bicubic_kernel(device: torch.device, scale: int) -> Tensor:
     It interpolates the 9-pixel window around each of the HR pixels of an LR pixel from that LR pixel and its
     neighbors.
     """
-    side, padding = window_side(scale), 6
-    first = scale * (padding + side // 2 - 2) - 4  # first interpolated pixel of those windows
+    side, padding = window_side(scale), 6  # enough that no edge is near
+    first = scale * (padding + side // 2 - BICUBIC_REACH) - 9 // 2  # first interpolated pixel of those windows
     with torch.inference_mode(False):  # so that training can use the cached tensor
         impulses = F.pad(torch.eye(side, dtype=torch.float64), (padding, padding))  # (k, k + 12)
         impulses = impulses.view(side, 1, -1, 1).expand(-1, 1, -1, 5)
@@ -182,7 +180,7 @@ def channels_last(lr: Tensor, scale: int) -> Tensor:
     The width is padded so that the s(w' + 2) - 4 columns of conv3 are a multiple of 5.
     """
     columns = scale * (lr.shape[3] - 2 * context_of(scale) + 2) - 4
-    padding = -columns * pow(scale, -1, PIXELS_AT_ONCE) % PIXELS_AT_ONCE
+    padding = next(n for n in range(PIXELS_AT_ONCE) if (columns + scale * n) % PIXELS_AT_ONCE == 0)
     if columns == PIXELS_AT_ONCE:  # on AMX, oneDNN's bf16 convolution to a single column is wrong (torch 2.14)
         padding = PIXELS_AT_ONCE
     return F.pad(lr.float(), (0, padding, 0, 0), mode="replicate").permute(0, 2, 3, 1).contiguous()
@@ -229,5 +227,6 @@ def to_hr_grid(x: Tensor, scale: int) -> Tensor:
 def to_images(x: Tensor, lr_shape: torch.Size, scale: int) -> Tensor:
     """Remove the padding from the output of conv3: (N, s(h + 2) - 4, columns, 5 * 3) to (N, 3, s * h, s * w)."""
     height, width = (scale * (n - 2 * context_of(scale)) for n in lr_shape[2:])
-    x, border = x.reshape(*x.shape[:2], -1, 3), scale - 2  # (N, s(h + 2) - 4, s(w' + 2) - 4, 3)
+    x = x.reshape(*x.shape[:2], -1, 3)  # (N, s(h + 2) - 4, s(w' + 2) - 4, 3)
+    border = scale - 2  # conv3 has used 2 pixels of the s on each side
     return x[:, border : border + height, border : border + width].permute(0, 3, 1, 2)

@@ -140,7 +140,10 @@ class GroundTruths:
             raise CommandError(f"{path}: no such file or folder")
 
     def find(self, image: InputImage) -> Path | None:
-        """Return the ground truth of an image, if there is one. Names match without the course's _lr and _GT."""
+        """Return the ground truth of an image, if there is one.
+
+        Names match without the course's _lr and _GT, and NAME_LR matches NAME_HR of published test sets.
+        """
         found = self.candidate(image)
         return None if found is None or os.path.realpath(found) == os.path.realpath(image.path) else found
 
@@ -149,7 +152,10 @@ class GroundTruths:
         if not self.files:
             return self.path
         name = image.path.stem.removesuffix("_lr").removesuffix("_GT")
-        keys = [image.subfolder / stem for stem in (f"{name}_GT", name, f"{name}_lr")]
+        stems = [f"{name}_GT", name, f"{name}_lr"]
+        if name.endswith("_LR"):
+            stems.insert(0, name.removesuffix("_LR") + "_HR")
+        keys = [image.subfolder / stem for stem in stems]
         return next((self.files[key] for key in keys if key in self.files), None)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imaging.comparison import compare, label, labeled_panels, side_by_side, with_detail
+from imaging.comparison import caption, compare, labeled_panels, side_by_side, with_detail
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Quality, Scores, measure
 
@@ -59,7 +59,7 @@ def test_labels_show_what_is_measured_on_luma(pictures):
         "SRCNN\ninf dB Y, SSIM 1.0000",
         "ground truth\n90 x 90",
     ]
-    assert label(Quality(31.456, 30.0, math.nan)) == "31.46 dB Y"  # smaller than a window of SSIM
+    assert caption(Quality(31.456, 30.0, math.nan)) == "31.46 dB Y"  # smaller than a window of SSIM
 
 
 def test_large_comparison_is_reduced_except_for_its_detail():

@@ -55,7 +55,7 @@ def test_multiplications_match_the_layers():
 def test_training_counts_hr_pixels(photos):
     options = Options()
     assert bench.training(photos, "default", torch.float32, 3)() == 3 * options.batch_size * options.patch_size**2
-    patches = GridPatches(load_images(str(photos), "train"), 33, torch.device("cpu"))
+    patches = GridPatches(load_images(str(photos), "train"), 33, 3, torch.device("cpu"))
     assert len(patches.hr) < 128  # a single batch
     assert bench.training(photos, "assignment", torch.float32, 1)() == patches.pixels
 

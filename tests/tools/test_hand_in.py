@@ -157,7 +157,7 @@ def test_checkpoint_of_another_scale_is_not_handed_in(monkeypatch):
     monkeypatch.setattr("tools.hand_in.info", STUDENT)
     checkpoint = load_checkpoint(ROOT / "checkpoint.pth")
     checkpoint.info, checkpoint.args = STUDENT, checkpoint.args | {"scale": 4}
-    with pytest.raises(CommandError, match=r"^net upscales by 4; the assignment asks for 3$"):
+    with pytest.raises(CommandError, match=r"^net is for x4; the assignment asks for x3$"):
         check_origin(Path("net"), checkpoint)
 
 

@@ -44,7 +44,7 @@ def test_images_without_patch_are_refused():
 
 
 def test_epoch_contains_each_patch_once_in_random_order():
-    patches, generator = GridPatches(coordinates(100, 80), 33, torch.device("cpu")), torch.Generator().manual_seed(1)
+    patches, generator = GridPatches(coordinates(100, 80), 33, 3, torch.device("cpu")), torch.Generator().manual_seed(1)
     assert (patches.steps(4, 1), patches.pixels, patches.count) == (4, 15 * 33 * 33, 1)
     orders = []
     for _ in range(2):

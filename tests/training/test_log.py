@@ -27,7 +27,7 @@ OPTIONS = Options(learning_rate=0.002, train_data="photos")
 
 def gradients():
     images = {"linear": Image.linear_gradient("L"), "radial": Image.radial_gradient("L")}
-    return TestSet(ImageSet("gradients", {name: i.resize((45, 45)).convert("RGB") for name, i in images.items()}))
+    return TestSet(ImageSet("gradients", {name: i.resize((45, 45)).convert("RGB") for name, i in images.items()}), 3)
 
 
 def events(folder):

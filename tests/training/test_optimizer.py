@@ -66,15 +66,14 @@ def test_whitened_adam_is_adam_on_v_where_weight_is_start_plus_v_p():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("patch", [9, 63, 360])
-def test_whitening_matrix_is_computed_from_same_number_of_pixels_for_any_patch_size(monkeypatch, patch):
-    patches, counts = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, CPU), []
-    monkeypatch.setattr(
-        "training.optimizer.whitening_matrix", lambda lr, scale: counts.append(len(lr)) or torch.eye(243)
-    )
-    whitened_adam(SRCNN(), patches, torch.Generator())
-    (count,) = counts
-    assert 64 * 63**2 <= count * patch**2 < 64 * 63**2 + patch**2
+@pytest.mark.parametrize(("patch", "scale"), [(9, 3), (63, 3), (360, 3), (36, 4)])
+def test_whitening_matrix_is_computed_from_same_number_of_pixels_for_any_patch_size(monkeypatch, patch, scale):
+    patches, calls = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 30)), patch, scale, CPU), []
+    monkeypatch.setattr("training.optimizer.whitening_matrix", lambda *call: calls.append(call) or torch.eye(243))
+    whitened_adam(SRCNN(scale), patches, torch.Generator())
+    ((lr, given),) = calls
+    assert 64 * 63**2 <= len(lr) * patch**2 < 64 * 63**2 + patch**2
+    assert given == scale
 
 
 def test_whitened_adam_uses_whitening_matrix_of_rank_0(train_set, monkeypatch):
@@ -96,7 +95,7 @@ def test_new_filters_pass_image_or_ignore_plain_color_with_features_of_similar_s
 
 
 def test_plain_adam_starts_from_initial_weights_of_pytorch():
-    patches = GridPatches(ImageSet("leaves", dead_leaves("train", 1, 80)), 33, CPU)
+    patches = GridPatches(ImageSet("leaves", dead_leaves("train", 1, 80)), 33, 3, CPU)
     run = new_run(Options("assignment"), RECIPES["assignment"], patches, torch.float32)
     torch.manual_seed(0)
     SRCNN()

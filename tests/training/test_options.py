@@ -1,4 +1,5 @@
 import contextlib
+import math
 import re
 import resource
 from dataclasses import replace
@@ -11,7 +12,6 @@ from helpers import assert_one_line, in_new_process, peak_memory_mib
 import training.options
 from data import ImageSet
 from imaging.dead_leaves import dead_leaves
-from model import SCALES
 from train import RECIPES, train_one_step
 from training.options import (
     Options,
@@ -112,7 +112,13 @@ def test_patch_size_in_checkpoint_must_be_multiple_of_its_scale():
         with pytest.raises(CommandError, match="--patch-size must be a multiple of the scale"):
             check_args(args)
     assert valid_args({"patch_size": 33, "scale": 2, "lr": 0.5}) == {"scale": 2, "lr": 0.5}
-    assert valid_args({"patch_size": 33, "scale": 1.5}) == {"patch_size": 33}
+
+
+@pytest.mark.parametrize("scale", [8, 2.0, True, 0, -2, math.nan, [2], "x2"])
+def test_impossible_scale_of_another_program_is_refused(scale):
+    """Its network would be taken for one of x3."""
+    with pytest.raises(CommandError, match="'scale'"):
+        valid_args({"scale": scale})
 
 
 def test_init_of_another_program_is_not_ours():
@@ -144,7 +150,7 @@ def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
         (Options(hold_out=4), "--hold-out=0"),
         (Options(batch_size=2), "3 processes"),
         (Options(scale=4, patch_size=30), "--patch-size must be a multiple of the scale, 4, not 30"),
-        (Options("assignment", scale=2, patch_size=30), "--recipe=assignment is for --scale=3"),
+        (Options("assignment", scale=2, patch_size=30), "--recipe=assignment is for x3 only, and the scale is 2"),
     ],
     ids=["precision", "ignored test data", "fewer patches than processes", "patch size", "scale of the assignment"],
 )
@@ -181,7 +187,7 @@ PLAIN = Options("assignment", batch_size=3000, patch_size=33)  # 3000 * 33^2 * 1
             "16.7 GiB in each step, more than the 16.0 GiB that",
         ),
         (replace(PLAIN, batch_size=10_000), None, (0, 1), "cpu", None),
-        (Options(batch_size=60_000), 24 * GIB, (0, 1), "cpu", "needs about 169.2 GiB"),
+        (Options(batch_size=60_000), 24 * GIB, (0, 1), "cpu", "needs about 169.6 GiB"),
         (Options(patch_size=2**31 - 2), 24 * GIB, (0, 1), "cpu", "use a smaller --batch-size or --patch-size"),
     ],
 )
@@ -193,11 +199,11 @@ def test_batch_that_needs_more_memory_than_there_is_is_refused(monkeypatch, opti
         check_memory(options, torch.float32, torch.device(device))
 
 
-def growth_in_one_step(options):
+def growth_in_one_step(options, dtype):
     """Take two training steps in this process; return by how many bytes its peak of memory exceeds its start."""
     images, device = ImageSet("leaves", dead_leaves("train", 1, 80)), torch.device("cpu")
-    train_set = RandomPatches(images, options.patch_size, device, scale=options.scale)
-    run = new_run(options, RECIPES["default"], train_set, torch.float32)
+    train_set = RandomPatches(images, options.patch_size, options.scale, device)
+    run = new_run(options, RECIPES["default"], train_set, dtype)
     keep_memory()
     start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for batch in train_set.batches(2, options.batch_size, run.generator):
@@ -205,8 +211,9 @@ def growth_in_one_step(options):
     return peak_memory_mib() * 2**20 - start
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_estimate_of_memory_is_not_below_peak_of_training(scale):
-    options = Options.from_args({"scale": scale, "batch_size": 64, "precision": "fp32"})
-    peak, estimate = in_new_process(growth_in_one_step, options), step_memory(options, torch.float32)
+@pytest.mark.parametrize(("scale", "precision"), [(2, "bf16"), (3, "fp32"), (4, "fp32")])
+def test_estimate_of_memory_is_not_below_peak_of_training(scale, precision):
+    options = Options.from_args({"scale": scale, "batch_size": 96, "precision": precision})
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    peak, estimate = in_new_process(growth_in_one_step, options, dtype), step_memory(options, dtype)
     assert estimate / 2.5 < peak < estimate

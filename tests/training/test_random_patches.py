@@ -24,7 +24,7 @@ IMAGES = {200: coordinates(60, 45, 200), 250: coordinates(33, 90, 250)}
 
 
 def draw(images, patch, count, steps=1, scale=3):
-    patches = RandomPatches(ImageSet("x", images), patch, torch.device("cpu"), scale=scale)
+    patches = RandomPatches(ImageSet("x", images), patch, scale, torch.device("cpu"))
     batches = list(patches.batches(steps, count, torch.Generator().manual_seed(1)))
     assert [len(batch.hr) for batch in batches] == [count] * steps
     return batches

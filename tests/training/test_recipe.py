@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from model import SRCNN
+from model import SCALES, SRCNN, context_of
 from training.recipe import gray_corners, leaky_clamp, penalty
 from upscaling.fast_srcnn import FastSRCNN
 
@@ -40,6 +40,13 @@ def test_penalty_for_tinted_gray_is_quarter_of_what_image_can_show(passing_model
     lr = plain(100, 9, 9, 9, 255)  # the first and the fifth count; white is clamped to 3% of 30
     loss = penalty(passing_model, lambda lr: lr + tint, lr)
     assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2 + 0.9**2) / 3 / 255**2 / 2 / 4)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_penalty_uses_context_of_scale(scale):
+    sides = []
+    penalty(SRCNN(scale), lambda lr: sides.append(lr.shape[-2:]) or lr, plain(100))
+    assert sides == [(5 + 2 * context_of(scale),) * 2]
 
 
 @pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])

@@ -158,7 +158,7 @@ def test_window_depends_on_the_pixels_drawn_alone(bound):
 
 def draw(images, patch, count, turns, kind=RandomPatches):
     """Return batches of a patch each, over so many turns of the window."""
-    patches = kind(images, patch, CPU)
+    patches = kind(images, patch, 3, CPU)
     steps = turns * -(-DRAWS * patches.window.part_pixels // (count * patch**2))
     return list(patches.batches(steps, count, torch.Generator().manual_seed(1)))
 
@@ -168,7 +168,7 @@ def test_each_place_in_an_image_of_several_tiles_has_the_same_chance(bound):
     bound(200_000)
     rows, columns = np.mgrid[:90, :120].astype(np.uint8)
     images = image_set({"a": Image.fromarray(np.dstack([columns, rows, 0 * rows]))})
-    assert len(RandomPatches(images, 12, CPU).window.tiles) > 4
+    assert len(RandomPatches(images, 12, 3, CPU).window.tiles) > 4
     batches = draw(images, 12, 256, 100)
     left, top = (torch.cat([batch.hr[32:224, c].amin((1, 2)) for batch in batches]) // 3 for c in (0, 1))
     weights = torch.cat([batch.weight[32:224] for batch in batches])
@@ -227,7 +227,7 @@ def test_image_that_takes_too_much_memory_is_refused(bound):
     bound(1_500_000)
     files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (800, 600))})
     with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; convert it "):
-        RandomPatches(files, 12, CPU)
+        RandomPatches(files, 12, 3, CPU)
 
 
 def test_image_that_has_changed_its_size_is_skipped(bound, capfd):
@@ -260,7 +260,7 @@ def test_processes_must_decode_the_same_images(bound, monkeypatch):
 def test_each_patch_of_a_window_is_drawn_once_by_the_assignment(bound):
     bound(6_000_000)
     images = image_set({str(c): Image.new("RGB", (120, 90), (c, c, c)) for c in range(0, 250, 10)})
-    patches, generator = GridPatches(images, 33, CPU), torch.Generator().manual_seed(2)
+    patches, generator = GridPatches(images, 33, 3, CPU), torch.Generator().manual_seed(2)
     assert len(next(patches.batches(1, 4, generator)).hr) == 4
     total = len(patches.hr)
     drawn = torch.cat([batch.hr for batch in patches.batches(1, total, generator)])[:, 0, 0, 0]
@@ -305,10 +305,10 @@ def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
 
 
 def test_docs_have_the_sizes_of_sets_in_memory():
-    sizes = (kind.max_pixels(33, 3) // 10**6 for kind in (RandomPatches, GridPatches))
-    assert "A set of up to {} megapixels is in memory as a whole, or of up to {}".format(*sizes) in " ".join(
-        (ROOT / "docs" / "training.md").read_text().split()
-    )
+    two, three, four = (RandomPatches.max_pixels(24 + 3 * scale, scale) // 10**6 for scale in SCALES)
+    sizes = f"A set of up to {three} megapixels ({two} at ×2, {four} at ×4) is in memory as a whole, or of up to"  # noqa: RUF001
+    sizes += f" {GridPatches.max_pixels(33, 3) // 10**6} with `--recipe=assignment`"
+    assert sizes in " ".join((ROOT / "docs" / "training.md").read_text().split())
 
 
 def peak_of_training(folder, memory):
@@ -317,7 +317,7 @@ def peak_of_training(folder, memory):
     torch.set_num_threads(1)
     before = peak()
     images = load_images(folder, "train", 0)
-    patches = RandomPatches(images, 33, CPU)
+    patches = RandomPatches(images, 33, 3, CPU)
     for _ in patches.batches(3 * DRAWS * patches.window.part_pixels // 33**2 // 64, 64, torch.Generator()):
         pass
     return len(images.images), peak() - before

@@ -57,7 +57,7 @@ def test_window_on_gpu_has_the_patches_of_the_cpu(photos, monkeypatch, kind, mem
     images = load_images(str(photos), "train", 0)
 
     def draw(device):
-        patches = kind(images, 33, device)
+        patches = kind(images, 33, 3, device)
         steps = 3 * DRAWS * patches.window.part_pixels // (4 * 33**2)
         batches = list(patches.batches(steps, 4, torch.Generator().manual_seed(1)))
         assert {x.device.type for batch in batches for x in batch} == {device.type}
@@ -70,7 +70,7 @@ def test_window_on_gpu_has_the_patches_of_the_cpu(photos, monkeypatch, kind, mem
 
 def test_training_steps_do_not_wait_for_gpu():
     with emulated():
-        train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, CUDA)
+        train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, 3, CUDA)
         run = new_run(Options(patch_size=18, batch_size=1), RECIPES["default"], train_set, torch.float32)
         train_one_epoch(run, train_set, 1, lambda: None)  # the first epoch also copies the constants
         waits.clear()

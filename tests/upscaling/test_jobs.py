@@ -18,6 +18,7 @@ FILES = """
     course/a_lr.bmp course/a_bicubic_x3.bmp course/a_GT.bmp course/b_lr.bmp course/b_GT.bmp
     tree/a.png tree/sub/a.png tree/sub/c_lr.bmp tree/sub/.no/x.png tree/b/b.png twin/a.png twin/sub/c_GT.png
     lr/a.png lr/b.png lr/c_GT.png lr/d.png hr/a.bmp hr/b_GT.png hr/b.bmp hr/c_GT.png
+    published/a_LR.png published/a_HR.png published/a_bicubic.png
 """
 
 
@@ -242,6 +243,8 @@ def test_other_images_are_skipped_if_some_have_lr_suffix(find, capsys):
         # A name in _GT is preferred. Both folders may contain the same name.
         ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png", "lr: 1 image"),
         ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp", ""),
+        ("published", "published", "published/a_LR.png published/a_HR.png", "published: 2 images"),
+        ("published/a_LR.png", "published", "published/a_LR.png published/a_HR.png", ""),
     ],
 )
 def test_ground_truths_are_found_by_name(find, capsys, inputs, truth, expected, skipped):
