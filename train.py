@@ -207,6 +207,7 @@ HINTS = {
     "--epoch": "did you mean --num-epoch?",
     "--epochs": "did you mean --num-epoch?",
     "--device": "did you mean --cuda?",
+    "--scale": "it is the checkpoint's",
 }
 
 

@@ -224,6 +224,7 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
         ("resume doubled --num-epoch=9 --patch-size=33", 1, "--patch-size must be a multiple of the scale, 2, not 33"),
         ("inspect doubled --protocol=course", 1, "doubled is for x2, and the course's protocol for x3 only"),
         ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
+        ("inspect x --scale=2", 2, "--scale=2; it is the checkpoint's (see train.py inspect --help)"),
         ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
         ("train --hold-out=2", 2, "--hold-out"),
         ("train --init=", 2, "--init: must not be empty"),
