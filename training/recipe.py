@@ -23,13 +23,13 @@ CLAMP_SLOPE = 0.03  # slope of the clamp outside of [0, 255]
 # Penalty for what the few training photos do not show
 COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
-GRAY_WEIGHT = 8  # weight of the squared tint of gray patches
-GRAY_EVERY = 1  # one gray patch for so many patches of a batch
+GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patches
+GRAY_EVERY = 4  # one gray patch for so many patches of a batch; fewer would be too noisy
 GRAY_SIZE = 5  # side of a gray patch in LR pixels, without its context
 GRAY_CONTRAST = 5  # the contrast of gray patches is raised by a factor of up to exp(5) = 148
 # Patches
 SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
-RECOLORED = 2**31  # none; otherwise, one in so many patches of a batch has its channels permuted, and as many are negative
+RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
 WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified
