@@ -78,7 +78,7 @@ def test_bf16_is_within_one_level_of_float32_for_all_but_1_pixel_in_10_000(scale
     for image in dead_leaves("test", 2).values():
         lr = image.crop((0, 0, 360 // scale, 360 // scale))  # 129,600 pixels in the output
         difference = differences(FastSRCNNBf16(trained_model(scale)), to_tensor(lr)[None])
-        assert 0 < (difference > 0).double().mean() < 0.1
+        assert 0 < (difference > 0).double().mean() < 0.15
         assert (difference > 1).double().mean() <= 1e-4
 
 
