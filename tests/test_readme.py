@@ -103,7 +103,7 @@ def test_links_lead_to_files_and_to_every_page():
 def row_of(page, name):
     """Return the figures in the first row that begins with ``name``, one list for each column."""
     row, *_ = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
-    return [[float(x) for x in re.findall(r"[\d.]+", cell)] for cell in row.removeprefix(f"| {name} |").split("|")]
+    return [[float(x) for x in re.findall(r"\d+\.\d+", cell)] for cell in row.removeprefix(f"| {name} |").split("|")]
 
 
 @pytest.mark.parametrize(
