@@ -30,7 +30,7 @@ from imaging.images import (
 )
 from imaging.metadata import upscaled_metadata
 from imaging.metrics import Report, Scores, min_side, table
-from model import SCALE, SCALES, SRCNN
+from model import SCALE, SCALES
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
 from upscaling.distributed import gather, process_group, rank_and_world_size
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     )
     text = "LR image, folder of LR images, or - for standard input"
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
-    text = f"upscaling factor (default: {SCALE}, or that of --checkpoint)"
+    text = f"upscaling factor (default: {SCALE}, or the scale of --checkpoint)"
     parser.add_argument("--scale", type=integer(), choices=SCALES, help=text)
     text = "checkpoint file (default: the shipped one for --scale)"
     parser.add_argument("--checkpoint", type=path, metavar="FILE", help=text)
@@ -121,9 +121,7 @@ def load_upscaler(
     if scale not in (None, loaded.scale):
         problem = f"--scale={scale} contradicts --checkpoint={file}, which is for x{loaded.scale}"
         raise CommandError(f"{problem}; leave out one of them")
-    model = SRCNN(loaded.scale)
-    model.load_state_dict(loaded.model)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = loaded.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Upscaler(model, select_accurate_dtype(precision, model), tile, self_ensemble)
 
 

@@ -337,9 +337,7 @@ def start(
 
 def inspect_command(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
-    scale, model = checkpoint.scale, SRCNN(checkpoint.scale)
-    model.load_state_dict(checkpoint.model)
-    model.to(select_device(args.cuda))
+    scale, model = checkpoint.scale, checkpoint.network().to(select_device(args.cuda))
     if args.protocol == "course":
         if scale != SCALE:
             raise CommandError(f"{args.checkpoint} is for x{scale}, and the course's protocol for x{SCALE} only")

@@ -144,7 +144,7 @@ def to_8bit(image: Tensor) -> Tensor:
 
 
 # NumPy computes what follows in one thread. The threads of PyTorch or of a matrix product would wait for each other at
-# each operation on a tile: if other programs use the cores, that takes a hundred times as long.
+# each operation on a tile: if other programs use the cores, that takes far longer.
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def psnr(errors: Iterable[np.ndarray]) -> float:
 def ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the similarity of two tiles in each window: (h, w) becomes (h - WINDOW + 1, w - WINDOW + 1).
 
-    float32 would not do: errors of the variances in flat windows change SSIM by up to 4e-4.
+    float32 would not do: its errors in the variances of flat windows change SSIM.
     """
     x, y, squares, products = gaussian_means(np.stack([x, y, x * x + y * y, 2 * x * y]))
     xy, xx_yy = 2 * x * y, x * x + y * y

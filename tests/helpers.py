@@ -113,9 +113,7 @@ def shipped(scale):
 def trained_model(checkpoint=SCALE):
     """Return the network of a checkpoint file, or the shipped one for a scale."""
     content = shipped(checkpoint) if isinstance(checkpoint, int) else load_checkpoint(Path(checkpoint))
-    model = SRCNN(content.scale).requires_grad_(False)
-    model.load_state_dict(content.model)
-    return model
+    return content.network().requires_grad_(False)
 
 
 def expected(model, lr):

@@ -60,6 +60,12 @@ class Checkpoint:
         """Upscaling factor; checkpoints without one are older than this option, or of the course's programs."""
         return int(self.args.get("scale", SCALE))
 
+    def network(self) -> SRCNN:
+        """Return a network of this scale with these weights."""
+        network = SRCNN(self.scale)
+        network.load_state_dict(self.model)
+        return network
+
 
 # ------------------------------------------------------------------------------- saving
 

@@ -28,7 +28,7 @@ class Upscaler:
     ----------
     model : SRCNN on the device to compute on
     dtype : torch.float32 or torch.bfloat16. 16-bit gray images are always computed in float32.
-    tile : side of a tile in LR pixels, by default that of :func:`default_tile`. It is halved whenever memory runs out.
+    tile : side of a tile in LR pixels, by default :func:`default_tile`. It is halved whenever memory runs out.
     self_ensemble : average over the eight flips and rotations, at eight times the cost
     """
 
