@@ -42,7 +42,7 @@ FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later:
 
 
 def default_patch_size(scale: int) -> int:
-    """Return a multiple of the scale, about 33, such that conv3 of the fast network need not pad rows of features."""
+    """Return a multiple of the scale, about 33, which is the assignment's."""
     return 24 + 3 * scale
 
 

@@ -3,11 +3,13 @@
 Bicubic interpolation and conv1 are both linear, so they can be folded into one convolution of the
 LR image, of 7x7 pixels at x3 and x4 and of 9x9 at x2. It has 64 output channels for each of the s*s
 HR pixels of an LR pixel. In memory the channels come last, so conv2 is a matrix product with one
-row per HR pixel.
+row per HR pixel. For conv3, the s HR pixels in a column of an LR pixel are one pixel of s times as
+many channels, so only the last step rearranges pixels.
 
 In shapes, s is the scale, k the side of that convolution, and c the context, context_of(s).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import BICUBIC_REACH, SRCNN, context_of, interpolate
-
-PIXELS_AT_ONCE = 5  # neighboring pixels in a row that conv3 computes at once
 
 
 class Layer(NamedTuple):
@@ -38,7 +38,10 @@ class FastSRCNN:
 
     def __init__(self, model: SRCNN, dtype: torch.dtype = torch.float32) -> None:
         self.scale, self.dtype = model.scale, dtype
-        self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in fold(model))
+        (weight1, bias1), *others = fold(model)
+        self.windows = windows if weight1.requires_grad else windows_in_rows  # faster in training, and in inference
+        conv1 = Layer(arrange(weight1, self.windows), bias1)
+        self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in (conv1, *others))
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale the image without its outermost c LR pixels, which are context only.
@@ -52,13 +55,12 @@ class FastSRCNN:
         -------
         Tensor of shape (N, 3, s * h, s * w), on the scale [0, 255], not clamped
         """
-        pixels = channels_last(lr, self.scale).to(self.dtype)  # (N, h + 2c, w' + 2c, 3); w' >= w
-        x = windows(pixels, self.scale)  # (N, h + 2, w' + 2, k * k * 3)
-        x = relu(conv(x, *self.conv1))  # (N, h + 2, w' + 2, s * s * 64)
-        x = relu(conv(by_hr_pixel(x, 64), *self.conv2))  # (N, h + 2, s * s * (w' + 2), 32)
-        x = to_hr_grid(x, self.scale)  # (N, s(h + 2), s(w' + 2), 32)
-        x = conv(x, *self.conv3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
-        return to_images(x, lr.shape, self.scale)  # (N, 3, s * h, s * w)
+        pixels = channels_last(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
+        x = self.windows(pixels, window_side(self.scale))  # (N, h + 2, w + 2, k * k * 3) in training
+        x = relu(conv(x, *self.conv1))  # (N, h + 2, w + 2, s * s * 64)
+        x = relu(conv(regroup(x, 64), *self.conv2))  # (N, h + 2, (w + 2) * s * s, 32)
+        x = conv(regroup(x, self.scale * 32), *self.conv3)  # (N, h, s(w + 2) - 4, s * 3)
+        return to_images(x, self.scale)  # (N, 3, s * h, s * w)
 
 
 class FastSRCNNBf16:
@@ -72,31 +74,30 @@ class FastSRCNNBf16:
     def __init__(self, model: SRCNN) -> None:
         (weight1, bias1), (weight2, bias2), (weight3, bias3) = fold(model)
         self.scale, self.shift = model.scale, 128
-        phases, side = model.scale**2, window_side(model.scale)
-        image1 = weight1.view(phases, 64, side, side, 3)[:, :3].flatten(0, 1)  # (s * s * 3, k, k, 3)
-        self.image1 = cast(Layer(image1.permute(0, 3, 1, 2), bias1[:3].repeat(phases)), torch.float32)
+        phases = model.scale**2
+        image1 = weight1.unflatten(0, (phases, 64))[:, :3].flatten(0, 1)  # (s * s * 3, 3, k, k)
+        self.image1 = cast(Layer(image1, bias1[:3].repeat(phases)), torch.float32)
         self.image2 = cast_weight(weight2[:4, :3], torch.float32)  # no bias, since adding zeros takes time
-        self.image3 = cast(Layer(weight3[:, :4], bias3), torch.float32)
-        weight2, weight3 = weight2.clone(), weight3.clone()
-        weight2[:4, :3] = weight3[:, :4] = 0
+        weight2, weight3 = weight2.clone(), weight3.clone().unflatten(1, (model.scale, 32))  # (s * 3, s, 32, 3, 5)
+        self.image3 = cast(Layer(weight3[:, :, :4].flatten(1, 2), bias3), torch.float32)
+        weight2[:4, :3] = weight3[:, :, :4] = 0
         bias1 = bias1 + self.shift * weight1.sum((1, 2, 3))
-        self.detail1 = cast(Layer(round_to_bf16(weight1), bias1), torch.bfloat16)
+        self.detail1 = cast(Layer(arrange(round_to_bf16(weight1), windows_in_rows), bias1), torch.bfloat16)
         self.detail2 = cast(Layer(weight2, bias2), torch.bfloat16)
-        self.detail3 = cast_weight(weight3, torch.bfloat16)
+        self.detail3 = cast_weight(weight3.flatten(1, 2), torch.bfloat16)
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale as :meth:`FastSRCNN.__call__` does."""
-        pixels = channels_last(lr, self.scale)  # (N, h + 2c, w' + 2c, 3)
-        x = windows((pixels - self.shift).bfloat16(), self.scale)  # (N, h + 2, w' + 2, k * k * 3)
-        x = relu(conv(x, *self.detail1))  # (N, h + 2, w' + 2, s * s * 64)
-        x = conv(by_hr_pixel(x, 64), *self.detail2)  # (N, h + 2, s * s * (w' + 2), 32)
-        y = relu(conv(pixels, *self.image1))  # (N, h + 2, w' + 2, s * s * 3)
-        y = conv(by_hr_pixel(y, 3), self.image2)  # (N, h + 2, s * s * (w' + 2), 4)
-        y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, s * s * (w' + 2), 4)
-        y = to_hr_grid(y, self.scale)  # (N, s(h + 2), s(w' + 2), 4)
-        y = conv(y, *self.image3, PIXELS_AT_ONCE)  # (N, s(h + 2) - 4, (s(w' + 2) - 4) / 5, 5 * 3)
-        y += conv(to_hr_grid(relu(x), self.scale), self.detail3, stride=PIXELS_AT_ONCE)
-        return to_images(y, lr.shape, self.scale)  # (N, 3, s * h, s * w)
+        pixels = channels_last(lr)  # (N, h + 2c, w + 2c, 3)
+        x = windows_in_rows((pixels - self.shift).bfloat16(), window_side(self.scale))  # (N, h + 2c, w + 2, k * 3)
+        x = relu(conv(x, *self.detail1))  # (N, h + 2, w + 2, s * s * 64)
+        x = conv(regroup(x, 64), *self.detail2)  # (N, h + 2, (w + 2) * s * s, 32)
+        y = relu(conv(pixels, *self.image1))  # (N, h + 2, w + 2, s * s * 3)
+        y = conv(regroup(y, 3), self.image2)  # (N, h + 2, (w + 2) * s * s, 4)
+        y = relu(y.add_(x[..., :4].contiguous()))  # (N, h + 2, (w + 2) * s * s, 4)
+        y = conv(regroup(y, self.scale * 4), *self.image3)  # (N, h, s(w + 2) - 4, s * 3)
+        y += conv(regroup(relu(x), self.scale * 32), self.detail3)
+        return to_images(y, self.scale)  # (N, 3, s * h, s * w)
 
 
 # ------------------------------------------------------------------------------ folding
@@ -107,9 +108,9 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
 
     Returns
     -------
-    conv1 : (s * s * 64, k * k * 3, 1, 1), for windows of k x k LR pixels with values from 0 to 255
+    conv1 : (s * s * 64, 3, k, k), for LR pixels with values from 0 to 255
     conv2 : (32, 64, 1, 1)
-    conv3 : (5 * 3, 32, 5, 9), for five neighboring HR pixels with values from 0 to 255
+    conv3 : (s * 3, s * 32, 3, 5), for HR columns of LR pixels, to values from 0 to 255
     """
     conv1, conv2, conv3 = (Layer(*layer.parameters()) for layer in (model.conv1, model.conv2, model.conv3))
     scale, side = model.scale, window_side(model.scale)
@@ -117,14 +118,21 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     # Large weights cancel, so this needs float64.
     weight1 = F.linear(F.linear(conv1.weight.double(), kernel).transpose(2, 3), kernel)  # (64, 3, s * k, s * k)
     weight1 = weight1.to(conv1.weight.dtype).view(64, 3, scale, side, scale, side) / 255  # columns before rows
-    weight1 = weight1.permute(4, 2, 0, 5, 3, 1).reshape(-1, side**2 * 3, 1, 1)
-    shifted = [F.pad(conv3.weight, (i, PIXELS_AT_ONCE - 1 - i)) for i in range(PIXELS_AT_ONCE)]  # (3, 32, 5, 9) each
-    weight3 = torch.stack(shifted)  # (5, 3, 32, 5, 9)
+    weight1 = weight1.permute(2, 4, 0, 1, 5, 3).flatten(0, 2)  # (s * s * 64, 3, k, k)
+    # The 5 rows of conv3 for each of the s rows of an LR pixel, among the 3s rows of three LR pixels.
+    rows = [F.pad(conv3.weight, (0, 0, scale - 2 + i, 2 * scale - 3 - i)) for i in range(scale)]  # (3, 32, 3s, 5) each
+    weight3 = torch.stack(rows).unflatten(3, (3, scale))  # (s, 3, 32, 3, s, 5)
+    weight3 = weight3.permute(0, 1, 4, 2, 3, 5).reshape(scale * 3, scale * 32, 3, 5)
     return (
         Layer(weight1, conv1.bias.repeat(scale**2)),
         conv2,
-        Layer(weight3.flatten(0, 1) * 255, conv3.bias.repeat(PIXELS_AT_ONCE) * 255),
+        Layer(weight3 * 255, conv3.bias.repeat(scale) * 255),
     )
+
+
+def arrange(weight1: Tensor, windows: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Arrange conv1 of :func:`fold` for the windows of an image: its kernels are images of one window each."""
+    return windows(weight1.permute(0, 2, 3, 1), weight1.shape[3]).permute(0, 3, 1, 2)
 
 
 def cast(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -141,10 +149,10 @@ def round_to_bf16(weight1: Tensor) -> Tensor:
     The rounding error of each weight is added to the next weight.
     """
     rounded, rest = [], weight1.new_zeros(())
-    for weight in weight1.view(len(weight1), -1, 3).unbind(1):  # (s * s * 64, 3)
+    for weight in weight1.flatten(2).unbind(2):  # (s * s * 64, 3)
         rounded.append((weight + rest).bfloat16().to(weight.dtype))
         rest = weight + rest - rounded[-1]
-    return torch.stack(rounded, 1).view_as(weight1)
+    return torch.stack(rounded, 2).view_as(weight1)
 
 
 def window_side(scale: int) -> int:
@@ -174,30 +182,30 @@ def bicubic_kernel(device: torch.device, scale: int) -> Tensor:
 # ------------------------------------------------------------------- steps of the network
 
 
-def channels_last(lr: Tensor, scale: int) -> Tensor:
-    """Convert (N, 3, h + 2c, w + 2c) to float32 (N, h + 2c, w' + 2c, 3).
+def channels_last(lr: Tensor) -> Tensor:
+    """Convert (N, 3, h + 2c, w + 2c) to float32 (N, h + 2c, w + 2c, 3)."""
+    return lr.float().permute(0, 2, 3, 1).contiguous()
 
-    The width is padded so that the s(w' + 2) - 4 columns of conv3 are a multiple of 5.
+
+def windows(pixels: Tensor, side: int) -> Tensor:
+    """Return all windows of k x k pixels: (N, h, w, 3) to (N, h - k + 1, w - k + 1, k * k * 3).
+
+    Training a 1x1 convolution of them is faster than training a k x k convolution of three channels.
     """
-    columns = scale * (lr.shape[3] - 2 * context_of(scale) + 2) - 4
-    padding = next(n for n in range(PIXELS_AT_ONCE) if (columns + scale * n) % PIXELS_AT_ONCE == 0)
-    if columns == PIXELS_AT_ONCE:  # on AMX, oneDNN's bf16 convolution to a single column is wrong (torch 2.14)
-        padding = PIXELS_AT_ONCE
-    return F.pad(lr.float(), (0, padding, 0, 0), mode="replicate").permute(0, 2, 3, 1).contiguous()
-
-
-def windows(pixels: Tensor, scale: int) -> Tensor:
-    """Return all windows of k x k pixels: (N, h + 2c, w + 2c, 3) to (N, h + 2, w + 2, k * k * 3).
-
-    Training a 1x1 convolution of windows is faster than training a k x k convolution of three channels.
-    """
-    side = window_side(scale)
     return pixels.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
-    """Convolve images of shape (N, h, w, C) with a horizontal stride."""
-    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, (1, stride))  # (N, C', h', w')
+def windows_in_rows(pixels: Tensor, side: int) -> Tensor:
+    """Return all windows of k pixels in a row, as a view: (N, h, w, 3) to (N, h, w - k + 1, k * 3).
+
+    In inference, a convolution of them with a kernel of k rows is faster than one of :func:`windows`.
+    """
+    return pixels.unfold(2, side, 1).transpose(3, 4).flatten(3)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve images of shape (N, h, w, C)."""
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias)  # (N, C', h', w')
     return x.permute(0, 2, 3, 1).contiguous()  # (N, h', w', C'), a copy only on GPUs without cuDNN
 
 
@@ -213,20 +221,13 @@ def relu(x: Tensor) -> Tensor:
     return x.relu_()
 
 
-def by_hr_pixel(x: Tensor, channels: int) -> Tensor:
-    """Put the HR pixels of each LR pixel in a row: (N, h, w, s * s * C) to (N, h, s * s * w, C)."""
+def regroup(x: Tensor, channels: int) -> Tensor:
+    """Regard values that are neighbors in memory as other channels: (N, h, w, C) to (N, h, w * C / C', C')."""
     return x.reshape(*x.shape[:2], -1, channels)
 
 
-def to_hr_grid(x: Tensor, scale: int) -> Tensor:
-    """Rearrange the pixels of :func:`by_hr_pixel` into an image: (N, h, s * s * w, C) to (N, s * h, s * w, C)."""
-    n, h, w, c = x.shape
-    return x.view(n, h, w // scale**2, scale, scale * c).transpose(2, 3).reshape(n, scale * h, w // scale, c)
-
-
-def to_images(x: Tensor, lr_shape: torch.Size, scale: int) -> Tensor:
-    """Remove the padding from the output of conv3: (N, s(h + 2) - 4, columns, 5 * 3) to (N, 3, s * h, s * w)."""
-    height, width = (scale * (n - 2 * context_of(scale)) for n in lr_shape[2:])
-    x = x.reshape(*x.shape[:2], -1, 3)  # (N, s(h + 2) - 4, s(w' + 2) - 4, 3)
+def to_images(x: Tensor, scale: int) -> Tensor:
+    """Arrange the output of conv3 as images: (N, h, s(w + 2) - 4, s * 3) to (N, 3, s * h, s * w)."""
     border = scale - 2  # conv3 has used 2 pixels of the s on each side
-    return x[:, border : border + height, border : border + width].permute(0, 3, 1, 2)
+    x = x[:, :, border : x.shape[2] - border].unflatten(3, (scale, 3))  # (N, h, s * w, s, 3)
+    return x.transpose(2, 3).flatten(1, 2).permute(0, 3, 1, 2)
