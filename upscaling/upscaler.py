@@ -1,8 +1,10 @@
 """Upscaling of images of any mode, tile by tile."""
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from upscaling.device import select_dtype
 from upscaling.fast_srcnn import FastSRCNN, FastSRCNNBf16
 from utils import is_out_of_memory, progress_bar
 
-# HR pixels in a row of a tile's features. On a CPU the features, 5 or 11 MB, just about fit into the caches, and their
-# inner 200 columns are a multiple of PIXELS_AT_ONCE in fast_srcnn.py.
+S = TypeVar("S")
+T = TypeVar("T")
+MAX_WORKERS = 8  # threads that compute tiles; more would wait for Python's lock
+# HR pixels in a row of a tile's features. On a CPU the features, 5 or 11 MB, just about fit into the caches.
 FEATURE_SIDE = {"cpu": 204, "cuda": 774}
 
 
@@ -78,22 +82,25 @@ class Upscaler:
     @torch.inference_mode()
     def upscale(self, lr: Image.Image, label: str) -> Image.Image:
         sr = Image.new(lr.mode, (self.scale * lr.width, self.scale * lr.height))
-        pixels = to_array(lr)  # (h, w, C)
-        context = context_of(self.scale) + (self.fill if has_alpha(lr.mode) else 0)
         corners = list(product(range(0, lr.height, self.tile), range(0, lr.width, self.tile)))
-        for top, left in progress_bar(corners, label, "tile", hidden=not label or len(corners) == 1):
-            rows, columns = (
-                torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
-                for start, size in ((top, lr.height), (left, lr.width))
-            )  # clamped, which replicates the edges of the image
-            tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
-            sr.paste(self.upscale_tile(tile, lr.mode), (self.scale * left, self.scale * top))
+        tiles = map_in_threads(partial(self.upscale_tile, to_array(lr), lr.mode), corners, self.device)
+        hidden = not label or len(corners) == 1
+        for corner, tile in progress_bar(zip(corners, tiles, strict=True), label, "tile", hidden, total=len(corners)):
+            top, left = corner
+            sr.paste(tile, (self.scale * left, self.scale * top))
         if has_alpha(lr.mode):
             sr.putalpha(bicubic(lr.getchannel("A"), sr.size))
         return sr
 
-    def upscale_tile(self, tile: Tensor, mode: str) -> Image.Image:
-        """Upscale a tile with context, (1, C, h', w'), to an image without alpha."""
+    @torch.inference_mode()
+    def upscale_tile(self, pixels: Tensor, mode: str, corner: tuple[int, int]) -> Image.Image:
+        """Upscale the tile with this top left corner of an image, (h, w, C), to an image without alpha."""
+        context = context_of(self.scale) + (self.fill if has_alpha(mode) else 0)
+        rows, columns = (
+            torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
+            for start, size in zip(corner, pixels.shape[:2], strict=True)
+        )  # clamped, which replicates the edges of the image
+        tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
         if has_alpha(mode):
             tile = crop(fill_transparent(tile[:, :-1], tile[:, -1:], self.fill), self.fill)
         channels = tile.shape[1]
@@ -104,6 +111,24 @@ class Upscaler:
         if mode == "I;16":
             return Image.fromarray((257 * values).round_().to(torch.uint16).cpu().numpy())
         return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
+
+
+def map_in_threads(function: Callable[[S], T], items: list[S], device: torch.device) -> Iterator[T]:
+    """Yield a function's results in order. On a CPU, each of some threads computes one at a time.
+
+    PyTorch's own threads wait for each other at the end of each operation, and other programs delay them all.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, MAX_WORKERS, len(items))
+    if device.type != "cpu" or workers == 1:
+        yield from map(function, items)
+        return
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        yield from executor.map(function, items)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads to come; the workers have changed it
 
 
 def default_tile(device: str, scale: int) -> int:

@@ -1,6 +1,9 @@
 """Upscaling of images of all modes: tiles, alpha, 16 bits, self-ensemble, precision, memory."""
 
 import ctypes
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -13,8 +16,8 @@ import data
 from imaging.images import bicubic, to_image, to_tensor
 from imaging.metrics import psnr_y
 from model import SCALES, SRCNN, context_of
-from upscaling.fast_srcnn import PIXELS_AT_ONCE, FastSRCNNBf16
-from upscaling.upscaler import Upscaler, default_tile, select_accurate_dtype
+from upscaling.fast_srcnn import FastSRCNNBf16
+from upscaling.upscaler import Upscaler, default_tile, map_in_threads, select_accurate_dtype
 
 LUMA = [0.299, 0.587, 0.114]
 NOISE = 0.02  # in the weights; more would push most of the output out of [0, 1]
@@ -62,7 +65,60 @@ def test_tiles_leave_no_seams_in_transparent_images(mode, tile, scale):
 )
 def test_tiles_have_as_large_features_at_each_scale(device, scale, side):
     assert default_tile(device, scale) == side
-    assert device == "cuda" or (scale * (side + 2) - 4) % PIXELS_AT_ONCE == 0  # conv3 pads no row
+
+
+@pytest.fixture
+def threads():
+    """Return a function that sets the number of PyTorch's threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("network", [torch.float32, torch.bfloat16], ids=str)
+def test_number_of_threads_changes_no_pixel(threads, network):
+    lr, outputs = random_image("RGB", (50, 41)), []
+    for count in (1, 2, 5):
+        threads(count)
+        outputs.append(Upscaler(trained_model(), network, tile=12)(lr))
+    assert_same(*outputs[:2])
+    assert_same(*outputs[1:])
+
+
+@pytest.mark.parametrize(
+    ("device", "items", "expected"), [("cpu", 9, (4, 1)), ("cpu", 2, (2, 2)), ("cpu", 1, (1, 4)), ("cuda", 9, (1, 4))]
+)
+def test_cores_are_shared_among_threads(threads, device, items, expected):
+    threads(4)
+    workers, pytorch_threads = expected
+    meeting = threading.Barrier(workers, timeout=60)
+
+    def compute(item):
+        if item < workers:
+            meeting.wait()  # until all workers compute at once
+        return item, threading.get_ident(), torch.get_num_threads()
+
+    results = list(map_in_threads(compute, list(range(items)), torch.device(device)))
+    assert [item for item, *_ in results] == list(range(items))
+    assert len({ident for _, ident, _ in results}) == workers
+    assert {count for *_, count in results} == {pytorch_threads}
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 4
+
+
+def test_error_in_a_thread_cancels_the_others(threads):
+    threads(2)
+    started = []
+
+    def compute(item):
+        started.append(item)
+        if item == 1:
+            raise RuntimeError("out of memory")
+        time.sleep(0.01)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(map_in_threads(compute, list(range(1000)), torch.device("cpu")))
+    assert len(started) < 100
 
 
 class SmallGpu:
