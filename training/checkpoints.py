@@ -16,6 +16,7 @@ from torch import Tensor
 from imaging.metrics import SCORE_NAMES, SSIM_NAMES, Report, Scores
 from info import Info, info
 from model import SCALE, SRCNN
+from training.adam import Adam
 from training.options import Args, check_args, valid_args
 from training.unpickling import MAX_BYTES, unpickle
 from utils import CommandError, atomic_write, is_out_of_memory, read_file
@@ -111,7 +112,7 @@ def for_plain_adam(state: dict[str, Any], learning_rate: float) -> dict[str, Any
     """Return an optimizer's state as PyTorch's Adam loads it, without moments in whitened coordinates."""
     moments = state.get("state", {})
     plain = {i: moments[i] for i in moments if i > 0 or "whiten" not in state}
-    return torch.optim.Adam([torch.empty(0) for _ in shapes()], learning_rate).state_dict() | {"state": plain}
+    return Adam([torch.empty(0) for _ in shapes()], learning_rate).state_dict() | {"state": plain}
 
 
 def is_filled_in(who: Info) -> bool:

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import SRCNN, interpolate
+from training.adam import Adam
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches
 from training.recipe import WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
 from upscaling.distributed import broadcast
 
 
-def plain_adam(model: SRCNN, patches: GridPatches, generator: torch.Generator) -> "Adam":
+def plain_adam(model: SRCNN, patches: GridPatches, generator: torch.Generator) -> "FusedAdam":
     """Set PyTorch's own initial weights, and return Adam for them."""
     for layer in (model.conv1, model.conv2, model.conv3):
         # A new layer, since the order in which values are drawn may depend on the memory format.
         new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size)  # type: ignore[arg-type]
         layer.load_state_dict(new.state_dict())
-    return Adam(model.parameters())
+    return FusedAdam(model.parameters())
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def whitened_adam(model: SRCNN, patches: RandomPatches, generator: torch.Generat
     return WhitenedAdam(model, whitening)
 
 
-class Adam(torch.optim.Adam):
+class FusedAdam(Adam):
     """PyTorch's fused Adam. Loading a state continues its moments, but not its hyperparameters."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -55,7 +56,7 @@ class Adam(torch.optim.Adam):
             self.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
 
 
-class WhitenedAdam(Adam):
+class WhitenedAdam(FusedAdam):
     """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of

@@ -14,8 +14,8 @@ from torch import Tensor
 from data import Batch
 from imaging.metrics import Report
 from model import SRCNN
+from training.adam import Adam
 from training.checkpoints import Checkpoint, ResumeRecord, TrainingState, load_checkpoint, save_checkpoint
-from training.optimizer import Adam
 from training.options import Options
 from training.patches import Patches
 from training.recipe import Network
