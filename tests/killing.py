@@ -12,7 +12,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # since a process with threads cannot be fo
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch.utils.tensorboard  # noqa: F401  imported once here instead of in each run
-import torchvision.utils  # noqa: F401
 from helpers import same
 
 import train

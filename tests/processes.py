@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
-LIBRARIES = ["torch", "torchvision.utils", "torch.utils.tensorboard", "pytest"]
+LIBRARIES = ["torch", "torch.utils.tensorboard", "pytest"]
 
 
 @cache
