@@ -84,7 +84,9 @@ def export(file: Path) -> None:
     x, sides = torch.rand(1, 3, 24, 16), {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        torch.onnx.export(model, (x,), file, input_names=["x"], dynamic_shapes=(sides,), dynamo=True, verbose=False)
+        torch.onnx.export(
+            model, (x,), str(file), input_names=["x"], dynamic_shapes=(sides,), dynamo=True, verbose=False
+        )
 
 
 def onnx_runtime(file: Path) -> Convolve:
@@ -92,12 +94,12 @@ def onnx_runtime(file: Path) -> Convolve:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
 
 def open_vino(file: Path, precision: str) -> Convolve:
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # to import openvino would report it to Intel
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import would report to Intel
     import openvino
 
     options = {
@@ -105,7 +107,7 @@ def open_vino(file: Path, precision: str) -> Convolve:
         "PERFORMANCE_HINT": "LATENCY",  # all cores for one image
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    model = openvino.Core().compile_model(file, "CPU", options)
+    model = openvino.Core().compile_model(str(file), "CPU", options)
     return lambda x: model(x)[0]
 
 

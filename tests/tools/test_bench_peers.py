@@ -1,10 +1,14 @@
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 from helpers import ROOT, assert_one_line, in_new_process, trained_model
 
 import train
 from data import TestSet, load_images
 from tools import bench_peers, measuring
-from tools.bench_peers import PeerMeasurement, find_peers, peer_table
+from tools.bench_peers import PeerMeasurement, find_peers, open_vino, peer_table
 
 
 def measure_small(folder):
@@ -22,6 +26,23 @@ def test_runtimes_have_the_quality_of_this_project(photos, monkeypatch):
     for m in measurements:
         assert m.psnr == pytest.approx(report.mean.srcnn.psnr_y, abs=0.01), m.name
         assert m.speed > 0
+
+
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("bf16", "bf16")])
+def test_openvino_computes_in_given_precision_without_its_telemetry(tmp_path, monkeypatch, precision, hint):
+    """On hardware that runs it faster, OpenVINO's default would be bf16."""
+
+    def compile_model(file, device, options):
+        assert (file, device, options["INFERENCE_PRECISION_HINT"]) == (str(tmp_path / "net.onnx"), "CPU", hint)
+        with pytest.raises(ImportError):
+            importlib.import_module("openvino_telemetry")
+        return lambda x: [2 * x]
+
+    core = SimpleNamespace(compile_model=compile_model)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # to be restored
+    del sys.modules["openvino_telemetry"]
+    assert open_vino(tmp_path / "net.onnx", precision)(4) == 8
 
 
 def test_workloads_count_hr_pixels(monkeypatch):
