@@ -9,7 +9,6 @@ many channels, so only the last step rearranges pixels.
 In shapes, s is the scale, k the side of that convolution, and c the context, context_of(s).
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,9 +38,11 @@ class FastSRCNN:
     def __init__(self, model: SRCNN, dtype: torch.dtype = torch.float32) -> None:
         self.scale, self.dtype = model.scale, dtype
         (weight1, bias1), *others = fold(model)
-        self.windows = windows if weight1.requires_grad else windows_in_rows  # faster in training, and in inference
-        conv1 = Layer(arrange(weight1, self.windows), bias1)
-        self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in (conv1, *others))
+        if weight1.requires_grad:  # faster in training
+            self.windows, weight1 = windows, weight1.permute(0, 2, 3, 1).reshape(len(weight1), -1, 1, 1)
+        else:
+            self.windows, weight1 = windows_in_rows, kernel_of_rows(weight1)
+        self.conv1, self.conv2, self.conv3 = (cast(layer, dtype) for layer in (Layer(weight1, bias1), *others))
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale the image without its outermost c LR pixels, which are context only.
@@ -82,7 +83,7 @@ class FastSRCNNBf16:
         self.image3 = cast(Layer(weight3[:, :, :4].flatten(1, 2), bias3), torch.float32)
         weight2[:4, :3] = weight3[:, :, :4] = 0
         bias1 = bias1 + self.shift * weight1.sum((1, 2, 3))
-        self.detail1 = cast(Layer(arrange(round_to_bf16(weight1), windows_in_rows), bias1), torch.bfloat16)
+        self.detail1 = cast(Layer(kernel_of_rows(round_to_bf16(weight1)), bias1), torch.bfloat16)
         self.detail2 = cast(Layer(weight2, bias2), torch.bfloat16)
         self.detail3 = cast_weight(weight3.flatten(1, 2), torch.bfloat16)
 
@@ -130,9 +131,9 @@ def fold(model: SRCNN) -> tuple[Layer, Layer, Layer]:
     )
 
 
-def arrange(weight1: Tensor, windows: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Arrange conv1 of :func:`fold` for the windows of an image: its kernels are images of one window each."""
-    return windows(weight1.permute(0, 2, 3, 1), weight1.shape[3]).permute(0, 3, 1, 2)
+def kernel_of_rows(weight1: Tensor) -> Tensor:
+    """Arrange conv1 of :func:`fold` for :func:`windows_in_rows`: (s * s * 64, k * 3, k, 1)."""
+    return weight1.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(3)
 
 
 def cast(layer: Layer, dtype: torch.dtype) -> Layer:
