@@ -15,30 +15,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imaging.comparison import compare
 from imaging.formats import FORMAT_CHOICES
-from imaging.images import (
-    MAX_PIXELS,
-    STANDARD,
-    check_output,
-    flatten,
-    from_array,
-    from_pillow,
-    read_hr,
-    read_image,
-    write_image,
-)
-from imaging.metadata import upscaled_metadata
-from imaging.metrics import Report, Scores, min_side, table
+from imaging.images import MAX_PIXELS, STANDARD, from_array, from_pillow
+from imaging.metrics import Report, Scores, table
 from model import SCALE, SCALES
 from training.checkpoints import load_checkpoint
-from upscaling.device import PRECISION_HELP, PRECISIONS, dtype_name, select_device
+from upscaling.device import PRECISION_HELP, PRECISIONS, select_device
 from upscaling.distributed import gather, process_group, rank_and_world_size
 from upscaling.jobs import Job, find_jobs
+from upscaling.pipeline import Steps, run_in_pipeline, upscale_with_metadata
 from upscaling.upscaler import Upscaler, default_tile, select_accurate_dtype
 from utils import ArgumentParser, CommandError, describe_error, integer, path, plural, progress_bar, run_command, show
 
-T = TypeVar("T", Image.Image, np.ndarray)
+ImageOrArray = TypeVar("ImageOrArray", Image.Image, np.ndarray)
+T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parent  # even if this file is run by a link
 
 
@@ -130,7 +120,7 @@ def shipped_upscaler(scale: int) -> Upscaler:
     return load_upscaler(scale=scale)
 
 
-def upscale(image: T, upscaler: Upscaler | None = None, scale: int | None = None) -> T:
+def upscale(image: ImageOrArray, upscaler: Upscaler | None = None, scale: int | None = None) -> ImageOrArray:
     """Upscale an image.
 
     Parameters
@@ -167,38 +157,7 @@ def upscale(image: T, upscaler: Upscaler | None = None, scale: int | None = None
     return upscale_with_metadata(from_pillow(image), upscaler)
 
 
-def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") -> Image.Image:
-    """Upscale an image of :func:`read_image`, and its resolution and size in metadata."""
-    sr = upscaler(lr, label)
-    sr.info = upscaled_metadata(lr.info, sr.size, upscaler.scale)
-    return sr
-
-
-def run_job(job: Job, upscaler: Upscaler, max_pixels: int) -> Scores | None:
-    """Read, upscale and write an image. If there is a ground truth, write a comparison and return the scores."""
-    start, scale = time.perf_counter(), upscaler.scale
-    lr = read_image(job.lr, max_pixels)
-    check_output(job.sr, (scale * lr.width, scale * lr.height), lr.mode, job.format)
-    hr = read_hr(job.hr, min_side(scale), (scale + 1) ** 2 * max_pixels) if job.hr else None
-    if hr and not fits(hr, lr, scale):
-        other = next((f"; it fits x{other}" for other in SCALES if fits(hr, lr, other)), "")
-        problem = f"{hr.width}x{hr.height} is not {scale} times {lr.width}x{lr.height}{other}"
-        raise CommandError(f"{job.hr}: {problem}")
-    sr = upscale_with_metadata(lr, upscaler, job.lr.name)
-    write_image(sr, job.sr, sr.info, job.format)
-    seconds, how = time.perf_counter() - start, f"{upscaler.device.type}, {dtype_name(upscaler.dtype)}"
-    show(f"{job.sr}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s on {how}")
-    if not hr:
-        return None
-    picture, scores = compare(flatten(lr), flatten(sr), hr, scale)
-    write_image(picture, job.comparison, {})
-    show(job.comparison)
-    return scores
-
-
-def fits(hr: Image.Image, lr: Image.Image, scale: int) -> bool:
-    """Return whether an HR image is ``scale`` times as wide and high as an LR image, or a few pixels more."""
-    return all(0 <= a - scale * b < scale for a, b in zip(hr.size, lr.size, strict=True))
+# -------------------------------------------------------------------------------- command
 
 
 class Results(NamedTuple):
@@ -212,29 +171,30 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
     rank, world_size = rank_and_world_size()
     share = jobs[rank::world_size]
     todo = [job for job in share if not (skip_existing and job.is_done())]
-    results = Results({}, [], len(share) - len(todo))
-    for job in show_progress(todo, hidden=len(jobs) == 1 or rank > 0):
-        try:
-            job.check()
-            scores = run_job(job, upscaler, max_pixels)
-            if scores:
-                results.scores[str(job.lr)] = scores
-        except BrokenPipeError:  # the reader of the output has ended
-            raise
-        except Exception as error:
-            if len(jobs) == 1:
+    results, steps = Results({}, [], len(share) - len(todo)), Steps(upscaler, max_pixels)
+    if len(jobs) == 1:  # in this thread, so that Ctrl-C ends waiting for standard input
+        found = {str(job.lr): steps.run(job) for job in todo}
+        return results._replace(scores={name: scores for name, scores in found.items() if scores})
+    with contextlib.closing(run_in_pipeline(todo, steps)) as finished:
+        for job, result in show_progress(finished, todo, hidden=rank > 0):
+            try:
+                if scores := result.result():
+                    results.scores[str(job.lr)] = scores
+            except BrokenPipeError:  # the reader of the output has ended
                 raise
-            results.failures.append(describe_error(error))
+            except Exception as error:
+                results.failures.append(describe_error(error))
     return results
 
 
-def show_progress(jobs: list[Job], hidden: bool) -> Iterator[Job]:
-    """Yield the jobs and show a progress bar, which estimates the remaining time from file sizes."""
+def show_progress(finished: Iterator[T], jobs: list[Job], hidden: bool) -> Iterator[T]:
+    """Yield what is finished of the jobs and show a progress bar, which estimates the time left from file sizes."""
     sizes = [job.lr.stat().st_size if job.lr.is_file() else 0 for job in jobs]  # bytes
-    with progress_bar(None, "", "B", hidden, total=sum(sizes), unit_scale=True) as bar:
-        for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
-            bar.set_description(f"{number}/{len(jobs)} images")
-            yield job
+    label = "{}/" + f"{len(jobs)} images"
+    with progress_bar(None, label.format(0), "B", hidden, total=sum(sizes), unit_scale=True) as bar:
+        for number, (item, size) in enumerate(zip(finished, sizes, strict=True), 1):
+            yield item
+            bar.set_description(label.format(number), refresh=False)
             bar.update(size)
 
 

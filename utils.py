@@ -12,7 +12,9 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from threading import Event, RLock
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -115,11 +117,37 @@ def path(text: str) -> Path:
 # All output of the programs goes through these functions and run_command.
 
 
+Message = tuple[str, bool]  # text, and whether it is for stderr
+OUTPUT = RLock()  # held while a message is printed, or while the messages of libraries are discarded
+COLLECTED: ContextVar[list[Message] | None] = ContextVar("COLLECTED", default=None)  # of this thread
+
+
 def show(*lines: object, to_stderr: bool = False) -> None:
     """Print lines, above progress bars."""
-    file = sys.stderr if to_stderr else sys.stdout
-    tqdm.write("\n".join(map(printable, lines)), file=file)
-    file.flush()
+    message, collected = ("\n".join(map(printable, lines)), to_stderr), COLLECTED.get()
+    if collected is None:
+        show_collected([message])
+    else:
+        collected.append(message)
+
+
+@contextlib.contextmanager
+def collect_messages(messages: list[Message]) -> Iterator[None]:
+    """Add messages of this thread to a list within the context, instead of printing them."""
+    token = COLLECTED.set(messages)
+    try:
+        yield
+    finally:
+        COLLECTED.reset(token)
+
+
+def show_collected(messages: list[Message]) -> None:
+    """Print messages of :func:`collect_messages`."""
+    for text, to_stderr in messages:
+        with OUTPUT:
+            file = sys.stderr if to_stderr else sys.stdout
+            tqdm.write(text, file=file, nolock=True)  # it would keep its own lock after an error
+            file.flush()
 
 
 def warn(message: str) -> None:
@@ -254,7 +282,19 @@ def flush_denormal() -> Iterator[None]:
 
 
 class FileWithoutDescriptor(io.BufferedRandom):
-    """A file without a descriptor, since Pillow would write to it directly and miss that a disk is full."""
+    """A file without a descriptor, since Pillow would write to it directly and miss that a disk is full.
+
+    Writing fails once ``stop`` is set, since a signal interrupts only the main thread.
+    """
+
+    def __init__(self, raw: io.FileIO, stop: Event | None = None) -> None:
+        super().__init__(raw)
+        self.stop = stop
+
+    def write(self, data: Any) -> int:
+        if self.stop and self.stop.is_set():
+            raise CommandError("interrupted")
+        return super().write(data)
 
     def fileno(self) -> NoReturn:
         raise io.UnsupportedOperation("fileno")
@@ -277,12 +317,15 @@ def open_without_waiting(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[FileWithoutDescriptor]:
-    """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file."""
+def atomic_write(path: Path, stop: Event | None = None) -> Iterator[FileWithoutDescriptor]:
+    """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file.
+
+    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
+    """
     try:
         with contextlib.ExitStack() as stack:
             raw = create_temporary_file(path, stack)
-            file = stack.enter_context(FileWithoutDescriptor(raw))
+            file = stack.enter_context(FileWithoutDescriptor(raw, stop))
             yield file
             file.flush()
             os.fsync(raw.fileno())

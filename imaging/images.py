@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
+PILLOW_SETTINGS = threading.RLock()  # held while an image is read, with settings that concern all threads
 
 
 # ------------------------------------------------------------------------------- reading
@@ -92,6 +94,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[ImageFile]:
         source = read_standard_input(16 * max_pixels) if path == STANDARD else open_file(path)
         with (
             source,
+            PILLOW_SETTINGS,
             pixel_limit(max_pixels),
             tolerant_png() as ignored,
             tiff_decoder(source),
@@ -282,8 +285,13 @@ def check_output(path: Path, size: tuple[int, int], mode: str, format: str | Non
     raise CommandError(f"{path}: {problem}; write PNG instead, by --format=png or the name in --output")
 
 
-def write_image(image: Image.Image, path: Path, info: dict, format: str | None = None) -> None:
-    """Write an image with metadata as imaging/metadata.py describes them. Raises CommandError."""
+def write_image(
+    image: Image.Image, path: Path, info: dict, format: str | None = None, stop: threading.Event | None = None
+) -> None:
+    """Write an image with metadata as imaging/metadata.py describes them.
+
+    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
+    """
     format = format or format_of(path)
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency
         image = image.convert("RGBA")
@@ -292,7 +300,7 @@ def write_image(image: Image.Image, path: Path, info: dict, format: str | None =
     for problem in problems:
         warn(f"{path}: {problem}")
     try:
-        with standard_output() if path == STANDARD else atomic_write(path) as file:
+        with standard_output() if path == STANDARD else atomic_write(path, stop) as file:
             image.save(file, format, **FORMATS[format].options | options)
     except (CommandError, MemoryError, BrokenPipeError):
         raise

@@ -16,6 +16,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from imaging.formats import NOT_THE_IMAGE
+from utils import OUTPUT
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python would print what it logs about damaged TIFFs
 ADVICE = "convert it to PNG with another program"
@@ -201,15 +202,16 @@ def full_range(gray: np.ndarray, tags: ImageFileDirectory_v2) -> np.ndarray:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Discard what libraries in C write to stderr."""
+    """Discard what libraries in C write to stderr. Meanwhile other threads wait before they print."""
     if not sys.__stderr__:  # closed, so that descriptor 2 may be any file's
         yield
         return
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    with OUTPUT:
+        stderr = os.dup(2)
+        try:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

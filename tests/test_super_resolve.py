@@ -36,6 +36,7 @@ from imaging.images import bicubic, flatten, to_tensor
 from imaging.metrics import Quality, Scores, gain, measure
 from model import SCALES, SRCNN
 from super_resolve import Results, load_upscaler, summarize, upscale
+from upscaling import pipeline
 from utils import CommandError
 
 COMMAND = ("super_resolve.py", "--precision=fp32", "--checkpoint=net")
@@ -169,8 +170,8 @@ def test_output_that_is_impossible_fails_alone_and_before_it_is_computed(cli, pi
     Path("deep").mkdir()
     for name in names:
         pictures[0].save(name)
-    read, image_read = [], super_resolve.read_image
-    monkeypatch.setattr(super_resolve, "read_image", lambda file, *args: read.append(str(file)) or image_read(file))
+    read, image_read = [], pipeline.read_image
+    monkeypatch.setattr(pipeline, "read_image", lambda file, *args: read.append(str(file)) or image_read(file))
     status, _, err = cli(*COMMAND, *names, "--format=png", "--output=o", "--skip-existing")
     assert (status, read) == (1, names[:2])
     same, long, total = err.splitlines()
@@ -394,7 +395,8 @@ def rich_image(name):
     random_image().save(name, exif=exif, icc_profile=SRGB, dpi=(300, 150), pnginfo=chunks)
 
 
-OPTIONS = {"png": {"compress_level": 1}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}, "tif": {}}
+OPTIONS = {"png": {"compress_level": 1}, "jpg": {"quality": 95, "subsampling": 0}, "tif": {}}
+OPTIONS["webp"] = {"quality": 97, "method": 1}
 
 
 @pytest.mark.usefixtures("pictures")

@@ -10,6 +10,7 @@ import pytest
 from helpers import file_of, random_image
 from PIL import Image, JpegImagePlugin
 
+from imaging.dead_leaves import dead_leaves
 from imaging.formats import EXTENSIONS, FORMATS
 from imaging.images import check_output, read_image, write_image
 from utils import CommandError
@@ -17,9 +18,13 @@ from utils import CommandError
 pytestmark = pytest.mark.filterwarnings("error")  # Pillow's warnings must not reach the user
 
 
-def test_webp_is_written_with_quality_95():
-    write_image(random_image(), Path("a.webp"), {})
-    assert Path("a.webp").read_bytes() == file_of(random_image(), "WEBP", quality=95)
+def test_webp_is_written_quickly_and_at_least_as_well_as_by_the_default_method_at_quality_95():
+    image, errors = dead_leaves("test", 1, 200)["leaves1"], []
+    write_image(image, Path("a.webp"), {})
+    assert Path("a.webp").read_bytes() == file_of(image, "WEBP", quality=97, method=1)
+    for file in ("a.webp", io.BytesIO(file_of(image, "WEBP", quality=95))):
+        errors.append(np.square(np.asarray(Image.open(file), np.float64) - np.asarray(image)).mean())
+    assert errors[0] <= errors[1]
 
 
 def test_jpeg_is_written_with_quality_95_and_no_chroma_subsampling():
