@@ -180,8 +180,6 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
             try:
                 if scores := result.result():
                     results.scores[str(job.lr)] = scores
-            except BrokenPipeError:  # the reader of the output has ended
-                raise
             except Exception as error:
                 results.failures.append(describe_error(error))
     return results

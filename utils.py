@@ -146,7 +146,7 @@ def show_collected(messages: list[Message]) -> None:
     for text, to_stderr in messages:
         with OUTPUT:
             file = sys.stderr if to_stderr else sys.stdout
-            tqdm.write(text, file=file, nolock=True)  # it would keep its own lock after an error
+            tqdm.write(text, file=file)
             file.flush()
 
 

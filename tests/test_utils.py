@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,24 @@ def test_unknown_option_is_reported_with_the_most_similar_one(capsys, arguments,
     err = capsys.readouterr().err
     assert (end.value.code, err[: err.index(": ", 3)]) == (2, "x: error")
     assert_one_line(err, f"x: error: {message}")
+
+
+# --------------------------------------------------------------------------------- output
+
+
+def test_collected_messages_of_a_thread_are_printed_at_their_turn(capsys):
+    messages = []
+    with utils.collect_messages(messages):
+        utils.show("result", "of two lines")
+        warn("late")
+        other = threading.Thread(target=warn, args=["at once"])
+        other.start()
+        other.join()
+        assert capsys.readouterr() == ("", "WARNING: at once\n")
+    warn("outside")
+    assert capsys.readouterr() == ("", "WARNING: outside\n")
+    utils.show_collected(messages)
+    assert capsys.readouterr() == ("result\nof two lines\n", "WARNING: late\n")
 
 
 # ------------------------------------------------------------------- errors and interrupts
@@ -227,6 +246,22 @@ def test_file_is_replaced_and_not_overwritten():
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert (path.read_bytes(), link.read_bytes()) == (b"new", b"old")
+
+
+def test_stopped_write_keeps_existing_file():
+    Path("file").write_bytes(b"old")
+    stop = threading.Event()
+
+    def write():
+        with atomic_write(Path("file"), stop) as file:
+            file.write(b"half")
+            stop.set()
+            file.write(b"the rest")
+
+    with pytest.raises(CommandError, match=r"^interrupted$"):
+        write()
+    assert os.listdir() == ["file"]
+    assert Path("file").read_bytes() == b"old"
 
 
 def test_full_disk_keeps_existing_file(monkeypatch):

@@ -1,7 +1,10 @@
 """TIFF: what is read is right, everything else is refused in one line."""
 
 import itertools
+import os
 import struct
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ from helpers import file_of, random_image
 from PIL import Image, TiffTags
 
 from imaging.images import from_pillow, read_image
-from utils import CommandError
+from imaging.tiff import silent_stderr
+from utils import CommandError, warn
 
 OLD_TIFFFILE = tifffile.__version__ < "2026"  # the last for Python 3.10, which neither decodes faxes nor packs bits
 OFFSETS = (273, 513)  # StripOffsets, JPEGInterchangeFormat
@@ -332,3 +336,14 @@ def test_jpeg_tiff_is_read_as_by_tifffile(subsampling, tile):
 def test_fax_is_read_as_by_tifffile(compression, photometric):
     random_image("1").save("a.tif", compression=compression, tiffinfo={262: photometric})
     assert matches() is True
+
+
+def test_messages_of_other_threads_wait_while_those_of_libtiff_are_discarded(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # noqa: SIM115
+    other = threading.Thread(target=warn, args=["kept"])
+    with silent_stderr():
+        os.write(2, b"discarded")
+        other.start()
+        other.join(0.05)  # enough for a message that does not wait
+    other.join()
+    assert capfd.readouterr().err == "WARNING: kept\n"
