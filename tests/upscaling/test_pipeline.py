@@ -138,12 +138,14 @@ def test_pixels_that_are_written_at_once_are_limited(turns, monkeypatch):
     monkeypatch.setattr(pipeline, "WRITERS", 3)
     monkeypatch.setattr(pipeline, "MAX_WRITTEN", 100)
     sizes, lock, written, found = (60, 40, 1, 99, 300, 1, 50, 50, 50, 9), threading.Lock(), [], []
-    steps = FakeSteps(*sizes)
+    steps, started, together = FakeSteps(*sizes), [threading.Event() for _ in sizes], {0: 1, 6: 7}
 
     def write(job):
         with lock:
             written.append(sizes[job])
             found.append(list(written))
+        started[job].set()
+        assert started[together.get(job, job)].wait(TIMEOUT)
         assert turns[job].wait(TIMEOUT)
         with lock:
             written.remove(sizes[job])
