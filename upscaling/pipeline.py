@@ -124,9 +124,11 @@ class Task:
 
     def finish(self) -> tuple[Job, Future[Scores | None]]:
         """Wait for the result, and show the messages."""
-        wait([self.result])
+        result = self.result
+        del self.result  # the traceback of an error refers to this object: a cycle, which would keep its image
+        wait([result])
         show_collected(self.messages)
-        return self.job, self.result
+        return self.job, result
 
 
 def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Future[Scores | None]], None, None]:
@@ -139,11 +141,12 @@ def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Futur
     stop, unfinished = threading.Event(), deque[Task]()
     reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITERS)
     try:
-        tasks = [Task(job) for job in jobs]
-        loading = deque(reader.submit(task.call, steps.read) for task in tasks[:1])
-        for number, task in enumerate(tasks, 1):
-            loading.extend(reader.submit(following.call, steps.read) for following in tasks[number : number + 1])
-            loaded, image = loading.popleft(), None
+        tasks = deque(map(Task, jobs))
+        loading = [reader.submit(tasks[0].call, steps.read)] if tasks else []
+        while tasks:
+            task, loaded, image = tasks.popleft(), loading.pop(), None
+            if tasks:
+                loading.append(reader.submit(tasks[0].call, steps.read))
             try:
                 image = task.call(steps.upscale, loaded.result())
                 task.pixels = image.sr.width * image.sr.height

@@ -174,6 +174,20 @@ def test_memory_of_an_image_is_free_as_soon_as_it_is_written():
 
 
 @pytest.mark.parametrize("step", ["read", "upscale", "write"])
+def test_memory_of_an_image_that_fails_is_free_after_its_turn(step):
+    steps, free = FakeSteps(1, 1, 1), threading.Event()
+
+    def fail():
+        image = Image.new("L", (1, 1))  # the traceback refers to it
+        weakref.finalize(image, free.set)
+        raise ValueError
+
+    steps.waits[step, 0] = fail
+    with closing(run_in_pipeline([0, 1, 2], steps)) as finished:
+        assert [free.is_set() for _, result in finished][2]
+
+
+@pytest.mark.parametrize("step", ["read", "upscale", "write"])
 def test_failure_of_a_step_stops_no_other_job_and_is_reported_in_its_place(capfd, step):
     steps = FakeSteps(1, 1, 1, 1)
     steps.errors[step, 1] = error = ValueError("no")
