@@ -138,7 +138,8 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("FIND was unable to find an engine")])
-def test_lack_of_gpu_memory_halves_tiles_for_all_further_images(pictures, error):
+def test_lack_of_gpu_memory_halves_tiles_for_all_further_images(pictures, threads, error):
+    threads(1)  # one tile at a time, as on a GPU
     lr, _, model = pictures
     upscaler = Upscaler(model, tile=20)
     upscaler.network = gpu = SmallGpu(upscaler.network, error, largest=9)
@@ -150,7 +151,8 @@ def test_lack_of_gpu_memory_halves_tiles_for_all_further_images(pictures, error)
 @pytest.mark.parametrize(
     ("error", "sides"), [(OUT_OF_MEMORY, [5, 2, 1]), (RuntimeError("CUDA error: an illegal memory access"), [5])]
 )
-def test_error_is_raised_if_smaller_tiles_do_not_help(pictures, error, sides):
+def test_error_is_raised_if_smaller_tiles_do_not_help(pictures, threads, error, sides):
+    threads(1)
     upscaler = Upscaler(pictures[2], tile=5)
     upscaler.network = gpu = SmallGpu(upscaler.network, error, largest=0)
     with pytest.raises(type(error), match=str(error)):
