@@ -173,8 +173,10 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
     todo = [job for job in share if not (skip_existing and job.is_done())]
     results, steps = Results({}, [], len(share) - len(todo)), Steps(upscaler, max_pixels)
     if len(jobs) == 1:  # in this thread, so that Ctrl-C ends waiting for standard input
-        found = {str(job.lr): steps.run(job) for job in todo}
-        return results._replace(scores={name: scores for name, scores in found.items() if scores})
+        for job in todo:
+            if scores := steps.run(job):
+                results.scores[str(job.lr)] = scores
+        return results
     with contextlib.closing(run_in_pipeline(todo, steps)) as finished:
         for job, result in show_progress(finished, todo, hidden=rank > 0):
             try:
@@ -188,11 +190,10 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
 def show_progress(finished: Iterator[T], jobs: list[Job], hidden: bool) -> Iterator[T]:
     """Yield what is finished of the jobs and show a progress bar, which estimates the time left from file sizes."""
     sizes = [job.lr.stat().st_size if job.lr.is_file() else 0 for job in jobs]  # bytes
-    label = "{}/" + f"{len(jobs)} images"
-    with progress_bar(None, label.format(0), "B", hidden, total=sum(sizes), unit_scale=True) as bar:
+    with progress_bar(None, f"0/{len(jobs)} images", "B", hidden, total=sum(sizes), unit_scale=True) as bar:
         for number, (item, size) in enumerate(zip(finished, sizes, strict=True), 1):
             yield item
-            bar.set_description(label.format(number), refresh=False)
+            bar.set_description(f"{number}/{len(jobs)} images", refresh=False)
             bar.update(size)
 
 

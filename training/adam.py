@@ -9,7 +9,7 @@ import torch
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's Adam."""
+    """PyTorch's Adam without its option ``differentiable``."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)

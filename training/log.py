@@ -24,7 +24,7 @@ from upscaling.upscaler import Upscaler
 from utils import TERMINATION_SIGNALS, handle_signals, printable, warn
 
 MAX_PICTURES, PICTURE_SIDE = 20, 200  # number of test images that are shown, and LR pixels of each
-FRAME = 2  # pixels between images that are shown together
+FRAME = 2  # width in pixels of the frames around images that are shown together
 
 
 class Log:
@@ -146,7 +146,7 @@ def filters(model: SRCNN) -> Tensor:
 def grid(images: Tensor, columns: int, frame: float = 0) -> Tensor:
     """Arrange images, (rows * columns, 3, h, w), in one image, (3, H, W), with frames of this value.
 
-    The one of torchvision takes more than a second to import, and nothing else of it would be used.
+    torchvision.utils.make_grid does the same, but takes more than a second to import.
     """
     rows = F.pad(images, (FRAME, 0, FRAME, 0), value=frame).unflatten(0, (-1, columns))  # (rows, columns, 3, h', w')
     return F.pad(rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, FRAME, 0, FRAME), value=frame)

@@ -38,7 +38,7 @@ class FastSRCNN:
     def __init__(self, model: SRCNN, dtype: torch.dtype = torch.float32) -> None:
         self.scale, self.dtype = model.scale, dtype
         (weight1, bias1), *others = fold(model)
-        if weight1.requires_grad:  # faster in training
+        if weight1.requires_grad:  # in training, since it is faster there
             self.windows, weight1 = windows, weight1.permute(0, 2, 3, 1).reshape(len(weight1), -1, 1, 1)
         else:
             self.windows, weight1 = windows_in_rows, kernel_of_rows(weight1)
@@ -57,7 +57,7 @@ class FastSRCNN:
         Tensor of shape (N, 3, s * h, s * w), on the scale [0, 255], not clamped
         """
         pixels = channels_last(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
-        x = self.windows(pixels, window_side(self.scale))  # (N, h + 2, w + 2, k * k * 3) in training
+        x = self.windows(pixels, window_side(self.scale))  # (N, h + 2, w + 2, k * k * 3), or see windows_in_rows
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w + 2, s * s * 64)
         x = relu(conv(regroup(x, 64), *self.conv2))  # (N, h + 2, (w + 2) * s * s, 32)
         x = conv(regroup(x, self.scale * 32), *self.conv3)  # (N, h, s(w + 2) - 4, s * 3)

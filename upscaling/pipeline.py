@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
@@ -23,7 +24,7 @@ from utils import TERMINATION_SIGNALS, CommandError, Message, collect_messages, 
 
 T = TypeVar("T")
 WRITERS = min(4, os.cpu_count() or 1)  # threads; on a GPU, writing takes longer than upscaling
-MAX_WRITTEN = 2**28  # pixels being written: 0.8 GB in RGB, two photos of 12 megapixels upscaled by 3
+MAX_WRITTEN = 2**28  # pixels being written, of 4 bytes each in Pillow: two photos of 12 megapixels upscaled by 3
 
 
 def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") -> Image.Image:
@@ -134,19 +135,24 @@ class Task:
 def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Future[Scores | None]], None, None]:
     """Run jobs, and yield each in order with its result, when its messages have been shown.
 
-    A single thread reads, since Pillow's settings for reading concern all threads. At any time, one image is read or
-    waits for this thread, one is upscaled, and at most WRITERS are written, of MAX_WRITTEN pixels together unless it is
-    a single one. To be closed if it is left early: then no more is written, and incomplete files are removed.
+    Only one thread reads, since Pillow's settings for reading affect all threads. At any time, one image is read or
+    waits for this thread, one is upscaled, and at most WRITERS are written, with at most MAX_WRITTEN pixels in total
+    unless there is only one. Close the generator to stop early: then nothing more is written, and incomplete files are
+    removed.
     """
     stop, unfinished = threading.Event(), deque[Task]()
     reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITERS)
     try:
-        tasks = deque(map(Task, jobs))
-        loading = [reader.submit(tasks[0].call, steps.read)] if tasks else []
-        while tasks:
-            task, loaded, image = tasks.popleft(), loading.pop(), None
-            if tasks:
-                loading.append(reader.submit(tasks[0].call, steps.read))
+        waiting, loading = map(Task, jobs), deque[tuple[Task, Future[Loaded]]]()
+
+        def load_next() -> None:
+            for task in islice(waiting, 1):  # none at the end
+                loading.append((task, reader.submit(task.call, steps.read)))
+
+        load_next()
+        while loading:
+            (task, loaded), image = loading.popleft(), None
+            load_next()
             try:
                 image = task.call(steps.upscale, loaded.result())
                 task.pixels = image.sr.width * image.sr.height
@@ -163,7 +169,8 @@ def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Futur
         while unfinished:
             yield unfinished.popleft().finish()
     finally:
-        with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], lambda *_: None):  # this does not take long
+        with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], lambda *_: None):
+            # Until the next image is decoded and a WebP is encoded, since these threads cannot be interrupted.
             stop.set()
             writers.shutdown(cancel_futures=True)
             reader.shutdown(cancel_futures=True)

@@ -1,6 +1,7 @@
 """Upscaling of images of any mode, tile by tile."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import product
@@ -21,7 +22,7 @@ from utils import is_out_of_memory, progress_bar
 S = TypeVar("S")
 T = TypeVar("T")
 MAX_WORKERS = 8  # threads that compute tiles; more would wait for Python's lock
-# HR pixels in a row of a tile's features. On a CPU the features, 5 or 11 MB, just about fit into the caches.
+# HR pixels in a row of a tile's features. On a CPU these are 5 or 11 MB for each thread, which caches just about hold.
 FEATURE_SIDE = {"cpu": 204, "cuda": 774}
 
 
@@ -83,21 +84,22 @@ class Upscaler:
     def upscale(self, lr: Image.Image, label: str) -> Image.Image:
         sr = Image.new(lr.mode, (self.scale * lr.width, self.scale * lr.height))
         corners = list(product(range(0, lr.height, self.tile), range(0, lr.width, self.tile)))
-        tiles = map_in_threads(partial(self.upscale_tile, to_array(lr), lr.mode), corners, self.device)
-        hidden = not label or len(corners) == 1
-        for corner, tile in progress_bar(zip(corners, tiles, strict=True), label, "tile", hidden, total=len(corners)):
-            top, left = corner
-            sr.paste(tile, (self.scale * left, self.scale * top))
+        hidden, total = not label or len(corners) == 1, len(corners)
+        upscale_tile = partial(self.upscale_tile, to_array(lr), lr.mode, self.tile)
+        with contextlib.closing(map_in_threads(upscale_tile, corners, self.device)) as tiles:
+            for corner, tile in progress_bar(zip(corners, tiles, strict=True), label, "tile", hidden, total=total):
+                top, left = corner
+                sr.paste(tile, (self.scale * left, self.scale * top))
         if has_alpha(lr.mode):
             sr.putalpha(bicubic(lr.getchannel("A"), sr.size))
         return sr
 
     @torch.inference_mode()
-    def upscale_tile(self, pixels: Tensor, mode: str, corner: tuple[int, int]) -> Image.Image:
-        """Upscale the tile with this top left corner of an image, (h, w, C), to an image without alpha."""
+    def upscale_tile(self, pixels: Tensor, mode: str, side: int, corner: tuple[int, int]) -> Image.Image:
+        """Upscale the tile with this side and top left corner of an image, (h, w, C), to an image without alpha."""
         context = context_of(self.scale) + (self.fill if has_alpha(mode) else 0)
         rows, columns = (
-            torch.arange(start - context, min(start + self.tile, size) + context).clamp(0, size - 1)
+            torch.arange(start - context, min(start + side, size) + context).clamp(0, size - 1)
             for start, size in zip(corner, pixels.shape[:2], strict=True)
         )  # clamped, which replicates the edges of the image
         tile = pixels[rows[:, None], columns].permute(2, 0, 1).unsqueeze(0)  # (1, C, h', w')
@@ -113,22 +115,24 @@ class Upscaler:
         return Image.fromarray(values.round_().byte().contiguous().cpu().numpy())
 
 
-def map_in_threads(function: Callable[[S], T], items: list[S], device: torch.device) -> Iterator[T]:
-    """Yield a function's results in order. On a CPU, each of some threads computes one at a time.
+def map_in_threads(function: Callable[[S], T], items: list[S], device: torch.device) -> Generator[T, None, None]:
+    """Yield a function's results in order. On a CPU, compute several at once, each in a thread of its own.
 
-    PyTorch's own threads wait for each other at the end of each operation, and other programs delay them all.
+    PyTorch's own threads wait for each other at the end of each operation, and other programs delay them all. If there
+    are more cores than items, or than MAX_WORKERS, each thread has several of PyTorch's.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, MAX_WORKERS, len(items))
+    share = -(-threads // max(1, min(MAX_WORKERS, len(items))))  # threads of PyTorch for each worker, rounded up
+    workers = threads // share
     if device.type != "cpu" or workers == 1:
         yield from map(function, items)
         return
-    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try:
         yield from executor.map(function, items)
     finally:
         executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # for threads to come; the workers have changed it
+        torch.set_num_threads(threads)  # the workers have also changed the default for new threads
 
 
 def default_tile(device: str, scale: int) -> int:

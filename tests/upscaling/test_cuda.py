@@ -112,6 +112,6 @@ def test_upscaling_gives_same_pixels_as_on_cpu(cli, pictures, capability, scale,
     assert (status, out.count(f"on cuda, {dtype}")) == (0, 4)
     for path in Path("cpu").iterdir():
         a, b = (np.asarray(Image.open(p)).astype(int) for p in (path, Path("gpu", path.name)))
-        # Of 16-bit gray, a level is so small that the number of threads matters, with which a tile is computed.
+        # Levels of 16-bit gray are so small that results depend on how many threads compute a tile.
         exact = dtype == "fp32" and not path.stem.startswith("I16")
         assert abs(a - b).max() <= (0 if exact else 1)

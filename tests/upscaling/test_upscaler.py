@@ -76,7 +76,7 @@ def threads():
 
 
 @pytest.mark.parametrize("network", [torch.float32, torch.bfloat16], ids=str)
-def test_number_of_threads_changes_no_pixel(threads, network):
+def test_number_of_threads_changes_no_pixel_of_8_bits(threads, network):
     lr, outputs = random_image("RGB", (50, 41)), []
     for count in (1, 2, 5):
         threads(count)
@@ -86,10 +86,17 @@ def test_number_of_threads_changes_no_pixel(threads, network):
 
 
 @pytest.mark.parametrize(
-    ("device", "items", "expected"), [("cpu", 9, (4, 1)), ("cpu", 2, (2, 2)), ("cpu", 1, (1, 4)), ("cuda", 9, (1, 4))]
+    ("device", "cores", "items", "expected"),
+    [
+        ("cpu", 4, 9, (4, 1)),
+        ("cpu", 4, 2, (2, 2)),
+        ("cpu", 4, 1, (1, 4)),
+        ("cpu", 12, 20, (6, 2)),
+        ("cuda", 4, 9, (1, 4)),
+    ],
 )
-def test_cores_are_shared_among_threads(threads, device, items, expected):
-    threads(4)
+def test_cores_are_shared_among_threads(threads, device, cores, items, expected):
+    threads(cores)
     workers, pytorch_threads = expected
     meeting = threading.Barrier(workers, timeout=60)
 
@@ -103,7 +110,11 @@ def test_cores_are_shared_among_threads(threads, device, items, expected):
     assert len({ident for _, ident, _ in results}) == workers
     assert {count for *_, count in results} == {pytorch_threads}
     with ThreadPoolExecutor(1) as later:
-        assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 4
+        assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == cores
+
+
+def test_image_without_pixels_has_no_tiles():
+    assert Upscaler(SRCNN())(Image.new("RGB", (0, 5))).size == (0, 15)
 
 
 def test_error_in_a_thread_cancels_the_others(threads):
