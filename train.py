@@ -101,7 +101,7 @@ RECIPES = {
         optimizer=whitened_adam,  # PyTorch's Adam in whitened coordinates of conv1
         network=FastSRCNN,  # the same function as SRCNN, but several times faster
         loss=weighted_mse_loss,
-        penalty=penalty,  # keeps plain colors plain and gray gray
+        penalty=penalty,  # keeps plain colors plain, gray gray, and the mean of patterns
         schedule=linear_schedule,
     ),
     "assignment": Recipe(
@@ -109,7 +109,7 @@ RECIPES = {
         optimizer=plain_adam,  # PyTorch's Adam on the weights
         network=zero_padded_srcnn,  # SRCNN.convolve after bicubic interpolation
         loss=mse_loss,
-        penalty=lambda model, network, batch_lr: 0,
+        penalty=lambda model, network, batch_lr, progress: 0,
         schedule=constant_schedule,
     ),
 }
@@ -165,14 +165,17 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
         raise_interrupt()
         done, total = (epoch - 1) * steps + step + 0.5, options.num_epoch * steps  # the middle of this step
         run.optimizer.param_groups[0]["lr"] = run.recipe.schedule(options.learning_rate, done, total)
-        losses[step] = train_one_step(run, batch)
+        losses[step] = train_one_step(run, batch, done / total)
         if step % 20 == 0 and not bar.disable:  # not at each step, since item() waits for the GPU
             progress.update_bar(bar, run, (epoch - 1) + (step + 1) / steps, losses[step].item())
     return losses
 
 
-def train_one_step(run: Run, batch: Batch) -> Tensor:
-    """Take one optimizer step on a batch, split across processes. Return the loss over the whole batch."""
+def train_one_step(run: Run, batch: Batch, progress: float) -> Tensor:
+    """Take one optimizer step on a batch, split across processes. Return the loss over the whole batch.
+
+    ``progress`` is the share of all steps that are done.
+    """
     model, optimizer, recipe = run.model, run.optimizer, run.recipe
     rank, world_size = rank_and_world_size()
     local_batch = Batch(*(tensor[rank::world_size] for tensor in batch))
@@ -181,7 +184,7 @@ def train_one_step(run: Run, batch: Batch) -> Tensor:
     network = recipe.network(model, run.dtype)  # the model with its current weights, in the form that is trained
     output = network(local_batch.lr)  # (N, 3, patch, patch)
     loss = recipe.loss(output, local_batch)
-    (loss + recipe.penalty(model, network, batch.lr)).backward()
+    (loss + recipe.penalty(model, network, batch.lr, progress)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     all_reduce_mean([loss, *gradients], weight=len(local_batch.lr) / len(batch.lr))

@@ -80,9 +80,14 @@ def test_epoch_trains_on_each_batch(train_set):
 def test_learning_rate_continues_from_share_of_epochs_done(train_set, monkeypatch, batch_size, epochs, steps):
     """A resume after two epochs may change the batch size and the number of epochs."""
     run, rates = small_run(batch_size=batch_size, patch_size=48, num_epoch=epochs), []
-    monkeypatch.setattr(train, "train_one_step", lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]) or 0)
+    monkeypatch.setattr(
+        train,
+        "train_one_step",
+        lambda run, _, progress: rates.append((run.optimizer.param_groups[0]["lr"], progress)) or 0,
+    )
     train_one_epoch(run, train_set, 3, lambda: None)
-    assert rates == [linear_schedule(0.003, 2 * steps + i + 0.5, epochs * steps) for i in range(steps)]
+    done, total = [2 * steps + i + 0.5 for i in range(steps)], epochs * steps
+    assert rates == [(linear_schedule(0.001, step, total), step / total) for step in done]
 
 
 def test_assignment_recipe_trains_as_plain_pytorch():
@@ -102,7 +107,7 @@ def test_assignment_recipe_trains_as_plain_pytorch():
         loss = criterion(plain(upscaled), batch.hr / 255)
         loss.backward()
         optimizer.step()
-        assert train_one_step(run, batch).item() == pytest.approx(loss.item(), rel=1e-5)
+        assert train_one_step(run, batch, 0).item() == pytest.approx(loss.item(), rel=1e-5)
     for a, b in zip(run.model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=2e-6)  # a step changes a weight by 1e-4
 
@@ -163,11 +168,12 @@ def test_training_on_gray_images_changes_no_plain_color(train_small):
     Path("gray").mkdir()
     for name, image in dead_leaves("train", 2, 60).items():
         image.convert("L").save(f"gray/{name}.png")
-    assert train_small("--num-epoch=30", "--patch-size=30", "--train-data=gray", "--test-data=gray")[0] == 0
-    mean = load("checkpoint.30")["report"]["mean"]
+    options = "--num-epoch=150", "--lr=0.0007", "--patch-size=30"
+    assert train_small(*options, "--train-data=gray", "--test-data=gray")[0] == 0
+    mean = load("checkpoint.150")["report"]["mean"]
     assert abs(mean["psnr_y"] - mean["bicubic_y"]) > 0.1  # training has changed the network
     colors = torch.cartesian_prod(*[torch.linspace(0, 1, 52)] * 3)
-    assert (trained_model("checkpoint.30").dc_response(colors) - colors).abs().max() < 0.5 / 255
+    assert (trained_model("checkpoint.150").dc_response(colors) - colors).abs().max() < 0.5 / 255
 
 
 class Mallinfo2(ctypes.Structure):

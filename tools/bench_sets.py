@@ -43,7 +43,7 @@ def training_in_turns(folder: Path, dtype: torch.dtype) -> Workload:
     def train() -> int:
         drawn, steps = next(calls)
         for batch in patches.batches(steps, run.options.batch_size, run.generator, drawn):
-            train_one_step(run, batch)
+            train_one_step(run, batch, progress=0.5)
         return steps * step_pixels
 
     return train

@@ -1,4 +1,7 @@
-"""Numbers of the default recipe, and its penalty for changing colors. The loop and the losses are in train.py."""
+"""Numbers of the default recipe, and its penalty for changing colors or patterns.
+
+The loop and the losses are in train.py.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaging.metrics import LUMA
-from model import SRCNN, context_of
+from model import BICUBIC_REACH, SRCNN, context_of, crop, interpolate
+from training.patterns import gray_patterns, halftones
 
 Network = Callable[[Tensor], Tensor]  # maps LR patches to HR patches
 
 # The learning rate, batch size and patch size are options: training/options.py.
 
 # Learning rate
+STEP_SIZE = 4  # times the steps of Adam in whitened coordinates
 WARMUP_SHARE = 0.05  # share of all steps in which it rises from zero
 WARMUP_STEPS = 100  # minimum number of those steps: Adam's first steps are of full size whatever the gradient
 # Loss
@@ -23,36 +28,49 @@ CLAMP_SLOPE = 0.03  # slope of the clamp outside of [0, 255]
 # Penalty for what the few training photos do not show
 COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
-GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patches
-GRAY_EVERY = 4  # one gray patch for so many patches of a batch; fewer would be too noisy
-GRAY_SIZE = 5  # side of a gray patch in LR pixels, without its context
-GRAY_CONTRAST = 5  # the contrast of gray patches is raised by a factor of up to exp(5) = 148
+GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
+GRAY_EVERY = 8  # one gray pattern for so many patches of a batch
+GRAY_END = 0.9  # after this share of all steps, there is a gray pattern for each patch, with the next weight
+GRAY_END_WEIGHT = 8
+MEAN_WEIGHT = 0.1  # weight of the squared change of the mean of gray patterns, and of halftones
+HALFTONE_EVERY = 4  # one halftone for so many patches of a batch
 # Patches
 SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
 RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
+DARKENED = 4  # one in so many patches has its channels multiplied by factors from DARKEST to 1
+DARKEST = 0.5
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
 WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified
 WHITENED_SIZE = 0.3  # order of magnitude of conv1's features
 
 
-def penalty(model: SRCNN, network: Network, lr: Tensor) -> Tensor:
-    """Return the penalty for changing plain colors and for tinting gray.
+def penalty(model: SRCNN, network: Network, lr: Tensor, progress: float) -> Tensor:
+    """Return the penalty for changing plain colors, for tinting gray, and for changing the mean of patterns.
 
-    The few training photos show few colors and hardly any text, and what the network makes of others would
-    drift. Plain colors must stay what they are, and gray patches of high contrast must stay gray.
+    The few training photos show few colors, hardly any text, and no halftones, and what the network makes of others
+    would drift. Plain colors must stay what they are, patterns of gray must stay gray, and all patterns must keep
+    their mean.
 
     Parameters
     ----------
     model : SRCNN
     network : the model in the form that is trained, for values from 0 to 255
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches of the whole batch
+    progress : share of all steps that are done
     """
     colors = color_grid(model.conv1.weight.device)
-    output = network(gray_corners(lr[::GRAY_EVERY], model.scale))
-    gray = output.float().clamp(0, 255).mean(1, keepdim=True)
-    tint = (leaky_clamp(output) - gray).square().mean() / 255**2
-    return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + GRAY_WEIGHT * tint
+    end = progress > GRAY_END
+    gray = gray_patterns(lr if end else lr[::GRAY_EVERY], model.scale)
+    patterns = torch.cat([gray, halftones(lr[::HALFTONE_EVERY], model.scale)])  # (n, 3, side, side)
+    output = leaky_clamp(network(patterns))
+    bicubic = interpolate(crop(patterns, context_of(model.scale) - BICUBIC_REACH), model.scale)
+    changes = (output.mean((2, 3)) - bicubic.mean((2, 3))).tensor_split([len(gray)])  # (n, 3) in all
+    gray_output = output[: len(gray)]
+    tint = gray_output - gray_output.clamp(0, 255).mean(1, keepdim=True)
+    pattern_loss = (GRAY_END_WEIGHT if end else GRAY_WEIGHT) * tint.square().mean()
+    pattern_loss += MEAN_WEIGHT * sum(change.square().mean() for change in changes)
+    return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + pattern_loss / 255**2
 
 
 def leaky_clamp(output: Tensor) -> Tensor:
@@ -78,27 +96,3 @@ def rgb_and_luma(device: torch.device) -> Tensor:
 def color_grid(device: torch.device) -> Tensor:
     """Return a grid over the RGB cube, with values in [0, 1], of shape (729, 3)."""
     return torch.cartesian_prod(*[torch.linspace(0, 1, COLOR_STEPS)] * 3).to(device)
-
-
-def gray_corners(lr: Tensor, scale: int) -> Tensor:
-    """Make gray images like text and line art of a corner of each patch, of GRAY_SIZE pixels and their context.
-
-    The contrast is raised around the first pixel, by a factor that the patch itself draws: the last digits of
-    its sum. So it is the same on any device and in any number of processes.
-
-    Parameters
-    ----------
-    lr : uint8 Tensor of shape (N, 3, h, w)
-    scale : upscaling factor, on which the context depends
-
-    Returns
-    -------
-    float Tensor of shape (N, 3, side, side), integers from 0 to 255, equal in the three channels
-    """
-    side = GRAY_SIZE + 2 * context_of(scale)  # 13 at x3
-    lr = lr[..., :side, :side]  # (N, 3, side, side)
-    draw = lr.sum((1, 2, 3), dtype=torch.int64) % 256 / 256  # (N,)
-    gray = lr.float().mean(1, keepdim=True)  # (N, 1, side, side)
-    pivot = gray[..., :1, :1]  # (N, 1, 1, 1)
-    gray = (gray - pivot) * torch.exp(GRAY_CONTRAST * draw).view(-1, 1, 1, 1) + pivot
-    return gray.clamp(0, 255).round().expand(-1, 3, -1, -1)

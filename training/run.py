@@ -33,7 +33,7 @@ class Recipe:
     optimizer: Callable[..., Adam]  # (model, patches, generator) -> optimizer; sets the initial weights
     network: Callable[[SRCNN, torch.dtype], Network]
     loss: Callable[[Tensor, Batch], Tensor]
-    penalty: Callable[[SRCNN, Network, Tensor], Tensor | float]
+    penalty: Callable[[SRCNN, Network, Tensor, float], Tensor | float]  # the last is the share of steps done
     schedule: Callable[[float, float, float], float]  # (peak, step, number of steps) -> learning rate
 
 

@@ -1,10 +1,11 @@
-import math
+import copy
 
 import pytest
 import torch
 
-from model import SCALES, SRCNN, context_of
-from training.recipe import gray_corners, leaky_clamp, penalty
+from model import SCALES, SRCNN, context_of, crop, interpolate
+from training.patterns import gray_patterns, halftones
+from training.recipe import leaky_clamp, penalty
 from upscaling.fast_srcnn import FastSRCNN
 
 
@@ -30,36 +31,42 @@ def test_leaky_clamp_keeps_slope_outside_of_image_range():
 
 
 def test_penalty_for_changed_color_is_ten_times_squared_error(passing_model):
-    assert penalty(passing_model, FastSRCNN(passing_model), plain(100)).item() == pytest.approx(0, abs=1e-12)
+    assert penalty(passing_model, FastSRCNN(passing_model), plain(100), 0).item() == pytest.approx(0, abs=1e-5)
+    identity = FastSRCNN(copy.deepcopy(passing_model))
     passing_model.conv3.bias.data[1] = 0.1
-    assert penalty(passing_model, lambda lr: lr, plain(100)).item() == pytest.approx(10 * 0.1**2 / 3)
+    assert penalty(passing_model, identity, plain(100), 0).item() == pytest.approx(10 * 0.1**2 / 3, abs=1e-5)
 
 
-def test_penalty_for_tinted_gray_is_quarter_of_what_image_can_show(passing_model):
-    tint = torch.tensor([0.0, 30, 0]).view(3, 1, 1)  # 10, 20, 10 from its mean
-    lr = plain(100, 9, 9, 9, 255)  # the first and the fifth count; white is clamped to 3% of 30
-    loss = penalty(passing_model, lambda lr: lr + tint, lr)
-    assert loss.item() == pytest.approx((10**2 + 20**2 + 10**2 + 0.9**2) / 3 / 255**2 / 2 / 4)
+@pytest.mark.parametrize(("progress", "weight"), [(0.9, 0.25), (0.91, 8)])
+def test_penalty_for_tinted_gray_is_for_what_image_can_show(passing_model, progress, weight):
+    tint = torch.tensor([-10.0, 20, -10]).view(3, 1, 1)
+    lr = plain(100, 255) if progress > 0.9 else plain(100, *[9] * 7, 255)  # in the end, each becomes a gray pattern
+    shown = torch.tensor([[90.0, 120, 90], [245, 255.6, 245]])  # white is clamped to 3% of 20
+
+    def network(patterns):
+        output = interpolate(crop(patterns, 2), 3).mean((2, 3), keepdim=True)
+        return torch.cat([output[:2] + tint, output[2:]])  # halftones keep their mean
+
+    loss = penalty(passing_model, network, lr, progress)
+    tints = shown - shown.clamp(max=255).mean(1, keepdim=True)
+    change = shown - torch.tensor([[100.0], [255]])
+    expected = weight * tints.square().mean() + 0.1 * change.square().mean()
+    assert loss.item() == pytest.approx(expected.item() / 255**2)
+
+
+def test_penalty_for_changed_mean_of_patterns_is_a_tenth_of_squared_error(passing_model):
+    lr = torch.randint(256, (16, 3, 15, 15), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert penalty(passing_model, FastSRCNN(passing_model), lr, 0).item() == pytest.approx(0, abs=1e-3)
+    black = penalty(passing_model, torch.zeros_like, lr, 0).item()
+    squares = [
+        interpolate(crop(patterns, 2), 3).mean((2, 3)).square().mean().item()
+        for patterns in (gray_patterns(lr[::8], 3), halftones(lr[::4], 3))
+    ]
+    assert black == pytest.approx(0.1 * sum(squares) / 255**2)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_penalty_uses_context_of_scale(scale):
     sides = []
-    penalty(SRCNN(scale), lambda lr: sides.append(lr.shape[-2:]) or lr, plain(100))
+    penalty(SRCNN(scale), lambda lr: sides.append(lr.shape[-2:]) or lr, plain(100), 0)
     assert sides == [(5 + 2 * context_of(scale),) * 2]
-
-
-@pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
-def test_gray_corners_are_gray_with_contrast_drawn_by_patch_itself(scale, side):
-    lr = plain(100, 100)
-    lr[:, :, 5, 5] += torch.tensor([[6], [14]], dtype=torch.uint8)  # the second differs more
-    lr[:, 0, 5, 5] += 3
-    draws = lr[..., :side, :side].sum((1, 2, 3)) % 256
-    assert draws[0] != draws[1]
-    gray = gray_corners(lr, scale)
-    assert gray.shape == (2, 3, side, side)
-    for patch, draw, rise in zip(gray, draws, (7, 15), strict=True):
-        assert (patch == patch[:1]).all()
-        assert patch[0, 0, 0] == 100
-        assert patch[0, 5, 5] == min(255, round(100 + rise * math.exp(5 * draw.item() / 256)))
-    assert torch.equal(gray_corners(lr[1:], scale), gray[1:])  # each patch by itself, as in several processes

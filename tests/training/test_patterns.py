@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from training.patterns import PERIODS, gray_patterns, halftones
+
+
+def plain(*levels):
+    """Return a plain patch with its context for each gray level."""
+    return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 15, 15).contiguous()
+
+
+def noise(count):
+    return torch.randint(256, (count, 3, 15, 15), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
+def test_gray_patterns_are_gray_with_contrast_drawn_by_patch_itself(scale, side):
+    lr = plain(100, 100)
+    lr[:, :, 5, 5] += torch.tensor([[6], [14]], dtype=torch.uint8)  # the second differs more
+    lr[:, 0, 5, 5] += 3
+    draws = lr[..., :side, :side].sum((1, 2, 3)) % 256
+    assert draws[0] != draws[1]
+    gray = gray_patterns(lr, scale)
+    assert gray.shape == (2, 3, side, side)
+    for patch, draw, rise in zip(gray, draws, (7, 15), strict=True):
+        assert (patch == patch[:1]).all()
+        assert patch[0, 0, 0] == 100
+        assert patch[0, 5, 5] == min(255, round(100 + rise * math.exp(5 * draw.item() / 256)))
+    assert torch.equal(gray_patterns(lr[1:], scale), gray[1:])  # each patch by itself, as in several processes
+
+
+@pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
+def test_halftones_have_two_colors_or_eight_in_any_batch(scale, side):
+    patterns = halftones(noise(200), scale)
+    assert patterns.shape == (200, 3, side, side)
+    assert torch.equal(halftones(noise(200)[7:], scale), patterns[7:])  # each patch by itself
+    assert torch.equal(patterns, patterns.clamp(0, 255).round())
+    counts = [len(pattern.flatten(1).unique(dim=1)[0]) for pattern in patterns]
+    assert max(counts) == 8
+    assert 80 <= sum(count <= 2 for count in counts) <= 140
+    assert all(len(channel.unique()) <= 2 for pattern in patterns for channel in pattern)
+
+
+def test_halftones_of_plain_patches_have_all_periods():
+    """They are the screens themselves: rows, columns, checkerboards, and larger ones."""
+    found = set()
+    for pattern in halftones(plain(*range(256)), 3):
+        for axis in (1, 2):
+            for period in (1, 2, 3, 4):
+                if torch.equal(pattern.narrow(axis, period, 13 - period), pattern.narrow(axis, 0, 13 - period)):
+                    found.add((axis, period))
+                    break
+            else:
+                found.add((axis, 16))
+    assert found == {(axis, period) for axis in (1, 2) for period in PERIODS}
+
+
+def test_halftones_show_edges_of_patches():
+    """Where the screen has a period of 1, an edge in a patch is an edge between two colors."""
+    lr = plain(*range(200))
+    lr[..., 7:] += 55
+    left, right = halftones(lr, 3).split((7, 6), 3)
+    plain_halves = [(half == half[..., :1, :1]).flatten(1).all(1) for half in (left, right)]
+    different = (left[..., 0, 0] != right[..., 0, 0]).any(1)
+    assert (plain_halves[0] & plain_halves[1] & different).sum() >= 5
