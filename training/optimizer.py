@@ -12,7 +12,7 @@ from model import SRCNN, interpolate
 from training.adam import Adam
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches
-from training.recipe import WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
+from training.recipe import STEP_SIZE, WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
 from upscaling.distributed import broadcast
 
 
@@ -63,6 +63,8 @@ class WhitenedAdam(FusedAdam):
     their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
     slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
 
+    All steps are ``STEP_SIZE`` times those of Adam, so that learning rates which are usual for Adam suit.
+
     Parameters
     ----------
     model : SRCNN, whose parameters are optimized
@@ -72,6 +74,7 @@ class WhitenedAdam(FusedAdam):
     def __init__(self, model: SRCNN, whitening: Tensor) -> None:
         self.weight, self.whitening = model.conv1.weight, whitening.to(model.conv1.weight)
         self.v = nn.Parameter(self.whitening.new_zeros(len(self.weight), len(self.whitening)))  # (64, 243)
+        self.step_size = STEP_SIZE
         super().__init__([self.v, *list(model.parameters())[1:]])
 
     @torch.no_grad()
@@ -80,14 +83,19 @@ class WhitenedAdam(FusedAdam):
         self.v.grad = self.weight.grad.flatten(1) @ self.whitening.T
         self.weight.grad = None
         self.v.zero_()
+        group = self.param_groups[0]
+        learning_rate = group["lr"]
+        group["lr"] = self.step_size * learning_rate
         super().step()
+        group["lr"] = learning_rate
         self.weight += (self.v @ self.whitening).view_as(self.weight)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"whiten": self.whitening}
+        return super().state_dict() | {"whiten": self.whitening, "step_size": self.step_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.whitening = state_dict["whiten"].to(self.whitening)
+        self.step_size = state_dict["step_size"]
         super().load_state_dict(state_dict)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from data import TEST_DATA, TRAIN_DATA
 from model import SCALE, SCALES
-from training.recipe import GRAY_EVERY, GRAY_SIZE
+from training.patterns import SIZE as PATTERN_SIZE
+from training.recipe import HALFTONE_EVERY
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
 from upscaling.fast_srcnn import window_side
@@ -36,6 +37,8 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
+RATE_HELP = "peak learning rate of Adam"
+RATES = "0.001, more for fewer than 100 epochs"
 SCALE_HELP = "upscaling factor"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
@@ -44,6 +47,11 @@ FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later:
 def default_patch_size(scale: int) -> int:
     """Return a multiple of the scale, about 33, which is the assignment's."""
     return 24 + 3 * scale
+
+
+def default_learning_rate(num_epoch: int) -> float:
+    """Return the peak learning rate for training from scratch: Adam's 0.001, and up to 0.0025 for short runs."""
+    return round(min(max(0.001, 0.001 * (100 / num_epoch) ** 0.5), 0.0025), 4)
 
 
 PATCH_SIZES = ", ".join(f"{default_patch_size(scale)} at x{scale}" for scale in SCALES)
@@ -75,7 +83,7 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
-    learning_rate: float = option(0.003,           positive_float,    "peak learning rate of Adam", name="lr")
+    learning_rate: float = option(0.001,           positive_float,    RATE_HELP, name="lr", shown=RATES)
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
@@ -94,8 +102,10 @@ class Options:
 
     @classmethod
     def from_args(cls, args: Args) -> "Options":
-        """Return options of which some are given; the others have the defaults of their recipe and scale."""
+        """Return options of which some are given; the others have the defaults of their recipe, scale and length."""
         defaults: Args = {"patch_size": default_patch_size(args.get("scale", SCALE))}
+        if not args.get("init"):
+            defaults["lr"] = default_learning_rate(args.get("num_epoch", cls.num_epoch))
         args = defaults | RECIPE_DEFAULTS[args.get("recipe", "default")] | args
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
@@ -190,9 +200,9 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
     share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
     pixels, pixel_bytes = share * size**2, STEP_BYTES[options.recipe, dtype]
     if options.recipe == "default":
-        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the gray patches.
-        gray = ((GRAY_SIZE + 2) * options.scale) ** 2 // GRAY_EVERY
-        pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * gray
+        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the patterns.
+        patterns = (HALFTONE_EVERY + 1) * ((PATTERN_SIZE + 2) * options.scale) ** 2 // HALFTONE_EVERY
+        pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * patterns
         pixel_bytes += 3 * window_side(options.scale) ** 2 // options.scale**2 * dtype.itemsize
     return pixels * pixel_bytes
 
