@@ -200,7 +200,8 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
     share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
     pixels, pixel_bytes = share * size**2, STEP_BYTES[options.recipe, dtype]
     if options.recipe == "default":
-        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the patterns.
+        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the patterns,
+        # of which there are most at the end.
         patterns = (HALFTONE_EVERY + 1) * ((PATTERN_SIZE + 2) * options.scale) ** 2 // HALFTONE_EVERY
         pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * patterns
         pixel_bytes += 3 * window_side(options.scale) ** 2 // options.scale**2 * dtype.itemsize

@@ -37,7 +37,7 @@ options
   num_epoch  8
 resumed     after epoch 1 of a run by another program
 resumed     after epoch 2, changed: num_epoch 100 -> 4
-resumed     after epoch 4, changed: lr 0.003 -> 0.002
+resumed     after epoch 4, changed: lr 0.0025 -> 0.002
 resumed     after epoch 5, changed: lr 0.002 -> 0.003, num_epoch 4 -> 8
 
 """.splitlines()

@@ -230,7 +230,7 @@ def test_resumed_training_continues_log_without_overlap_or_gap(train_small, phot
     steps, psnr = zip(*values(found, f"{name}/psnr_y"), strict=True)
     assert steps == (1, 2, 3)
     assert psnr[-1] == pytest.approx(mean["psnr_y"])
-    rates = [linear_schedule(0.003, 4 * epoch - 0.5, 12) for epoch in (1, 2, 3)]  # of each epoch's last step
+    rates = [linear_schedule(0.0025, 4 * epoch - 0.5, 12) for epoch in (1, 2, 3)]  # of each epoch's last step
     assert [rate for _, rate in values(found, "train/learning_rate")] == pytest.approx(rates)
     assert all([event.step for event in found.Images(tag)] == [1, 2, 3] for tag in found.Tags()["images"])
     assert values(events(run / "end-3"), "final/psnr_y")[0][1] == pytest.approx(mean["psnr_y"])

@@ -170,8 +170,8 @@ def test_each_place_in_an_image_of_several_tiles_has_the_same_chance(bound):
     images = image_set({"a": Image.fromarray(np.dstack([columns, rows, 0 * rows]))})
     assert len(RandomPatches(images, 12, 3, CPU).window.tiles) > 4
     batches = draw(images, 12, 256, 100)
-    left, top = (torch.cat([batch.hr[32:224, c].amin((1, 2)) for batch in batches]) // 3 for c in (0, 1))
-    weights = torch.cat([batch.weight[32:224] for batch in batches])
+    left, top = (torch.cat([batch.hr[96:224, c].amin((1, 2)) for batch in batches]) // 3 for c in (0, 1))
+    weights = torch.cat([batch.weight[96:224] for batch in batches])
     for found, count in ((left, 40 - 3), (top, 30 - 3)):
         shares = found.int().bincount(weights, minlength=count) / weights.sum() * count
         assert len(shares) == count
@@ -183,8 +183,8 @@ def test_images_count_by_their_areas(bound):
     bound(1_000_000)
     sizes = {20: (12, 9), 60: (60, 30), 100: (240, 150), 140: (60, 45), 180: (31, 92)}
     batches = draw(image_set({str(c): Image.new("RGB", size, (c,) * 3) for c, size in sizes.items()}), 12, 256, 200)
-    colors = torch.cat([batch.hr[32:224, 0, 0, 0] for batch in batches])  # the others are in other colors
-    weights = torch.cat([batch.weight[32:224] for batch in batches])
+    colors = torch.cat([batch.hr[96:224, 0, 0, 0] for batch in batches])  # the others are in other colors
+    weights = torch.cat([batch.weight[96:224] for batch in batches])
     areas = {color: width // 3 * (height // 3) for color, (width, height) in sizes.items()}
     assert set(colors.tolist()) == set(sizes)
     for color, area in areas.items():
@@ -215,7 +215,7 @@ def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
     broken = file_of(random_image(size=(60, 60)), "PNG")
     Path("20.png").write_bytes(broken[: len(broken) // 2])
     batches = draw(files, 12, 16, 12)
-    assert {int(x) for batch in batches for x in batch.hr[2:14, 0, 0, 0]} == {10, 30}
+    assert {int(x) for batch in batches for x in batch.hr[6:14, 0, 0, 0]} == {10, 30}
     assert_one_line(capfd.readouterr().err, "WARNING: 20.png", "training continues without it (1 of 3 images so far)")
     for name in ("10", "30"):
         Path(f"{name}.png").write_bytes(broken[:99])
