@@ -168,7 +168,7 @@ def test_training_on_gray_images_changes_no_plain_color(train_small):
     Path("gray").mkdir()
     for name, image in dead_leaves("train", 2, 60).items():
         image.convert("L").save(f"gray/{name}.png")
-    options = "--num-epoch=300", "--lr=0.0007", "--patch-size=30"
+    options = "--num-epoch=300", "--batch-size=8", "--patch-size=30"
     assert train_small(*options, "--train-data=gray", "--test-data=gray")[0] == 0
     mean = load("checkpoint.300")["report"]["mean"]
     assert abs(mean["psnr_y"] - mean["bicubic_y"]) > 0.1  # training has changed the network
