@@ -109,7 +109,7 @@ RECIPES = {
         optimizer=plain_adam,  # PyTorch's Adam on the weights
         network=zero_padded_srcnn,  # SRCNN.convolve after bicubic interpolation
         loss=mse_loss,
-        penalty=lambda model, network, batch_lr, progress: 0,
+        penalty=lambda model, network, batch_lr, share_done: 0,
         schedule=constant_schedule,
     ),
 }
@@ -171,10 +171,10 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     return losses
 
 
-def train_one_step(run: Run, batch: Batch, progress: float) -> Tensor:
+def train_one_step(run: Run, batch: Batch, share_done: float) -> Tensor:
     """Take one optimizer step on a batch, split across processes. Return the loss over the whole batch.
 
-    ``progress`` is the share of all steps that are done.
+    ``share_done`` is the share of all training steps that are done, from 0 to 1.
     """
     model, optimizer, recipe = run.model, run.optimizer, run.recipe
     rank, world_size = rank_and_world_size()
@@ -184,7 +184,7 @@ def train_one_step(run: Run, batch: Batch, progress: float) -> Tensor:
     network = recipe.network(model, run.dtype)  # the model with its current weights, in the form that is trained
     output = network(local_batch.lr)  # (N, 3, patch, patch)
     loss = recipe.loss(output, local_batch)
-    (loss + recipe.penalty(model, network, batch.lr, progress)).backward()
+    (loss + recipe.penalty(model, network, batch.lr, share_done)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     all_reduce_mean([loss, *gradients], weight=len(local_batch.lr) / len(batch.lr))

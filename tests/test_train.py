@@ -77,17 +77,18 @@ def test_epoch_trains_on_each_batch(train_set):
 
 
 @pytest.mark.parametrize(("batch_size", "epochs", "steps"), [(2, 4, 3), (1, 4, 6), (2, 8, 3)])
-def test_learning_rate_continues_from_share_of_epochs_done(train_set, monkeypatch, batch_size, epochs, steps):
+def test_learning_rate_and_share_of_steps_continue_from_epochs_done(train_set, monkeypatch, batch_size, epochs, steps):
     """A resume after two epochs may change the batch size and the number of epochs."""
-    run, rates = small_run(batch_size=batch_size, patch_size=48, num_epoch=epochs), []
-    monkeypatch.setattr(
-        train,
-        "train_one_step",
-        lambda run, _, progress: rates.append((run.optimizer.param_groups[0]["lr"], progress)) or 0,
-    )
+    run, found = small_run(batch_size=batch_size, patch_size=48, num_epoch=epochs), []
+
+    def train_one_step(run, _, share_done):
+        found.append((run.optimizer.param_groups[0]["lr"], share_done))
+        return 0
+
+    monkeypatch.setattr(train, "train_one_step", train_one_step)
     train_one_epoch(run, train_set, 3, lambda: None)
     done, total = [2 * steps + i + 0.5 for i in range(steps)], epochs * steps
-    assert rates == [(linear_schedule(0.001, step, total), step / total) for step in done]
+    assert found == [(linear_schedule(0.001, step, total), step / total) for step in done]
 
 
 def test_assignment_recipe_trains_as_plain_pytorch():

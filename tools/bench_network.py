@@ -53,7 +53,7 @@ def training(folder: Path, recipe: str, dtype: torch.dtype, steps: int) -> Workl
     def train() -> int:
         pixels = 0
         for batch in patches.batches(steps, run.options.batch_size, run.generator):
-            train_one_step(run, batch, progress=0.5)
+            train_one_step(run, batch, share_done=0.5)  # the last tenth has more patterns
             pixels += batch.hr[:, 0].numel()
         return pixels
 

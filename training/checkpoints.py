@@ -220,7 +220,9 @@ def parse_optimizer(optimizer: dict[str, Any], whitened: bool) -> dict[str, Any]
     if whitened:
         parameters[0] = torch.Size((64, 243))
         result["whiten"] = check_tensor(optimizer["whiten"], torch.Size((243, 243)), "whitening matrix")
-        result["step_size"] = max(1, check(optimizer.get("step_size", 1), int, "optimizer"))  # older ones have none
+        result["step_size"] = check(optimizer.get("step_size", 1), int, "optimizer")  # older checkpoints have none
+        if not 1 <= result["step_size"] <= 100:
+            raise CommandError("invalid 'optimizer'")
     for i, shape in enumerate(parameters if states else []):
         kinds: dict[str, torch.Size] = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
         state = check(states.get(i), dict, "optimizer")

@@ -63,7 +63,8 @@ class WhitenedAdam(FusedAdam):
     their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
     slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
 
-    All steps are ``STEP_SIZE`` times those of Adam, so that learning rates which are usual for Adam suit.
+    All steps are ``step_size`` times Adam's, so that Adam's usual learning rates are suitable. It is saved with the
+    state; in checkpoints from before it is 1.
 
     Parameters
     ----------

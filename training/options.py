@@ -12,7 +12,7 @@ import torch
 
 from data import TEST_DATA, TRAIN_DATA
 from model import SCALE, SCALES
-from training.patterns import SIZE as PATTERN_SIZE
+from training.patterns import PATTERN_SIZE
 from training.recipe import HALFTONE_EVERY
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
@@ -38,7 +38,7 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
 RATE_HELP = "peak learning rate of Adam"
-RATES = "0.001, more for fewer than 100 epochs"
+RATES = "0.001, or up to 0.0025 for fewer than 100 epochs"
 SCALE_HELP = "upscaling factor"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
@@ -50,8 +50,8 @@ def default_patch_size(scale: int) -> int:
 
 
 def default_learning_rate(num_epoch: int) -> float:
-    """Return the peak learning rate for training from scratch: Adam's 0.001, and up to 0.0025 for short runs."""
-    return round(min(max(0.001, 0.001 * (100 / num_epoch) ** 0.5), 0.0025), 4)
+    """Return the default peak for training from scratch: 0.001, and up to 0.0025 for fewer than 100 epochs."""
+    return round(0.001 * min(max(1, 100 / num_epoch) ** 0.5, 2.5), 4)
 
 
 PATCH_SIZES = ", ".join(f"{default_patch_size(scale)} at x{scale}" for scale in SCALES)
@@ -200,10 +200,11 @@ def step_memory(options: Options, dtype: torch.dtype) -> int:
     share, size = math.ceil(options.batch_size / rank_and_world_size()[1]), options.patch_size
     pixels, pixel_bytes = share * size**2, STEP_BYTES[options.recipe, dtype]
     if options.recipe == "default":
-        # Features reach an LR pixel beyond each side, and rows are padded. Each process has all of the patterns,
-        # of which there are most at the end.
-        patterns = (HALFTONE_EVERY + 1) * ((PATTERN_SIZE + 2) * options.scale) ** 2 // HALFTONE_EVERY
-        pixels = share * ((size + 2 * options.scale) ** 2 + 150) + options.batch_size * patterns
+        # Features reach an LR pixel beyond each side, and rows are padded. Each process computes all patterns, of which
+        # there are most at the end.
+        patterns = options.batch_size + math.ceil(options.batch_size / HALFTONE_EVERY)
+        pattern_size = min(PATTERN_SIZE, size // options.scale) + 2
+        pixels = share * ((size + 2 * options.scale) ** 2 + 150) + patterns * (pattern_size * options.scale) ** 2
         pixel_bytes += 3 * window_side(options.scale) ** 2 // options.scale**2 * dtype.itemsize
     return pixels * pixel_bytes
 

@@ -1,7 +1,7 @@
-"""Patterns that photos hardly show: text and line art in gray, and halftones in colors, all made of patches of photos.
+"""Patterns that are rare in photos, made from patches of photos: gray text and line art, and halftones in color.
 
-Each patch itself draws what is made of it, from the digits of its pixels, so a pattern is the same on any device and
-in any number of processes.
+All random numbers are computed from the pixels of the patch itself, so a pattern depends neither on other patches nor
+on the number of processes, nor, up to rounding, on the device.
 """
 
 from functools import lru_cache
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from model import context_of
 
-SIZE = 5  # side of a pattern in LR pixels, without its context
+PATTERN_SIZE = 5  # side of a pattern in LR pixels, without its context
 GRAY_CONTRAST = 5  # the contrast of gray patterns is raised by a factor of up to exp(5) = 148
-HALFTONE_CONTRAST = 4  # that of the images behind halftones, by up to exp(4) = 55
-COLOR_RANGE = 2.5  # of random colors around middle gray, before they are clamped: more than 1 for saturated ones
-PERIODS = 1, 2, 2, 3, 4, 16  # periods of screens in LR pixels; 16 is larger than a pattern
+HALFTONE_CONTRAST = 4  # and that of patches that become halftones by up to exp(4) = 55
+COLOR_RANGE = 2.5  # range of random colors around middle gray, in units of 255; clamping makes many saturated
+PERIODS = 1, 2, 2, 3, 4, 16  # of screens in LR pixels, with equal chances; 16 exceeds a pattern, so nothing repeats
 
 
 def gray_patterns(lr: Tensor, scale: int) -> Tensor:
-    """Make gray patterns like text and line art of a corner of each patch, with contrast raised around its first pixel.
+    """Turn a corner of each patch into a gray pattern like text or line art.
+
+    Its contrast is raised around its first pixel.
 
     Parameters
     ----------
@@ -39,10 +41,10 @@ def gray_patterns(lr: Tensor, scale: int) -> Tensor:
 
 
 def halftones(lr: Tensor, scale: int) -> Tensor:
-    """Make halftones of a corner of each patch: it is compared with a screen, as for print or a display of few colors.
+    """Turn a corner of each patch into a halftone, by comparing it with a screen as in printing.
 
-    Half of them have two colors. In the others each channel is compared with a screen of its own, so there are up to
-    eight. Images with little contrast become the plain screen: rows, columns, checkerboards, dots, or noise.
+    About half have two colors. In the others each channel is compared with a screen of its own, so there are up to
+    eight. Patches with little contrast show the screen itself: rows, columns, checkerboards, dots, or noise.
 
     Parameters
     ----------
@@ -54,10 +56,10 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
     float Tensor of shape (N, 3, side, side), integers from 0 to 255
     """
     lr = corners(lr, scale)
-    keys, screens, all_periods = constants(lr.shape[-1], lr.device)
-    draws = (lr.flatten(1).double() @ keys % 256 / 256).float()[..., None, None]  # (N, 13, 1, 1)
-    eight, contrast, periods, levels, colors = draws.split((1, 1, 2, 3, 6), 1)
-    eight = eight < 0.5
+    factors, noise, all_periods = random_constants(lr.shape[-1], lr.device)
+    draws = (lr.flatten(1).double() @ factors % 256 / 256).float()[..., None, None]  # (N, 13, 1, 1), in [0, 1)
+    kind, contrast, periods, levels, colors = draws.split((1, 1, 2, 3, 6), 1)
+    eight = kind < 0.5  # eight colors, or two
 
     image = torch.where(eight, lr.float(), lr.float().mean(1, keepdim=True))  # (N, 3, side, side)
     image = (image - image.mean((2, 3), keepdim=True)) * torch.exp(HALFTONE_CONTRAST * contrast)
@@ -67,7 +69,7 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
     index = torch.arange(lr.shape[-1], device=lr.device)
     patch, channel = (torch.arange(n, device=lr.device) for n in lr.shape[:2])
     place = patch.view(-1, 1, 1, 1), channel.view(-1, 1, 1), index[:, None] % rows, index % columns
-    screen = ((lr + screens) % 256)[place]  # (N, 3, side, side)
+    screen = ((lr + noise) % 256)[place]  # (N, 3, side, side), its first rows and columns repeated
     screen = torch.where(eight, screen, screen[:, :1])
 
     colors = (255 * (COLOR_RANGE * (colors - 0.5) + 0.5)).clamp(0, 255).round()
@@ -75,14 +77,21 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
 
 
 def corners(lr: Tensor, scale: int) -> Tensor:
-    side = SIZE + 2 * context_of(scale)  # 13 at x3
+    side = PATTERN_SIZE + 2 * context_of(scale)  # 13 at x3
     return lr[..., :side, :side]
 
 
 @lru_cache  # a copy at each step would wait for the GPU
-def constants(side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random integers from 0 to 255, (3 * side * side, 13) in float64 and (3, side, side), and the periods."""
+def random_constants(side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what draws and screens are computed with.
+
+    Returns
+    -------
+    factors : float64 Tensor of shape (3 * side * side, 13), integers from 0 to 255
+    noise : int64 Tensor of shape (3, side, side), from 0 to 255
+    periods : PERIODS as a Tensor
+    """
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(256, (3 * side**2, 13), generator=generator).double()
-    screens = torch.randint(256, (3, side, side), generator=generator)
-    return keys.to(device), screens.to(device), torch.tensor(PERIODS, device=device)
+    factors = torch.randint(256, (3 * side**2, 13), generator=generator).double()
+    noise = torch.randint(256, (3, side, side), generator=generator)
+    return factors.to(device), noise.to(device), torch.tensor(PERIODS, device=device)

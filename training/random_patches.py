@@ -112,7 +112,7 @@ class RandomPatches(Patches):
     def draw_batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations, with the context that :class:`FastSRCNN` needs.
 
-        The first eighth of a batch has its channels permuted, the next quarter has them darkened, each by a
+        The first eighth of a batch has its channels permuted, the next quarter has each channel darkened by a
         factor of its own, and the last eighth is negative.
 
         Yields
@@ -132,7 +132,9 @@ class RandomPatches(Patches):
                 patches[batch_size - recolored :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
-    def draw(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    def draw(
+        self, steps: int, batch_size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Draw what distinguishes the patches of each batch.
 
         Yields
@@ -140,7 +142,7 @@ class RandomPatches(Patches):
         places : (N, 6), the view, top and left in LR pixels, and the order of the three channels
         flips : bool Tensor of shape (N, 3), as in :meth:`Atlas.cut`
         weight : (N,), float32
-        factors : (N // DARKENED, 3, 1, 1), float32, by which the channels of some patches are multiplied
+        factors : (N // DARKENED, 3, 1, 1), float32, for the channels of the darkened patches
         """
         count, recolored = steps * batch_size, batch_size // RECOLORED
         assert self.sampler

@@ -19,7 +19,7 @@ Network = Callable[[Tensor], Tensor]  # maps LR patches to HR patches
 # The learning rate, batch size and patch size are options: training/options.py.
 
 # Learning rate
-STEP_SIZE = 4  # times the steps of Adam in whitened coordinates
+STEP_SIZE = 4  # factor on the steps of all layers, which makes Adam's usual learning rates suitable
 WARMUP_SHARE = 0.05  # share of all steps in which it rises from zero
 WARMUP_STEPS = 100  # minimum number of those steps: Adam's first steps are of full size whatever the gradient
 # Loss
@@ -29,15 +29,15 @@ CLAMP_SLOPE = 0.03  # slope of the clamp outside of [0, 255]
 COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
-GRAY_EVERY = 8  # one gray pattern for so many patches of a batch
-GRAY_END = 0.9  # after this share of all steps, there is a gray pattern for each patch, with the next weight
-GRAY_END_WEIGHT = 8
-MEAN_WEIGHT = 0.1  # weight of the squared change of the mean of gray patterns, and of halftones
-HALFTONE_EVERY = 4  # one halftone for so many patches of a batch
+GRAY_EVERY = 8  # patches of a batch per gray pattern
+GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern
+GRAY_END_WEIGHT = 8  # replaces GRAY_WEIGHT from then on
+MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
+HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
 SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
 RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
-DARKENED = 4  # one in so many patches has its channels multiplied by factors from DARKEST to 1
+DARKENED = 4  # one in so many patches has each channel multiplied by a factor from DARKEST to 1
 DARKEST = 0.5
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
@@ -45,7 +45,7 @@ WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified
 WHITENED_SIZE = 0.3  # order of magnitude of conv1's features
 
 
-def penalty(model: SRCNN, network: Network, lr: Tensor, progress: float) -> Tensor:
+def penalty(model: SRCNN, network: Network, lr: Tensor, share_done: float) -> Tensor:
     """Return the penalty for changing plain colors, for tinting gray, and for changing the mean of patterns.
 
     The few training photos show few colors, hardly any text, and no halftones, and what the network makes of others
@@ -57,19 +57,19 @@ def penalty(model: SRCNN, network: Network, lr: Tensor, progress: float) -> Tens
     model : SRCNN
     network : the model in the form that is trained, for values from 0 to 255
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches of the whole batch
-    progress : share of all steps that are done
+    share_done : share of all training steps that are done, from 0 to 1
     """
     colors = color_grid(model.conv1.weight.device)
-    end = progress > GRAY_END
+    end = share_done > GRAY_END
     gray = gray_patterns(lr if end else lr[::GRAY_EVERY], model.scale)
-    patterns = torch.cat([gray, halftones(lr[::HALFTONE_EVERY], model.scale)])  # (n, 3, side, side)
+    patterns = torch.cat([gray, halftones(lr[::HALFTONE_EVERY], model.scale)])  # (patterns, 3, side, side)
     output = leaky_clamp(network(patterns))
     bicubic = interpolate(crop(patterns, context_of(model.scale) - BICUBIC_REACH), model.scale)
-    changes = (output.mean((2, 3)) - bicubic.mean((2, 3))).tensor_split([len(gray)])  # (n, 3) in all
-    gray_output = output[: len(gray)]
-    tint = gray_output - gray_output.clamp(0, 255).mean(1, keepdim=True)
-    pattern_loss = (GRAY_END_WEIGHT if end else GRAY_WEIGHT) * tint.square().mean()
-    pattern_loss += MEAN_WEIGHT * sum(change.square().mean() for change in changes)
+    n = len(gray)
+    tint = output[:n] - output[:n].clamp(0, 255).mean(1, keepdim=True)
+    change = output.mean((2, 3)) - bicubic.mean((2, 3))  # (patterns, 3)
+    mean_loss = change[:n].square().mean() + change[n:].square().mean()
+    pattern_loss = (GRAY_END_WEIGHT if end else GRAY_WEIGHT) * tint.square().mean() + MEAN_WEIGHT * mean_loss
     return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + pattern_loss / 255**2
 
 

@@ -187,6 +187,8 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
     ("exp_avg", wrong("optimizer", [64, 243], "torch.float32 of shape [64, 3, 9, 9]")): [torch.zeros(64, 3, 9, 9)],
     ("exp_avg", "optimizer has values that are not finite or too large"): [torch.full((64, 243), math.nan)],
     ("exp_avg_sq", "invalid 'optimizer'"): [torch.full((64, 243), -1.0)],
+    ("step_size", "missing or invalid 'optimizer'"): ["x", 0.5, -4, 2**40],
+    ("step_size", "invalid 'optimizer'"): [0, 101],
     ("step", wrong("optimizer", [], "torch.float32 of shape [5]")): [torch.zeros(5)],
     ("step", "invalid 'optimizer'"): [torch.tensor(-5.0)],
     ("random_state", UNSAFE): ["text", torch.zeros(3), torch.zeros(1, dtype=torch.uint8).expand(2**16)],

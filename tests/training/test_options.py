@@ -57,9 +57,8 @@ def test_options_not_given_have_defaults_of_their_recipe():
     assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 3, 0.0001, 128, 100, 10, "fp32", 33)
     rates = [Options.from_args({"num_epoch": number}).learning_rate for number in (1, 10, 50, 100, 1000)]
     assert rates == [0.0025, 0.0025, 0.0014, 0.001, 0.001]
-    assert (
-        Options.from_args({"num_epoch": 10, "init": "checkpoint.pth"}).learning_rate == 0.001
-    )  # it is trained already
+    tuned = Options.from_args({"num_epoch": 10, "init": "checkpoint.pth"})
+    assert tuned.learning_rate == 0.001
     assert [Options.from_args({"scale": scale}).patch_size for scale in (2, 3, 4)] == [30, 33, 36]
 
 
@@ -67,7 +66,7 @@ def test_help_shows_defaults_but_not_for_resume():
     text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
     sizes = "30 at x2, 33 at x3, 36 at x4"
     for name, default in (
-        ("--lr N", "0.001, more for fewer than 100 epochs"),
+        ("--lr N", "0.001, or up to 0.0025 for fewer than 100 epochs"),
         ("--scale {2,3,4}", "3"),
         ("--patch-size N", sizes),
     ):
@@ -216,7 +215,7 @@ def growth_in_one_step(options, dtype):
     keep_memory()
     start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for batch in train_set.batches(2, options.batch_size, run.generator):
-        train_one_step(run, batch, progress=1)  # when there are most patterns
+        train_one_step(run, batch, share_done=1)  # when there are most patterns
     return peak_memory_mib() * 2**20 - start
 
 

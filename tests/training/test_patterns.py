@@ -31,6 +31,12 @@ def test_gray_patterns_are_gray_with_contrast_drawn_by_patch_itself(scale, side)
     assert torch.equal(gray_patterns(lr[1:], scale), gray[1:])  # each patch by itself, as in several processes
 
 
+@pytest.mark.parametrize("pattern", [gray_patterns, halftones])
+def test_patches_smaller_than_pattern_become_patterns_of_their_size(pattern):
+    """A patch of 9x9 HR pixels has 11 LR pixels with its context."""
+    assert pattern(noise(3)[..., :11, :11], 3).shape == (3, 3, 11, 11)
+
+
 @pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
 def test_halftones_have_two_colors_or_eight_in_any_batch(scale, side):
     patterns = halftones(noise(200), scale)
@@ -43,18 +49,28 @@ def test_halftones_have_two_colors_or_eight_in_any_batch(scale, side):
     assert all(len(channel.unique()) <= 2 for pattern in patterns for channel in pattern)
 
 
+def period(pattern):
+    """Return the period of the rows of a pattern, 16 if there is none."""
+    return next((n for n in range(1, 9) if torch.equal(pattern[:, n:], pattern[:, :-n])), 16)
+
+
 def test_halftones_of_plain_patches_have_all_periods():
     """They are the screens themselves: rows, columns, checkerboards, and larger ones."""
     found = set()
     for pattern in halftones(plain(*range(256)), 3):
-        for axis in (1, 2):
-            for period in (1, 2, 3, 4):
-                if torch.equal(pattern.narrow(axis, period, 13 - period), pattern.narrow(axis, 0, 13 - period)):
-                    found.add((axis, period))
-                    break
-            else:
-                found.add((axis, 16))
-    assert found == {(axis, period) for axis in (1, 2) for period in PERIODS}
+        periods = tuple(
+            next(
+                (
+                    p
+                    for p in (1, 2, 3, 4)
+                    if torch.equal(pattern.narrow(axis, p, 13 - p), pattern.narrow(axis, 0, 13 - p))
+                ),
+                16,
+            )
+            for axis in (1, 2)
+        )
+        found.add(periods)
+    assert found == {(rows, columns) for rows in PERIODS for columns in PERIODS}
 
 
 def test_halftones_show_edges_of_patches():

@@ -37,30 +37,31 @@ def test_penalty_for_changed_color_is_ten_times_squared_error(passing_model):
     assert penalty(passing_model, identity, plain(100), 0).item() == pytest.approx(10 * 0.1**2 / 3, abs=1e-5)
 
 
-@pytest.mark.parametrize(("progress", "weight"), [(0.9, 0.25), (0.91, 8)])
-def test_penalty_for_tinted_gray_is_for_what_image_can_show(passing_model, progress, weight):
+@pytest.mark.parametrize(("share_done", "weight"), [(0.9, 0.25), (0.91, 8)])
+def test_penalty_for_tinted_gray_is_for_what_image_can_show(passing_model, share_done, weight):
     tint = torch.tensor([-10.0, 20, -10]).view(3, 1, 1)
-    lr = plain(100, 255) if progress > 0.9 else plain(100, *[9] * 7, 255)  # in the end, each becomes a gray pattern
+    lr = plain(100, 255) if share_done > 0.9 else plain(100, *[9] * 7, 255)  # in the end, each becomes a gray pattern
     shown = torch.tensor([[90.0, 120, 90], [245, 255.6, 245]])  # white is clamped to 3% of 20
 
     def network(patterns):
         output = interpolate(crop(patterns, 2), 3).mean((2, 3), keepdim=True)
         return torch.cat([output[:2] + tint, output[2:]])  # halftones keep their mean
 
-    loss = penalty(passing_model, network, lr, progress)
+    loss = penalty(passing_model, network, lr, share_done)
     tints = shown - shown.clamp(max=255).mean(1, keepdim=True)
     change = shown - torch.tensor([[100.0], [255]])
     expected = weight * tints.square().mean() + 0.1 * change.square().mean()
     assert loss.item() == pytest.approx(expected.item() / 255**2)
 
 
-def test_penalty_for_changed_mean_of_patterns_is_a_tenth_of_squared_error(passing_model):
+@pytest.mark.parametrize(("share_done", "gray_every"), [(0, 8), (0.95, 1)])
+def test_penalty_for_changed_mean_of_patterns_is_a_tenth_of_squared_error(passing_model, share_done, gray_every):
     lr = torch.randint(256, (16, 3, 15, 15), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert penalty(passing_model, FastSRCNN(passing_model), lr, 0).item() == pytest.approx(0, abs=1e-3)
-    black = penalty(passing_model, torch.zeros_like, lr, 0).item()
+    assert penalty(passing_model, FastSRCNN(passing_model), lr, share_done).item() == pytest.approx(0, abs=1e-3)
+    black = penalty(passing_model, torch.zeros_like, lr, share_done).item()
     squares = [
         interpolate(crop(patterns, 2), 3).mean((2, 3)).square().mean().item()
-        for patterns in (gray_patterns(lr[::8], 3), halftones(lr[::4], 3))
+        for patterns in (gray_patterns(lr[::gray_every], 3), halftones(lr[::4], 3))
     ]
     assert black == pytest.approx(0.1 * sum(squares) / 255**2)
 

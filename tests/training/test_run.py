@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line, contents, load, report, same, small_run, trained_checkpoint
+from helpers import ROOT, assert_one_line, contents, load, report, same, small_run, trained_checkpoint, trained_content
 
 from imaging.metrics import Report
 from train import RECIPES
@@ -56,6 +56,29 @@ def test_best_psnr_so_far_counts_only_on_same_test_set(train_set, first, best):
     run.start(first)
     assert (run.best, run.best_epoch, run.report) == (*best, first)
     assert saved.training.history == []  # the run has its own copy, with its changed options
+
+
+@pytest.mark.parametrize(("saved_size", "size"), [(None, 1), (2, 2), (4, 4)])
+def test_resumed_run_takes_steps_as_large_as_before(train_set, saved_size, size):
+    """Checkpoints from before there was a step size have none; their steps were Adam's."""
+    content = trained_content()
+    content["optimizer"]["step_size"] = saved_size
+    if saved_size is None:
+        del content["optimizer"]["step_size"]
+    torch.save(content, "checkpoint.old")
+    run = restored_run(load_checkpoint(Path("checkpoint.old")), Options(), RECIPES["default"], train_set, torch.float32)
+    assert run.optimizer.state_dict()["step_size"] == size
+    start = [parameter.clone() for parameter in run.model.parameters()][1:]  # conv1.weight moves in other coordinates
+    for state in run.optimizer.state.values():
+        state["exp_avg"].fill_(1e-3)
+        state["exp_avg_sq"].fill_(1e-6)
+        state["step"].fill_(1e6)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    run.optimizer.param_groups[0]["lr"] = 1e-4
+    run.optimizer.step()
+    for before, after in zip(start, list(run.model.parameters())[1:], strict=True):
+        assert torch.allclose(before - after, torch.full_like(before, size * 1e-4), rtol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +246,7 @@ def branch(train_set):
     return run
 
 
-@pytest.mark.parametrize("learning_rate", [0.003, 0.5])
+@pytest.mark.parametrize("learning_rate", [0.001, 0.5])
 def test_branches_of_run_replace_nothing_of_each_other(branch, train_set, learning_rate):
     """The best and the last of both branches have the same epochs."""
     first = contents()
