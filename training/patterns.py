@@ -13,7 +13,7 @@ from model import context_of
 
 PATTERN_SIZE = 5  # side of a pattern in LR pixels, without its context
 GRAY_CONTRAST = 5  # the contrast of gray patterns is raised by a factor of up to exp(5) = 148
-HALFTONE_CONTRAST = 4  # and that of patches that become halftones by up to exp(4) = 55
+HALFTONE_CONTRAST = 4  # the contrast of patches that become halftones is raised by up to exp(4) = 55
 COLOR_RANGE = 2.5  # range of random colors around middle gray, in units of 255; clamping makes many saturated
 PERIODS = 1, 2, 2, 3, 4, 16  # of screens in LR pixels, with equal chances; 16 exceeds a pattern, so nothing repeats
 
