@@ -56,9 +56,9 @@ def test_options_not_given_have_defaults_of_their_recipe():
     assert Options.from_args({"lr": 0.5}) == Options(learning_rate=0.5)
     assert Options.from_args({"recipe": "assignment"}) == Options("assignment", 3, 0.0001, 128, 100, 10, "fp32", 33)
     rates = [Options.from_args({"num_epoch": number}).learning_rate for number in (1, 10, 50, 100, 1000)]
-    assert rates == [0.0025, 0.0025, 0.0014, 0.001, 0.001]
+    assert rates == [0.0025, 0.00237, 0.00106, 0.00075, 0.00075]
     tuned = Options.from_args({"num_epoch": 10, "init": "checkpoint.pth"})
-    assert tuned.learning_rate == 0.001
+    assert tuned.learning_rate == 0.00075
     assert [Options.from_args({"scale": scale}).patch_size for scale in (2, 3, 4)] == [30, 33, 36]
 
 
@@ -66,7 +66,7 @@ def test_help_shows_defaults_but_not_for_resume():
     text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
     sizes = "30 at x2, 33 at x3, 36 at x4"
     for name, default in (
-        ("--lr N", "0.001, or up to 0.0025 for fewer than 100 epochs"),
+        ("--lr N", "0.00075, or up to 0.0025 for fewer than 100 epochs"),
         ("--scale {2,3,4}", "3"),
         ("--patch-size N", sizes),
     ):

@@ -246,7 +246,7 @@ def branch(train_set):
     return run
 
 
-@pytest.mark.parametrize("learning_rate", [0.001, 0.5])
+@pytest.mark.parametrize("learning_rate", [Options.learning_rate, 0.5])
 def test_branches_of_run_replace_nothing_of_each_other(branch, train_set, learning_rate):
     """The best and the last of both branches have the same epochs."""
     first = contents()
