@@ -7,12 +7,16 @@ on the number of processes, nor, up to rounding, on the device.
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import context_of
 
 PATTERN_SIZE = 5  # side of a pattern in LR pixels, without its context
 GRAY_CONTRAST = 5  # the contrast of gray patterns is raised by a factor of up to exp(5) = 148
+CONTOUR_CONTRAST = 4  # the contrast of patches whose contours are drawn is raised by up to exp(4) = 55
+CONTOUR_STEP = 64  # difference in level between contours
+INK_RANGE = 60  # ink is at most so far from black or white; half of it is black or white
 HALFTONE_CONTRAST = 4  # the contrast of patches that become halftones is raised by up to exp(4) = 55
 COLOR_RANGE = 2.5  # range of random colors around middle gray, in units of 255; clamping makes many saturated
 PERIODS = 1, 2, 2, 3, 4, 16  # of screens in LR pixels, with equal chances; 16 exceeds a pattern, so nothing repeats
@@ -40,6 +44,30 @@ def gray_patterns(lr: Tensor, scale: int) -> Tensor:
     return gray.clamp(0, 255).round().expand(-1, 3, -1, -1)
 
 
+def contours(lr: Tensor, scale: int) -> Tensor:
+    """Draw the contours of a corner of each patch in gray, dark on light or light on dark, one LR pixel wide.
+
+    They curve and cross like the strokes of letters, which photos do not contain.
+
+    Parameters
+    ----------
+    lr : uint8 Tensor of shape (N, 3, h, w)
+    scale : upscaling factor, on which the context depends
+
+    Returns
+    -------
+    float Tensor of shape (N, 3, side, side), integers from 0 to 255, equal in the three channels
+    """
+    lr = corners(lr, scale)
+    contrast, negative, dark, light = random_draws(lr)[:, :4].split(1, 1)
+    gray = F.avg_pool2d(lr.float().mean(1, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)
+    gray = (gray - gray.mean((2, 3), keepdim=True)) * torch.exp(CONTOUR_CONTRAST * contrast)
+    level = (gray / CONTOUR_STEP).floor()  # (N, 1, side, side)
+    line = F.pad(level.diff(dim=2) != 0, (0, 0, 1, 0)) | F.pad(level.diff(dim=3) != 0, (1, 0))
+    dark, light = (INK_RANGE * (2 * draw - 1).clamp(min=0) for draw in (dark, light))
+    return torch.where(line ^ (negative < 0.5), dark, 255 - light).round().expand(-1, 3, -1, -1)
+
+
 def halftones(lr: Tensor, scale: int) -> Tensor:
     """Turn a corner of each patch into a halftone, by comparing it with a screen as in printing.
 
@@ -56,9 +84,8 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
     float Tensor of shape (N, 3, side, side), integers from 0 to 255
     """
     lr = corners(lr, scale)
-    factors, noise, all_periods = random_constants(lr.shape[-1], lr.device)
-    draws = (lr.flatten(1).double() @ factors % 256 / 256).float()[..., None, None]  # (N, 13, 1, 1), in [0, 1)
-    kind, contrast, periods, levels, colors = draws.split((1, 1, 2, 3, 6), 1)
+    _, noise, all_periods = random_constants(lr.shape[-1], lr.device)
+    kind, contrast, periods, levels, colors = random_draws(lr).split((1, 1, 2, 3, 6), 1)
     eight = kind < 0.5  # eight colors, or two
 
     image = torch.where(eight, lr.float(), lr.float().mean(1, keepdim=True))  # (N, 3, side, side)
@@ -79,6 +106,12 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
 def corners(lr: Tensor, scale: int) -> Tensor:
     side = PATTERN_SIZE + 2 * context_of(scale)  # 13 at x3
     return lr[..., :side, :side]
+
+
+def random_draws(lr: Tensor) -> Tensor:
+    """Return 13 numbers in [0, 1) for each patch, computed from its pixels, of shape (N, 13, 1, 1)."""
+    factors, _, _ = random_constants(lr.shape[-1], lr.device)
+    return (lr.flatten(1).double() @ factors % 256 / 256).float()[..., None, None]
 
 
 @lru_cache  # a copy at each step would wait for the GPU

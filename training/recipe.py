@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imaging.metrics import LUMA
 from model import BICUBIC_REACH, SRCNN, context_of, crop, interpolate
-from training.patterns import gray_patterns, halftones
+from training.patterns import contours, gray_patterns, halftones
 
 Network = Callable[[Tensor], Tensor]  # maps LR patches to HR patches
 
@@ -30,7 +30,7 @@ COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
-GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern
+GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, half of them contours
 GRAY_END_WEIGHT = 8  # replaces GRAY_WEIGHT from then on
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
@@ -61,7 +61,10 @@ def penalty(model: SRCNN, network: Network, lr: Tensor, share_done: float) -> Te
     """
     colors = color_grid(model.conv1.weight.device)
     end = share_done > GRAY_END
-    gray = gray_patterns(lr if end else lr[::GRAY_EVERY], model.scale)
+    if end:
+        gray = torch.cat([gray_patterns(lr[::2], model.scale), contours(lr[1::2], model.scale)])
+    else:
+        gray = gray_patterns(lr[::GRAY_EVERY], model.scale)
     patterns = torch.cat([gray, halftones(lr[::HALFTONE_EVERY], model.scale)])  # (patterns, 3, side, side)
     output = leaky_clamp(network(patterns))
     bicubic = interpolate(crop(patterns, context_of(model.scale) - BICUBIC_REACH), model.scale)

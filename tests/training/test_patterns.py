@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.patterns import PERIODS, gray_patterns, halftones
+from training.patterns import PERIODS, contours, gray_patterns, halftones
 
 
 def plain(*levels):
@@ -31,7 +31,33 @@ def test_gray_patterns_are_gray_with_contrast_drawn_by_patch_itself(scale, side)
     assert torch.equal(gray_patterns(lr[1:], scale), gray[1:])  # each patch by itself, as in several processes
 
 
-@pytest.mark.parametrize("pattern", [gray_patterns, halftones])
+@pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
+def test_contours_are_drawn_in_two_gray_levels_in_any_batch(scale, side):
+    patterns = contours(noise(200), scale)
+    assert patterns.shape == (200, 3, side, side)
+    assert torch.equal(patterns, patterns[:, :1].expand_as(patterns))
+    assert torch.equal(contours(noise(200)[7:], scale), patterns[7:])  # each patch by itself
+    levels = torch.stack([patterns.amin((1, 2, 3)), patterns.amax((1, 2, 3))], 1)
+    assert ((patterns == levels[:, :1, None, None]) | (patterns == levels[:, 1:, None, None])).all()
+    dark, light = levels[levels[:, 0] < levels[:, 1]].T
+    assert (dark.max(), light.min()) == (pytest.approx(60, abs=2), pytest.approx(195, abs=2))
+    assert 0.3 < (dark == 0).float().mean() < 0.7
+    assert 0.3 < (light == 255).float().mean() < 0.7
+
+
+def test_contours_are_lines_between_areas():
+    """A blurred edge between plain halves becomes lines along it, on paper that may be the darker or the lighter."""
+    lr = plain(*range(200))
+    lr[..., 7:] += 55
+    drawings = contours(lr, 3)[:, 0]  # (200, 13, 13)
+    assert (drawings == drawings[:, :1]).all()  # vertical lines
+    inked = drawings[:, 0] != drawings[:, 0, :1]  # (200, 13)
+    assert (inked.nonzero()[:, 1].unique() == torch.tensor([6, 7, 8])).all()
+    assert inked.any(1).float().mean() > 0.5
+    assert 0.3 < (drawings[:, 0, 0] < 128).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("pattern", [gray_patterns, contours, halftones])
 def test_patches_smaller_than_pattern_become_patterns_of_their_size(pattern):
     """A patch of 9x9 HR pixels has 11 LR pixels with its context."""
     assert pattern(noise(3)[..., :11, :11], 3).shape == (3, 3, 11, 11)
