@@ -88,7 +88,7 @@ def test_learning_rate_and_share_of_steps_continue_from_epochs_done(train_set, m
     monkeypatch.setattr(train, "train_one_step", train_one_step)
     train_one_epoch(run, train_set, 3, lambda: None)
     done, total = [2 * steps + i + 0.5 for i in range(steps)], epochs * steps
-    assert found == [(linear_schedule(0.00075, step, total), step / total) for step in done]
+    assert found == [(linear_schedule(Options.learning_rate, step, total), step / total) for step in done]
 
 
 def test_assignment_recipe_trains_as_plain_pytorch():

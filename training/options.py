@@ -38,7 +38,8 @@ RECIPE_DEFAULTS: dict[str, Args] = {
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
 RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
 RATE_HELP = "peak learning rate of Adam"
-RATES = "0.00075, or up to 0.0025 for fewer than 100 epochs"
+LEARNING_RATE, SHORT_RUN_RATE = 0.00075, 0.0025
+RATES = f"{LEARNING_RATE}, or up to {SHORT_RUN_RATE} for fewer than 100 epochs"
 SCALE_HELP = "upscaling factor"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
@@ -50,8 +51,8 @@ def default_patch_size(scale: int) -> int:
 
 
 def default_learning_rate(num_epoch: int) -> float:
-    """Return the default peak for training from scratch: 0.00075, and up to 0.0025 for fewer than 100 epochs."""
-    return round(min(0.00075 * max(1, 100 / num_epoch) ** 0.5, 0.0025), 5)
+    """Return the default peak for training from scratch, which is higher for fewer than 100 epochs."""
+    return round(min(LEARNING_RATE * max(1, 100 / num_epoch) ** 0.5, SHORT_RUN_RATE), 5)
 
 
 PATCH_SIZES = ", ".join(f"{default_patch_size(scale)} at x{scale}" for scale in SCALES)
@@ -83,7 +84,7 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
-    learning_rate: float = option(0.00075,         positive_float,    RATE_HELP, name="lr", shown=RATES)
+    learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", shown=RATES)
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")

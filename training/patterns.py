@@ -45,9 +45,10 @@ def gray_patterns(lr: Tensor, scale: int) -> Tensor:
 
 
 def contours(lr: Tensor, scale: int) -> Tensor:
-    """Draw the contours of a corner of each patch in gray, dark on light or light on dark, one LR pixel wide.
+    """Draw the contours of a corner of each patch in gray, dark on light or light on dark.
 
-    They curve and cross like the strokes of letters, which photos do not contain.
+    Each is one LR pixel wide; where they are dense they merge. They curve and branch like the strokes of letters, of
+    which the training photos contain hardly any.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ def contours(lr: Tensor, scale: int) -> Tensor:
     """
     lr = corners(lr, scale)
     contrast, negative, dark, light = random_draws(lr)[:, :4].split(1, 1)
-    gray = F.avg_pool2d(lr.float().mean(1, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)
+    gray = F.avg_pool2d(lr.float().sum(1, keepdim=True), 3, stride=1, padding=1, count_include_pad=False) / 3
     gray = (gray - gray.mean((2, 3), keepdim=True)) * torch.exp(CONTOUR_CONTRAST * contrast)
     level = (gray / CONTOUR_STEP).floor()  # (N, 1, side, side)
     line = F.pad(level.diff(dim=2) != 0, (0, 0, 1, 0)) | F.pad(level.diff(dim=3) != 0, (1, 0))

@@ -43,8 +43,8 @@ def test_penalty_for_tinted_gray_is_for_what_image_can_show(passing_model, share
     lr = plain(100, *[9] * 7, 255)
     shown = torch.tensor([[90.0, 120, 90], [245, 255.6, 245]])  # white is clamped to 3% of 20
     if share_done > 0.9:  # each patch becomes a gray pattern, the second an empty drawing on white paper
-        lr = next(lr for level in range(255) if contours(lr := plain(100, level)[1:], 3).min() == 255)
-        lr = torch.cat([plain(100), lr])
+        white = next(patch for patch in map(plain, range(256)) if contours(patch, 3).min() == 255)
+        lr = torch.cat([plain(100), white])
 
     def network(patterns):
         output = interpolate(crop(patterns, 2), 3).mean((2, 3), keepdim=True)
@@ -71,8 +71,9 @@ def test_penalty_for_changed_mean_of_patterns_is_a_tenth_of_squared_error(passin
     assert black == pytest.approx(0.1 * sum(squares) / 255**2)
 
 
+@pytest.mark.parametrize("share_done", [0, 0.95])
 @pytest.mark.parametrize("scale", SCALES)
-def test_penalty_uses_context_of_scale(scale):
+def test_penalty_uses_context_of_scale(scale, share_done):
     sides = []
-    penalty(SRCNN(scale), lambda lr: sides.append(lr.shape[-2:]) or lr, plain(100), 0)
+    penalty(SRCNN(scale), lambda lr: sides.append(lr.shape[-2:]) or lr, plain(100), share_done)
     assert sides == [(5 + 2 * context_of(scale),) * 2]

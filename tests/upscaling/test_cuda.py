@@ -71,10 +71,10 @@ def test_window_on_gpu_has_the_patches_of_the_cpu(photos, monkeypatch, kind, mem
 def test_training_steps_do_not_wait_for_gpu():
     with emulated():
         train_set = RandomPatches(ImageSet("leaves", dead_leaves("train", 1, 36)), 18, 3, CUDA)
-        run = new_run(Options(patch_size=18, batch_size=1), RECIPES["default"], train_set, torch.float32)
-        train_one_epoch(run, train_set, 1, lambda: None)  # the first epoch also copies the constants
+        run = new_run(Options(patch_size=18, batch_size=1, num_epoch=2), RECIPES["default"], train_set, torch.float32)
+        train_one_epoch(run, train_set, 1, lambda: None)  # this also copies the constants
         waits.clear()
-        losses = train_one_epoch(run, train_set, 2, lambda: None)
+        losses = train_one_epoch(run, train_set, 2, lambda: None)  # its last step is in the last tenth
         assert len(losses) == 4
         assert waits == ["to the GPU"] * 4  # positions, flips, weights and factors of the whole epoch's patches
 
