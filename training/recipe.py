@@ -31,7 +31,7 @@ COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
 GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, every second one contours
-GRAY_END_WEIGHT = 8  # replaces GRAY_WEIGHT from then on
+GRAY_END_WEIGHT = 16  # replaces GRAY_WEIGHT from then on
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
