@@ -48,16 +48,7 @@ def contours(lr: Tensor, scale: int) -> Tensor:
     """Draw the contours of a corner of each patch in gray, dark on light or light on dark.
 
     Each is one LR pixel wide; where they are dense they merge. They curve and branch like the strokes of letters, of
-    which the training photos contain hardly any.
-
-    Parameters
-    ----------
-    lr : uint8 Tensor of shape (N, 3, h, w)
-    scale : upscaling factor, on which the context depends
-
-    Returns
-    -------
-    float Tensor of shape (N, 3, side, side), integers from 0 to 255, equal in the three channels
+    which the training photos contain hardly any. Arguments and result are as in :func:`gray_patterns`.
     """
     lr = corners(lr, scale)
     contrast, negative, dark, light = random_draws(lr)[:, :4].split(1, 1)
