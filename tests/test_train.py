@@ -175,7 +175,7 @@ def test_training_on_gray_images_changes_no_plain_color(train_small):
     assert abs(mean["psnr_y"] - mean["bicubic_y"]) > 0.1  # training has changed the network
     colors = torch.cartesian_prod(*[torch.linspace(0, 1, 52)] * 3)
     change = (trained_model("checkpoint.300").dc_response(colors) - colors).abs().max()
-    assert change < 1 / 255  # 7 levels without the penalty
+    assert change < 0.5 / 255  # 7 levels without the penalty
 
 
 class Mallinfo2(ctypes.Structure):

@@ -26,7 +26,7 @@ WARMUP_STEPS = 100  # minimum number of those steps: Adam's first steps are of f
 LUMA_WEIGHT = 2  # weight of the squared error of luma; R, G and B have 1/3 each
 CLAMP_SLOPE = 0.03  # slope of the clamp outside of [0, 255]
 # Penalty for what the few training photos do not show
-COLOR_WEIGHT = 10  # weight of the squared error on areas of one color
+COLOR_WEIGHT = 20  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
@@ -37,8 +37,8 @@ HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
 SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
 RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
-DARKENED = 4  # one in so many patches has each channel multiplied by a factor from DARKEST to 1
-DARKEST = 0.5
+FADED = 4  # one in so many patches has the contrast of each channel multiplied by a factor from LEAST_CONTRAST to 1
+LEAST_CONTRAST = 0.5
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
 WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified

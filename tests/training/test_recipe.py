@@ -30,11 +30,11 @@ def test_leaky_clamp_keeps_slope_outside_of_image_range():
     assert slopes[[0, 2, 4]].tolist() == pytest.approx([0.03, 1, 0.03], rel=0.01)
 
 
-def test_penalty_for_changed_color_is_ten_times_squared_error(passing_model):
+def test_penalty_for_changed_color_is_20_times_squared_error(passing_model):
     assert penalty(passing_model, FastSRCNN(passing_model), plain(100), 0).item() == pytest.approx(0, abs=1e-5)
     identity = FastSRCNN(copy.deepcopy(passing_model))
     passing_model.conv3.bias.data[1] = 0.1
-    assert penalty(passing_model, identity, plain(100), 0).item() == pytest.approx(10 * 0.1**2 / 3, abs=1e-5)
+    assert penalty(passing_model, identity, plain(100), 0).item() == pytest.approx(20 * 0.1**2 / 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("share_done", "weight"), [(0.9, 0.25), (0.91, 16)])
