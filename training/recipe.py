@@ -31,7 +31,8 @@ COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
 GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, every second one contours
-GRAY_END_WEIGHT = 16  # replaces GRAY_WEIGHT from then on
+GRAY_END_WEIGHT = 16  # weight in the last hundredth; between the two it grows as the learning rate falls
+GRAY_LAST = 0.01
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
@@ -72,7 +73,8 @@ def penalty(model: SRCNN, network: Network, lr: Tensor, share_done: float) -> Te
     tint = output[:n] - output[:n].clamp(0, 255).mean(1, keepdim=True)
     change = output.mean((2, 3)) - bicubic.mean((2, 3))  # (patterns, 3)
     mean_loss = change[:n].square().mean() + change[n:].square().mean()
-    pattern_loss = (GRAY_END_WEIGHT if end else GRAY_WEIGHT) * tint.square().mean() + MEAN_WEIGHT * mean_loss
+    gray_weight = GRAY_END_WEIGHT * GRAY_LAST / max(1 - share_done, GRAY_LAST) if end else GRAY_WEIGHT
+    pattern_loss = gray_weight * tint.square().mean() + MEAN_WEIGHT * mean_loss
     return COLOR_WEIGHT * F.mse_loss(model.dc_response(colors), colors) + pattern_loss / 255**2
 
 
