@@ -17,7 +17,7 @@ from imaging.images import bicubic
 from model import context_of
 from training.atlas import Atlas, View
 from training.patches import Patches
-from training.recipe import FADED, LEAST_CONTRAST, RECOLORED, SAMPLING_FLOOR
+from training.recipe import DARKENED, DARKEST, RECOLORED, SAMPLING_FLOOR
 from training.window import PARTS, Tile
 from utils import CommandError
 
@@ -112,8 +112,8 @@ class RandomPatches(Patches):
     def draw_batches(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Draw patches, each in one of its eight orientations, with the context that :class:`FastSRCNN` needs.
 
-        The first eighth of a batch has its channels permuted, the next quarter has each channel faded toward a
-        level of its own, and the last eighth is negative.
+        The first eighth of a batch has its channels permuted, the next quarter has each channel darkened by a
+        factor of its own, and the last eighth is negative.
 
         Yields
         ------
@@ -121,18 +121,20 @@ class RandomPatches(Patches):
         """
         size, context, recolored = self.patch_size // self.scale, context_of(self.scale), batch_size // RECOLORED
         first = torch.arange(recolored, device=self.device)[:, None]
-        for places, flips, weight, contrast, level in self.draw(steps, batch_size, generator):
+        for places, flips, weight, factors in self.draw(steps, batch_size, generator):
             view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
             lr = self.lr.cut(view, corner - context, size + 2 * context, flips)
             hr = self.hr.cut(view, self.scale * corner, self.patch_size, flips)
             for patches in (lr, hr):
                 patches[:recolored] = patches[first, channels[:recolored]]
-                faded = patches[recolored : recolored + len(level)]
-                faded.copy_(torch.lerp(level, faded.float(), contrast).round())
+                darkened = patches[recolored : recolored + len(factors)]
+                darkened.copy_((darkened * factors).round())
                 patches[batch_size - recolored :].bitwise_not_()  # 255 - x
             yield Batch(lr, hr, weight)
 
-    def draw(self, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    def draw(
+        self, steps: int, batch_size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Draw what distinguishes the patches of each batch.
 
         Yields
@@ -140,8 +142,7 @@ class RandomPatches(Patches):
         places : (N, 6), the view, top and left in LR pixels, and the order of the three channels
         flips : bool Tensor of shape (N, 3), as in :meth:`Atlas.cut`
         weight : (N,), float32
-        contrast : (N // FADED, 3, 1, 1), float32, for the channels of the faded patches, at most 1
-        level : (N // FADED, 3, 1, 1), float32, what these channels are faded toward, from 0 to 255
+        factors : (N // DARKENED, 3, 1, 1), float32, for the channels of the darkened patches
         """
         count, recolored = steps * batch_size, batch_size // RECOLORED
         assert self.sampler
@@ -154,10 +155,9 @@ class RandomPatches(Patches):
         channels = torch.arange(3).repeat(steps, batch_size, 1)  # (steps, N, 3)
         channels[:, :recolored] = other_orders[torch.randint(5, (steps, recolored), generator=generator)]
         places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)  # (steps * N, 6)
-        contrast = torch.empty(steps, batch_size // FADED, 3, 1, 1).uniform_(LEAST_CONTRAST, 1, generator=generator)
-        level = torch.empty_like(contrast).uniform_(0, 255, generator=generator)
+        factors = torch.empty(steps, batch_size // DARKENED, 3, 1, 1).uniform_(DARKEST, 1, generator=generator)
         batches = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
-        yield from zip(*batches, contrast.to(self.device), level.to(self.device), strict=True)
+        yield from zip(*batches, factors.to(self.device), strict=True)
 
 
 # ------------------------------------------------------------------------------ sampling

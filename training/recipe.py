@@ -31,15 +31,15 @@ COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
 GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, every second one contours
-GRAY_END_WEIGHT = 16  # weight in the last hundredth; between the two it grows as the learning rate falls
+GRAY_END_WEIGHT = 32  # weight in the last hundredth; between the two it grows as the learning rate falls
 GRAY_LAST = 0.01
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
 SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
 RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
-FADED = 4  # one in so many patches has the contrast of each channel multiplied by a factor from LEAST_CONTRAST to 1
-LEAST_CONTRAST = 0.5
+DARKENED = 4  # one in so many patches has each channel multiplied by a factor from DARKEST to 1
+DARKEST = 0.5
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
 WHITENING_FLOOR = 1e-3  # added to the variances, so that noise is not amplified

@@ -76,7 +76,7 @@ def test_training_steps_do_not_wait_for_gpu():
         waits.clear()
         losses = train_one_epoch(run, train_set, 2, lambda: None)  # its last step is in the last tenth
         assert len(losses) == 4
-        assert waits == ["to the GPU"] * 5  # positions, flips, weights, contrasts and levels of the whole epoch
+        assert waits == ["to the GPU"] * 4  # positions, flips, weights and factors of the whole epoch's patches
 
 
 def test_gradients_are_reduced_on_cpu_in_one_call(monkeypatch):
