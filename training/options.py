@@ -36,7 +36,7 @@ RECIPE_DEFAULTS: dict[str, Args] = {
     "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
-RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
+RECIPE_HELP = "assignment follows the assignment's text; x3 only"
 RATE_HELP = "peak learning rate of Adam"
 LEARNING_RATE, SHORT_RUN_RATE = 0.00075, 0.0025
 RATES = f"{LEARNING_RATE}, or up to {SHORT_RUN_RATE} for fewer than 100 epochs"
@@ -84,7 +84,7 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
-    learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", shown=RATES)
+    learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", metavar="LR", shown=RATES)
     batch_size:    int   = option(32,              integer(),         "patches in a batch")
     num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
     save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
@@ -138,7 +138,10 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
             arguments.setdefault("metavar", "N")
         if not resume:
             default = field.metadata.get("shown", "none" if field.default == "" else field.default)
-            arguments["help"] += f" (default: {default})"
+            default = f"{default:g}" if isinstance(default, float) else default
+            other = RECIPE_DEFAULTS["assignment"].get(name, field.default)
+            others = f"; {other} for --recipe=assignment" if other != field.default else ""
+            arguments["help"] += f" (default: {default}{others})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
