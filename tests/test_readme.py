@@ -83,7 +83,6 @@ def test_pictures_are_what_program_makes(make):
         difference = np.abs(np.subtract(new, old, dtype=float))
         assert difference.mean() < 1, name
         assert (difference > 1).mean() < 0.01, name
-        assert name != "comparison.png" or difference[:48].mean() < 2, "labels"
 
 
 def test_speed_chart_shows_figures_of_its_page(make):
