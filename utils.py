@@ -48,7 +48,7 @@ class CommandError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with examples below the help, and with usage errors in one line.
 
-    ``hints`` is advice by the names of options that do not exist, but that users of other programs may expect.
+    ``hints`` maps options that do not exist, but that users of other programs may expect, to advice.
     """
 
     def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
@@ -156,12 +156,12 @@ def warn(message: str) -> None:
         LIMITS[-1].left -= 1
         if LIMITS[-1].left < 0:
             return
-        message += "; further warnings are left out" * (LIMITS[-1].left == 0)
+        message += "; further warnings are suppressed" * (LIMITS[-1].left == 0)
     show(f"WARNING: {one_line(message)}", to_stderr=True)
 
 
 class WarningLimit(contextlib.AbstractContextManager["WarningLimit"]):
-    """A limit on the number of warnings that are printed within contexts of it. The innermost context counts."""
+    """Limit on the number of warnings that are printed within the context. The innermost limit applies."""
 
     def __init__(self, maximum: int) -> None:
         self.left = maximum

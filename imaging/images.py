@@ -83,7 +83,7 @@ def check_size(path: Path, size: tuple[int, int], min_side: int) -> None:
     """Raise CommandError unless width and height are at least ``min_side``."""
     if min(size) < min_side:
         minimum = f"{min_side}x{min_side}"
-        raise CommandError(f"{path}: {size[0]}x{size[1]} pixels are too few; the minimum is {minimum}")
+        raise CommandError(f"{path}: {size[0]}x{size[1]} pixels is too small; the minimum is {minimum}")
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
         raise CommandError(f"{STANDARD}: standard input is closed")
     content = io.BytesIO(sys.stdin.buffer.read(max_bytes + 1))
     if len(content.getbuffer()) > max_bytes:
-        raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
+        raise CommandError(f"{STANDARD}: standard input exceeds the limit of {max_bytes:,} bytes")
     return content
 
 
@@ -162,7 +162,7 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
 def from_pillow(image: Image.Image) -> Image.Image:
     """Convert an image to what :func:`read_image` returns, whether or not its file is decoded yet.
 
-    Raises ValueError if Pillow cannot decode the file rightly.
+    Raises ValueError if Pillow cannot decode the file correctly.
     """
     if not (isinstance(image, ImageFile) and image.tile and image.fp):  # decoded, or not from a file
         return to_supported_mode(image)
@@ -245,7 +245,9 @@ def from_array(array: np.ndarray) -> Image.Image:
     kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
     if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
         found = f"{array.dtype} of shape {array.shape}"
-        raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
+        raise ValueError(
+            f"an array must be uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -279,16 +281,16 @@ def check_output(path: Path, size: tuple[int, int], mode: str, format: str | Non
     elif mode == "I;16" and not limits.sixteen_bits:
         problem = f"{name} does not support 16-bit gray"
     elif max(size) > limits.max_side or width * height * pixel_bytes >= limits.max_bytes:
-        problem = f"{width}x{height} pixels are too many for {name}"
+        problem = f"{width}x{height} pixels is too large for {name}"
     else:
         return
-    raise CommandError(f"{path}: {problem}; write PNG instead, by --format=png or the name in --output")
+    raise CommandError(f"{path}: {problem}; use --format=png, or an --output name that ends in .png")
 
 
 def write_image(
     image: Image.Image, path: Path, info: dict, format: str | None = None, stop: threading.Event | None = None
 ) -> None:
-    """Write an image with metadata as imaging/metadata.py describes them.
+    """Write an image with metadata as imaging/metadata.py describes it.
 
     Raises CommandError if it cannot be written, or if another thread sets ``stop``.
     """

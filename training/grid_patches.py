@@ -104,7 +104,7 @@ def cut_pairs(images: Iterable[Image.Image], size: int) -> Pairs:
 
 def stack(pairs: Pairs, name: str, size: int) -> tuple[Tensor, Tensor]:
     if not pairs:
-        raise CommandError(f"{name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels")
+        raise CommandError(f"{name}: no image is large enough: patches of {size}x{size} need images of {2 * size}x{2 * size}")
     lr, hr = map(torch.stack, zip(*pairs, strict=True))
     return lr, hr
 

@@ -92,6 +92,6 @@ class Patches:
     def check_failures(self) -> None:
         assert self.window
         if any(failed != self.window.failed for failed in gather(self.window.failed)):
-            raise CommandError(f"{self.name}: not all processes can decode the same images; copy those of one node")
+            raise CommandError(f"{self.name}: not all processes can decode the same images; copy the images of one node")
         if len(self.window.failed) == self.count:
             raise CommandError(f"{self.name}: no image can be decoded")

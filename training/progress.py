@@ -37,7 +37,7 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     show(f"training set {patches.name}: {size}")
     if patches.window:
         part = f"{patches.window.pixels / 1e6:.3g} megapixels"
-        show(f"the set does not fit in memory: patches are drawn from {part} of it, which are replaced gradually")
+        show(f"the set is larger than its share of memory: patches are drawn from {part} of it, replaced gradually")
     if not is_filled_in(info) and rank_and_world_size()[0] == 0:
         warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
@@ -105,10 +105,10 @@ def check_finite(losses: Tensor, run: Run, epoch: int) -> None:
     """Raise CommandError if training has diverged: to NaN, infinity, or weights that cannot be loaded again."""
     wrong = losses.isfinite().logical_not().nonzero()
     moments = [moment for state in run.optimizer.state_dict()["state"].values() for moment in state.values()]
-    weights_are_fine = all(weight.abs().max() <= MAX_WEIGHT for weight in run.model.parameters())
-    if len(wrong) or not weights_are_fine or not all(moment.isfinite().all() for moment in moments):
-        step = int(wrong[0]) + 1 if len(wrong) else len(losses)
-        raise CommandError(f"the loss is not finite at step {step} of epoch {epoch}; lower the learning rate (--lr)")
+    weights_ok = all(weight.abs().max() <= MAX_WEIGHT for weight in run.model.parameters())
+    if len(wrong) or not weights_ok or not all(moment.isfinite().all() for moment in moments):
+        where = f"the loss is not finite at step {int(wrong[0]) + 1} of" if len(wrong) else "the weights diverged in"
+        raise CommandError(f"{where} epoch {epoch}; lower the learning rate (--lr)")
 
 
 @contextlib.contextmanager
