@@ -33,10 +33,10 @@ from utils import (
 )
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
-GENERATED = "(GENERATED IMAGES)"  # in the names of sets
-TEST_PIXELS = 10_000_000  # of test images in memory
-MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
-COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
+GENERATED = "(GENERATED IMAGES)"  # marks the names of generated sets
+TEST_PIXELS = 10_000_000  # maximum of test images in memory
+MAX_TEST_IMAGES = 20_000  # each checkpoint, whose size is limited, has their figures
+COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's starter code has the sets
 
 
 # ------------------------------------------------------------------------- reading the sets

@@ -101,7 +101,7 @@ def load_upscaler(
 ) -> Upscaler:
     """Load the network of a checkpoint for upscaling any number of images. The parameters are options of the command.
 
-    Raises ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
+    Raise ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
     """
     device, scale = select_device(cuda), checked_scale(scale)
     file = shipped_checkpoint(scale or SCALE) if checkpoint is None else Path(checkpoint)

@@ -77,7 +77,7 @@ def mse_loss(output: Tensor, batch: Batch) -> Tensor:
 def weighted_mse_loss(output: Tensor, batch: Batch) -> Tensor:
     """Return the MSE over RGB and luma of an output in [0, 255], scaled to [0, 1].
 
-    The output is clamped, as when an image is saved, and each patch is scaled by its weight.
+    The output is clamped, as when an image is saved, and each patch's error is multiplied by its weight.
     """
     error = (leaky_clamp(output) - batch.hr).permute(0, 2, 3, 1)  # (N, H, W, 3)
     error = error @ rgb_and_luma(error.device)  # (N, H, W, 4)
@@ -153,7 +153,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
 
 
 def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
-    """Train for one epoch, on as many pixels as the training set has or --epoch-size allows. Return losses, (steps,)."""
+    """Train for one epoch: as many pixels as the training set has or --epoch-size allows. Return losses, (steps,)."""
     options = run.options
     steps = patches.steps(options.batch_size, options.epoch_size)
     losses = torch.empty(steps, device=patches.device)
@@ -280,7 +280,8 @@ def add_inspection_arguments(parser: ArgumentParser) -> None:
     text = f"batch size for --protocol=course (default: {COURSE_BATCH_SIZE})"
     parser.add_argument("--batch-size", type=integer(), metavar="N", help=text)
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
-    parser.add_argument("--self-ensemble", action="store_true", help="average over eight flips and rotations, at eight times the cost")
+    text = "average over eight flips and rotations, at eight times the cost"
+    parser.add_argument("--self-ensemble", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

@@ -34,7 +34,7 @@ PILLOW_SETTINGS = threading.RLock()  # held while an image is read, with setting
 def read_image(path: Path, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
     """Decode an image and turn it upright.
 
-    Warns about further frames or pages, and about color of more than 8 bits, which is read as 8-bit.
+    Warn if there are further frames or pages, and if color of more than 8 bits is reduced to 8.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def decode(file: ImageFile, copy: bool = True) -> tuple[Image.Image, int]:
 def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
     """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB. Parameters as there.
 
-    Raises CommandError also if its width or height is below ``min_side``.
+    Raise CommandError also if its width or height is below ``min_side``.
     """
     image = flatten(read_image(path, max_pixels, copy))
     check_size(path, image.size, min_side)
@@ -147,7 +147,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_standard_input(max_bytes: int) -> io.BytesIO:
-    """Read all of standard input, since decoders need to seek. Raises CommandError if it exceeds ``max_bytes``."""
+    """Read all of standard input, since decoders need to seek. Raise CommandError if it exceeds ``max_bytes``."""
     if not sys.stdin:
         raise CommandError(f"{STANDARD}: standard input is closed")
     content = io.BytesIO(sys.stdin.buffer.read(max_bytes + 1))
@@ -162,7 +162,7 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
 def from_pillow(image: Image.Image) -> Image.Image:
     """Convert an image to what :func:`read_image` returns, whether or not its file is decoded yet.
 
-    Raises ValueError if Pillow cannot decode the file correctly.
+    Raise ValueError if Pillow cannot decode the file correctly.
     """
     if not (isinstance(image, ImageFile) and image.tile and image.fp):  # decoded, or not from a file
         return to_supported_mode(image)
@@ -241,7 +241,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """Convert an array to an image of a mode of :func:`read_image`. Raises ValueError if none fits."""
+    """Convert an array to an image of a mode of :func:`read_image`. Raise ValueError if none fits."""
     kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
     if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
         found = f"{array.dtype} of shape {array.shape}"
@@ -292,7 +292,7 @@ def write_image(
 ) -> None:
     """Write an image with metadata as imaging/metadata.py describes it.
 
-    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
+    Raise CommandError if it cannot be written, or if another thread sets ``stop``.
     """
     format = format or format_of(path)
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency

@@ -105,7 +105,7 @@ def download(url: str) -> io.BytesIO:
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     """Read the .bmp files in a folder or a zip archive, by path, without outputs of super_resolve.py.
 
-    Raises CommandError if it is neither.
+    Raise CommandError if it is neither.
     """
     if isinstance(source, Path):
         if source.is_dir():
@@ -153,7 +153,7 @@ def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:
 
 
 def select(sizes: Iterable[tuple[Name, int]], verb: str) -> list[Name]:
-    """Return the files that a published set may contain, from sizes in bytes. Raises CommandError if there are many."""
+    """Return the files that a published set may contain, from sizes in bytes. Raise CommandError if there are many."""
     selected, total = [], 0
     for count, (name, size) in enumerate(sizes, 1):
         total += size

@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def scale(self) -> int:
-        """Upscaling factor; checkpoints without one are older than this option, or of the course's programs."""
+        """Upscaling factor. Checkpoints without one predate this option or come from the course's programs: 3."""
         return int(self.args.get("scale", SCALE))
 
     def network(self) -> SRCNN:
@@ -74,7 +74,7 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     """Write a checkpoint to each of the paths. Raise CommandError, and keep existing files, if that fails.
 
-    The file also has the names that the course's programs read. Each tensor is stored once.
+    The file also has the weights, options and optimizer state under the course's names. Each tensor is stored once.
     """
     content: dict[str, Any] = {
         "model": checkpoint.model,
@@ -99,7 +99,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
 
 
 def with_attributes(args: Args) -> OrderedDict[str, Any]:
-    """Return options that are attributes as well: the course's program reads ``opt.lr``.
+    """Return a dictionary of options whose items are also attributes, since the course's program reads ``opt.lr``.
 
     Of all classes whose objects have attributes, torch.load with weights_only=True allows only this one.
     """

@@ -19,9 +19,9 @@ from upscaling.distributed import local_world_size, rank_and_world_size
 from upscaling.fast_srcnn import window_side
 from utils import CommandError, integer, path, positive_float
 
-# Memory of a training step at its peak, in bytes for each HR pixel that is computed; in addition to this, the default
-# recipe has windows of LR pixels. The largest measured on a CPU at x3, with windows, for patches of 9 to 300 pixels in
-# batches of 0.1 to 6.8 GB, were 1,680, 890 and 1,440.
+# Peak memory of a training step, in bytes for each HR pixel that is computed. In addition, the default recipe unfolds
+# the LR image (`windows` in upscaling/fast_srcnn.py). The largest values measured on a CPU at x3, unfolding included,
+# were 1,680, 890 and 1,440, for patches of 9 to 300 pixels in batches of 0.1 to 6.8 GB.
 STEP_BYTES = {
     ("default", torch.float32): 1640,
     ("default", torch.bfloat16): 870,
@@ -41,6 +41,9 @@ RATE_HELP = "peak learning rate of Adam"
 LEARNING_RATE, SHORT_RUN_RATE = 0.00075, 0.0025
 RATES = f"{LEARNING_RATE}, or up to {SHORT_RUN_RATE} for fewer than 100 epochs"
 SCALE_HELP = "upscaling factor"
+EPOCH_HELP = "total number of epochs, each as large as the training set"
+SET_HELP = "images, or dead-leaves for generated ones"
+HOLD_OUT_HELP = "test on every Nth training image instead; 0 for none"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
 
@@ -86,16 +89,16 @@ class Options:
     scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
     learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", metavar="LR", shown=RATES)
     batch_size:    int   = option(32,              integer(),         "number of patches in a batch")
-    num_epoch:     int   = option(100,             integer(),         "epochs in total, each as large as the training set")
+    num_epoch:     int   = option(100,             integer(),         EPOCH_HELP)
     save_freq:     int   = option(10,              integer(),         "save a numbered checkpoint every N epochs")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
     patch_size:    int   = option(default_patch_size(SCALE), integer(), PATCH_HELP, shown=PATCH_SIZES)
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
-    train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves for generated ones", metavar="DIR")
-    test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves for generated ones", metavar="DIR")
-    hold_out:      int   = option(0,               hold_out_number,   "test on every Nth training image instead; 0 for none")
+    train_data:    str   = option(TRAIN_DATA,      str,               f"training {SET_HELP}", metavar="DIR")
+    test_data:     str   = option(TEST_DATA,       str,               f"test {SET_HELP}", metavar="DIR")
+    hold_out:      int   = option(0,               hold_out_number,   HOLD_OUT_HELP)
     epoch_size:    float = option(100.0,           positive_float,    "maximum size of an epoch in HR megapixels")
-    init:          str   = option("",              file_name,         "checkpoint with the initial weights", metavar="FILE")
+    init:          str   = option("",              file_name,         "checkpoint with initial weights", metavar="FILE")
     # fmt: on
 
     def to_args(self) -> Args:
@@ -196,7 +199,7 @@ def check_memory(options: Options, dtype: torch.dtype, device: torch.device) -> 
         needed *= local_world_size()
     if needed > memory:
         batch = f"a batch of {options.batch_size:,} patches of {options.patch_size}x{options.patch_size}"
-        owner = f"of this {'machine' if device.type == 'cpu' else 'GPU'}" if known else "assumed, since this machine does not say how much it has"
+        owner = f"of this {'machine' if device.type == 'cpu' else 'GPU'}" if known else "assumed for this machine"
         reason = f"needs about {needed / 2**30:,.1f} GiB in each step, more than the {memory / 2**30:,.1f} GiB {owner}"
         raise CommandError(f"{batch} {reason}; use a smaller --batch-size or --patch-size")
 

@@ -1,4 +1,4 @@
-"""What training on random patches and on grid patches share: sets in memory or in a window, and epochs."""
+"""Base class of random and grid patches: training sets in memory or in a window, and the batches of an epoch."""
 
 import math
 from collections.abc import Iterator
@@ -92,6 +92,6 @@ class Patches:
     def check_failures(self) -> None:
         assert self.window
         if any(failed != self.window.failed for failed in gather(self.window.failed)):
-            raise CommandError(f"{self.name}: not all processes can decode the same images; copy the images of one node")
+            raise CommandError(f"{self.name}: not all processes can decode the same images; copy those of one node")
         if len(self.window.failed) == self.count:
             raise CommandError(f"{self.name}: no image can be decoded")

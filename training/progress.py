@@ -56,7 +56,7 @@ def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options
 
 
 def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iterator[Batch]:
-    """Yield batches. After some of them, print how long so many epochs of so many steps take at this speed."""
+    """Yield batches. After some of them, print how long ``epochs`` epochs of ``steps`` steps take at this speed."""
     start = 0.0
     for step, batch in enumerate(batches):
         if step == 1:  # the first step takes longer
@@ -69,14 +69,14 @@ def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iter
 
 
 def update_bar(bar: "tqdm[Batch]", run: Run, epochs: float, loss: float) -> None:
-    """Show the loss and the remaining time of the run, of which so many epochs are done."""
+    """Show the loss and the remaining time of the run after ``epochs`` epochs."""
     epoch, start = run.began
     left = (time.monotonic() - start) / (epochs - epoch) * (run.options.num_epoch - epochs)
     bar.set_postfix(loss=f"{loss:.5f}", run=f"{bar.format_interval(left)} left")
 
 
 def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
-    """Print one line about an epoch that took so many seconds; the speed in it is in HR pixels per second."""
+    """Print one line about an epoch; its speed is in HR pixels per second."""
     options = run.options
     run.speeds.append(len(losses) * options.batch_size * options.patch_size**2 / seconds)
     figures = f"loss {losses.mean().item():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"

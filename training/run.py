@@ -74,7 +74,7 @@ class Run:
         return saved.training is not None and saved.training.run == self.id
 
     def continues(self, saved: Checkpoint) -> bool:
-        """Return whether this run, which has yet to train, starts from a checkpoint of its own."""
+        """Return whether ``saved`` is the checkpoint from which this run is being resumed."""
         weights = self.model.state_dict().items()
         same = all(torch.equal(saved.model[name], weight.cpu()) for name, weight in weights)
         return self.has_written(saved) and saved.epoch == self.epoch and same
@@ -93,7 +93,7 @@ class Run:
         """Return whether the training images are those of a checkpoint, as far as it says."""
         if state.train_images:
             return state.train_images == self.train_images
-        return state.train_set in ("", self.train_set)  # saved before fingerprints were
+        return state.train_set in ("", self.train_set)  # the checkpoint predates fingerprints
 
     def is_milestone(self) -> bool:
         """Return whether this epoch gets a numbered checkpoint."""
@@ -211,7 +211,7 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
 
 
 def later_checkpoints(output: Path, run: Run) -> list[Path]:
-    """Return the numbered checkpoints after this epoch of other branches of a run, and the one that began it."""
+    """Return the numbered checkpoints of later epochs from other branches of this run, and the one given as --init."""
     numbers = [path.name.removeprefix("checkpoint.") for path in output.glob("checkpoint.*")]
     later = sorted(int(number) for number in numbers if number.isdecimal() and int(number) > run.epoch)
     init, found = Path(run.options.init).resolve(), []
@@ -232,7 +232,7 @@ def keep_aside(path: Path) -> None:
 
 
 def load_if_valid(path: Path) -> Checkpoint | None:
-    """Load a checkpoint; return None if there is no valid one. Raises CommandError if it cannot be read."""
+    """Load a checkpoint; return None if there is no valid one. Raise CommandError if it cannot be read."""
     if not path.exists():
         return None
     data = read_file(path, MAX_BYTES)

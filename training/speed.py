@@ -25,7 +25,7 @@ SLOW = 3  # an epoch is slow if the fastest was this many times as fast
 def warn_of_busy_cores(device: torch.device) -> Iterator[None]:
     """Measure, within this context, how busy other programs are, and warn if they use cores that training needs.
 
-    Nothing is measured if that does not matter, or under torchrun, where the processes would count each other as other programs.
+    Nothing is measured if that does not matter, or under torchrun, where processes would count each other as others.
     """
     threads, known = torch.get_num_threads(), hasattr(os, "sched_getaffinity") and read_stat()
     if device.type != "cpu" or threads == 1 or rank_and_world_size()[1] > 1 or not known:

@@ -1,4 +1,4 @@
-"""Window: the tiles of a training set too large for memory that are in memory, which change all the time.
+"""Window: the part of a training set that is in memory if the whole set does not fit. It changes gradually.
 
 Tiles are small images or pieces of large ones. They are shuffled with the seed, again and again, and this endless
 sequence is cut into parts. The window consists of several parts, of which the oldest is replaced after some steps. So a
@@ -21,7 +21,7 @@ from utils import CommandError, plural, warn
 MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than 1 GB above `import torch`
 PARTS = 6  # parts of the window
 MIN_TILES = 2  # minimum number of tiles in a part: fewer and larger ones would mean less decoding, but less variety
-DRAWS = 6  # average number of times that a pixel is drawn while it is in the window: more would mean less decoding, but less variety
+DRAWS = 6  # times that a pixel is drawn on average while in the window: more means less decoding, but less variety
 
 
 class Tile(NamedTuple):

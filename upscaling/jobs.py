@@ -172,7 +172,7 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
 
 
 def without_outputs(inputs: list[Path]) -> list[Path]:
-    """Leave out earlier outputs, which a pattern of the shell may match, unless there is nothing else."""
+    """Leave out earlier outputs, which a shell glob may match, unless there is nothing else."""
     others = [path for path in inputs if path.is_dir() or not is_output(path)]
     if not others or len(others) == len(inputs):
         return inputs
@@ -218,7 +218,7 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
 def output_file(output: str | None, several: bool, extension: str | None) -> Path | None:
     """Return the path of --output if it names a file and not a folder.
 
-    Raises CommandError if the name is not suitable, or looks like a file's but there are several images.
+    Raise CommandError if the name is not suitable, or looks like a file's but there are several images.
     """
     if not output or output.endswith("/") or os.path.isdir(output):
         return None
