@@ -228,14 +228,14 @@ def parse_args() -> argparse.Namespace:
     add_training_arguments(train, resume=False)
     resume = add_command(
         "resume",
-        "Resume training with the options saved in a checkpoint; options given here override them.",
+        "Resume training with the saved options, except for those given here.",
         "resume checkpoint.last",
         "resume checkpoint.10 --num-epoch=200",
     )
     add_training_arguments(resume, resume=True)
     inspect = add_command(
         "inspect",
-        "Print the contents of a checkpoint; with --test-data or --protocol=course, evaluate it.",
+        "Print the contents of a checkpoint, or measure it on other images.",
         "inspect checkpoint.pth",
         "inspect checkpoint.pth --test-data=DIR",
         "inspect checkpoint.pth --protocol=course",

@@ -36,9 +36,7 @@ GRAY_LAST = 0.01  # share of steps left at which that weight stops growing
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
-SAMPLING_FLOOR = (
-    0.05  # share of the mean error added to each patch's, so that rarely drawn patches get no large weights
-)
+SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rarely drawn ones get no large weights
 RECOLORED = 8  # one in this many patches of a batch has its channels permuted, and as many are negative
 DARKENED = 4  # one in this many patches has each channel multiplied by a factor from DARKEST to 1
 DARKEST = 0.5
