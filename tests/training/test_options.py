@@ -119,7 +119,7 @@ def test_init_is_a_path_or_in_a_checkpoint_empty(capsys):
 def test_patch_size_in_checkpoint_must_be_multiple_of_its_scale():
     assert check_args({"scale": 4, "patch_size": 32}) == {"scale": 4, "patch_size": 32}
     for args in ({"patch_size": 32}, {"scale": 2, "patch_size": 33}):
-        with pytest.raises(CommandError, match="--patch-size=.* is not a multiple of the scale"):
+        with pytest.raises(CommandError, match=r"--patch-size=.* is not a multiple of the scale"):
             check_args(args)
     assert valid_args({"patch_size": 33, "scale": 2, "lr": 0.5}) == {"scale": 2, "lr": 0.5}
 
