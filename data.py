@@ -33,10 +33,10 @@ from utils import (
 )
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
-GENERATED = "(GENERATED IMAGES)"  # marks the names of generated sets
-TEST_PIXELS = 10_000_000  # maximum of test images in memory
-MAX_TEST_IMAGES = 20_000  # each checkpoint, whose size is limited, has their figures
-COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's starter code has the sets
+GENERATED = "(GENERATED IMAGES)"  # in the names of sets
+TEST_PIXELS = 10_000_000  # of test images in memory
+MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
+COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
 
 
 # ------------------------------------------------------------------------- reading the sets
@@ -48,8 +48,7 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
     Parameters
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
-    role : "train" or "test": names the option in errors, and selects the generated images; "test" skips images that
-        are not ground truths
+    role : "train" or "test", which selects the generated images
     max_pixels : a larger set stays in its files, and each image is decoded when it is used. The largest image counts
         four times, and each counts as 300 pixels more
     scale : upscaling factor, on which the minimum size of an image depends
@@ -83,7 +82,7 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
 
 
 def ground_truth_suffix(files: list[Path]) -> str:
-    """Return the suffix of ground truths: _HR as in published test sets with LR images, otherwise the course's _GT."""
+    """Return how the names of ground truths end: as the course's, or as in published test sets with LR images."""
     published = {suffix for file in files for suffix in ("_HR", "_LR") if file.stem.endswith(suffix)}
     return "_HR" if len(published) == 2 else "_GT"
 
@@ -91,12 +90,12 @@ def ground_truth_suffix(files: list[Path]) -> str:
 def require_folder(folder: str, option: str) -> None:
     """Raise CommandError unless ``folder``, the value of an option, exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
-        name, hint = Path(folder).name, f"name an existing folder by {option}=DIR"
-        if name in published_sets.SETS:
-            hint = f"run `python data.py` to download {name}, or {hint}"
-        if node_rank():
-            hint = f"node {node_rank()} needs the data also, as a copy or in a shared folder"
-        raise CommandError(f"{folder}: no such folder of images; {hint}")
+        where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
+        known = Path(folder).name in published_sets.SETS
+        hint = (
+            f"; `python data.py` downloads {Path(folder).name}, or give its place with" if known else "; give it with"
+        )
+        raise CommandError(f"{folder}: no such folder of images{where or f'{hint} {option}=DIR'}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
@@ -186,9 +185,9 @@ def load_sets(
     Parameters
     ----------
     train_data, test_data : as ``folder`` of :func:`load_images`
-    hold_out : test on one of this many training images instead of ``test_data``; 0 to hold out none
+    hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
     scale : upscaling factor
-    max_pixels : maximum of training images in memory
+    max_pixels : of training images in memory
 
     Raises
     ------
@@ -201,7 +200,7 @@ def load_sets(
         test = load_images(test_data, "test", TEST_PIXELS, scale)
     if len(test.images) > MAX_TEST_IMAGES:
         raise CommandError(
-            f"{test.name}: {len(test.images):,} test images are too many; the maximum is {MAX_TEST_IMAGES:,}"
+            f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
         )
     hashes = b"".join(training.hashes)  # in order
     if any(other != hashes for other in gather(hashes)):  # the processes would draw different patches
@@ -245,10 +244,9 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     except CommandError as error:
         absent = [name for name in missing if not Path(folders[name]).exists()]  # one of two may have been found
         if absent and not fresh:
-            options = " and ".join(f"{option_of(name)}=DIR" for name in absent)
-            raise CommandError(f"{error}; or name another folder by {options}") from error
+            raise CommandError(f"{error}; or give {' and '.join(map(option_of, absent))}") from error
         if absent:
-            warn(f"GENERATED IMAGES ARE USED FOR {' AND '.join(map(option_of, absent))}: {error}")
+            warn(f"GENERATED IMAGES ARE USED AS {' AND '.join(absent).upper()}: {error}")
         return folders | dict.fromkeys(absent, DEAD_LEAVES)
     return folders
 
@@ -266,7 +264,7 @@ def main() -> None:
         prog="data.py",
         description="Download 91-Image and Set5 into data/, or copy them from an archive or folder.",
     )
-    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="copy them from here")
+    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
     source = parser.parse_args().source
     remove_stale_files(published_sets.DATA)
     missing, others = [], []
@@ -282,7 +280,7 @@ def main() -> None:
         published_sets.fetch(missing, source)
     if others:
         raise CommandError(
-            f"not the published sets: {' and '.join(others)}; move or delete them, and run `python data.py` again"
+            f"not the published sets: {' and '.join(others)}; to get those, move or delete these folders"
         )
 
 

@@ -32,8 +32,8 @@ class SRCNN(nn.Module):
     The layers are the same at each scale, since they work on the upscaled image.
 
     The initial weights pass the upscaled image through and add small random values,
-    so an untrained network is close to bicubic interpolation. The default recipe then
-    whitens the random filters of conv1 (training/optimizer.py).
+    so an untrained network is close to bicubic interpolation. Training begins by whitening
+    the random filters of conv1 (training/optimizer.py).
 
     Parameters
     ----------

@@ -43,13 +43,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
     text = f"upscaling factor (default: {SCALE}, or the scale of --checkpoint)"
     parser.add_argument("--scale", type=integer(), choices=SCALES, help=text)
-    text = "checkpoint file (default: the one shipped for --scale)"
+    text = "checkpoint file (default: the shipped one for --scale)"
     parser.add_argument("--checkpoint", type=path, metavar="FILE", help=text)
     text = "output file or folder, or - for standard output (default: NAME_srcnn_xSCALE beside each input)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
     text = f"output format: {', '.join(FORMAT_CHOICES)} (default: same as the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
-    parser.add_argument("--recursive", action="store_true", help="search subfolders recursively")
+    parser.add_argument("--recursive", action="store_true", help="search subdirectories recursively")
     parser.add_argument("--skip-existing", action="store_true", help="skip images that already have an output")
     text = "HR image, or folder of HR images, to measure PSNR and SSIM against"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
@@ -99,19 +99,18 @@ def load_upscaler(
     self_ensemble: bool = False,
     scale: int | None = None,
 ) -> Upscaler:
-    """Load the network of a checkpoint for upscaling any number of images. The parameters are options of the command.
+    """Load the network of a checkpoint, for any number of images. The parameters are options of the command.
 
-    Raise ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
+    Raises ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
     """
     device, scale = select_device(cuda), checked_scale(scale)
     file = shipped_checkpoint(scale or SCALE) if checkpoint is None else Path(checkpoint)
     loaded = load_checkpoint(file)
     if checkpoint is None and loaded.scale != (scale or SCALE):
-        problem = f"{file} is for x{loaded.scale}, so it is not the one shipped for x{scale or SCALE}"
-        raise CommandError(f"{problem}; use --checkpoint for your own")
+        raise CommandError(f"{file} is for x{loaded.scale}, not the shipped one; use --checkpoint for your own")
     if scale not in (None, loaded.scale):
         problem = f"--scale={scale} contradicts --checkpoint={file}, which is for x{loaded.scale}"
-        raise CommandError(f"{problem}; remove one of them")
+        raise CommandError(f"{problem}; leave out one of them")
     model = loaded.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Upscaler(model, select_accurate_dtype(precision, model), tile, self_ensemble)
 
@@ -143,16 +142,15 @@ def upscale(image: ImageOrArray, upscaler: Upscaler | None = None, scale: int | 
     if not isinstance(image, Image.Image | np.ndarray):
         kind = type(image).__name__
         raise TypeError(
-            f"the image must be a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
+            f"an image is a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
         )
     if not isinstance(upscaler, Upscaler | None):
-        kind = type(upscaler).__name__
-        raise TypeError(f"the upscaler must come from load_upscaler, not {kind}; a scale is given as scale=2")
+        raise TypeError(f"an upscaler is a result of load_upscaler, not {type(upscaler).__name__}; or use scale=2")
     scale = checked_scale(scale)
     upscaler = upscaler or shipped_upscaler(scale or SCALE)
     if scale not in (None, upscaler.scale):
         raise ValueError(
-            f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; remove one of them"
+            f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; leave out one of them"
         )
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))

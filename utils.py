@@ -29,7 +29,7 @@ except ImportError:  # Windows
 T = TypeVar("T")
 # Windows has no SIGHUP.
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-TEMPORARY_SUFFIX = ".srcnn.part"  # suffix of incomplete files
+TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
 
 OUT_OF_MEMORY = (
     *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
@@ -48,7 +48,7 @@ class CommandError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with examples below the help, and with usage errors in one line.
 
-    ``hints`` maps options that do not exist, but that users of other programs may expect, to advice.
+    ``hints`` is advice by the names of options that do not exist, but that users of other programs may expect.
     """
 
     def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
@@ -119,7 +119,7 @@ def path(text: str) -> Path:
 
 Message = tuple[str, bool]  # text, and whether it is for stderr
 OUTPUT = RLock()  # held while a message is printed, or while the messages of libraries are discarded
-COLLECTED: ContextVar[list[Message] | None] = ContextVar("COLLECTED", default=None)  # messages of this thread
+COLLECTED: ContextVar[list[Message] | None] = ContextVar("COLLECTED", default=None)  # of this thread
 
 
 def show(*lines: object, to_stderr: bool = False) -> None:
@@ -156,12 +156,12 @@ def warn(message: str) -> None:
         LIMITS[-1].left -= 1
         if LIMITS[-1].left < 0:
             return
-        message += "; further warnings are suppressed" * (LIMITS[-1].left == 0)
+        message += "; further warnings are left out" * (LIMITS[-1].left == 0)
     show(f"WARNING: {one_line(message)}", to_stderr=True)
 
 
 class WarningLimit(contextlib.AbstractContextManager["WarningLimit"]):
-    """Limit on the number of warnings that are printed within the context. The innermost limit applies."""
+    """A limit on the number of warnings that are printed within contexts of it. The innermost context counts."""
 
     def __init__(self, maximum: int) -> None:
         self.left = maximum
@@ -275,7 +275,7 @@ def flush_denormal() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_flush_denormal(before)  # a notebook keeps running
+        torch.set_flush_denormal(before)  # a notebook goes on
 
 
 # -------------------------------------------------------------------------------- files
@@ -301,7 +301,7 @@ class FileWithoutDescriptor(io.BufferedRandom):
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file, up to one byte more than ``max_bytes``. Raise CommandError."""
+    """Read a regular file, up to one byte more than ``max_bytes``. Raises CommandError."""
     try:
         with open(path, "rb", opener=open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -320,7 +320,7 @@ def open_without_waiting(path: str, flags: int) -> int:
 def atomic_write(path: Path, stop: Event | None = None) -> Iterator[FileWithoutDescriptor]:
     """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file.
 
-    Raise CommandError if it cannot be written, or if another thread sets ``stop``.
+    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -380,7 +380,7 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Lock a file or folder, and yield whether that is possible: Windows and some network drives have no locks.
 
-    Raise BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed meanwhile.
+    Raises BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed meanwhile.
     """
     if not fcntl:
         yield False
@@ -409,7 +409,7 @@ def remove_stale_files(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents if they do not exist. Raise CommandError."""
+    """Create a folder and its parents if they do not exist. Raises CommandError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,7 +7,7 @@ from matplotlib.patches import Circle, Ellipse, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path as Curve
 from PIL import Image
 
-WIDTH, HEIGHT = 540, 360  # size of the HR image
+WIDTH, HEIGHT = 540, 360  # of the HR image
 INK, PAPER, RUST, GOLD = "#1c1a17", "#f6efe0", "#a8431f", "#e0a526"
 PAGE = """The owl sees at dusk
 what the day has left

@@ -15,7 +15,7 @@ class Listing(NamedTuple):
     """Images in a folder, sorted, and what is skipped, as text for messages; empty if there is nothing."""
 
     images: list[Path]
-    outputs: str  # earlier outputs of super_resolve.py
+    outputs: str  # of super_resolve.py
     other_files: str
     folders: str
 

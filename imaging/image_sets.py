@@ -14,7 +14,7 @@ from PIL.ImageFile import ImageFile
 from imaging.images import MAX_PIXELS, check_size, open_image, read_hr
 from utils import CommandError, WarningLimit, one_line, progress_bar, show
 
-MAX_WARNINGS = 20  # maximum about the images of a set
+MAX_WARNINGS = 20  # about the images of a set
 
 
 class ImageFiles(Mapping[str, Image.Image]):

@@ -179,9 +179,8 @@ def gaussian_means(maps: np.ndarray) -> np.ndarray:
     weights = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * SIGMA**2))
     weights /= weights.sum()
     maps = np.lib.stride_tricks.sliding_window_view(maps, WINDOW, axis=1) @ weights  # over columns
-    # Joining all rows into one is fastest. The last windows of each row run into the next one, and are cut off.
-    maps = np.convolve(maps.ravel(), weights)[WINDOW - 1 :].reshape(maps.shape)  # over rows
-    return maps[..., : 1 - WINDOW]
+    maps = np.convolve(maps.ravel(), weights)[WINDOW - 1 :].reshape(maps.shape)  # over rows, joined into one, which is
+    return maps[..., : 1 - WINDOW]  # fastest; a row's last windows continue in the next row
 
 
 # -------------------------------------------------------------------------------- as text

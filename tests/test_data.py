@@ -105,12 +105,9 @@ def test_name_in_hr_has_no_meaning_without_lr_images(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("folder", "problem"),
     [
-        ("", "^: no such folder of images; name an existing folder by --train-data=DIR$"),
-        ("small/a.png", r"^small/a\.png: no such folder of images; name an existing folder by --train-data=DIR$"),
-        (
-            "no/Set5",
-            r"^no/Set5: .*; run `python data\.py` to download Set5, or name an existing folder by --train-data=DIR$",
-        ),
+        ("", "^: no such folder of images; give it with --train-data=DIR$"),
+        ("small/a.png", r"^small/a\.png: no such folder of images; give it with --train-data=DIR$"),
+        ("no/Set5", r"^no/Set5: .*; `python data\.py` downloads Set5, or give its place with --train-data=DIR$"),
         ("small", r"^small/a\.png: 8x20 pixels .*9x9$"),
     ],
 )
@@ -131,7 +128,7 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path, capfd):
     a, c, d = capfd.readouterr().err.splitlines()
     assert a.startswith(f"error: {tmp_path}/a.png: not an image")
     assert c.startswith(f"error: {tmp_path}/c\\x1b.png: not an image")
-    assert d == f"error: {tmp_path}/d.png: 9x8 pixels is too small; the minimum is 9x9"
+    assert d == f"error: {tmp_path}/d.png: 9x8 pixels are too few; the minimum is 9x9"
 
 
 def test_missing_folder_on_another_node_is_named_with_node(monkeypatch):
@@ -195,7 +192,7 @@ def test_bad_headers_of_large_set_are_named(tmp_path, capfd):
         data.load_images(str(tmp_path), "train", 100)
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith(f"error: {tmp_path}/1.png: not an image")
-    assert second == f"error: {tmp_path}/3.png: 8x20 pixels is too small; the minimum is 9x9"
+    assert second == f"error: {tmp_path}/3.png: 8x20 pixels are too few; the minimum is 9x9"
 
 
 def test_image_of_large_set_is_warned_of_once(tmp_path, capfd):
@@ -236,7 +233,7 @@ def test_fingerprint_depends_on_sizes_and_pixels_but_not_on_names_and_order():
 
 def test_test_set_whose_figures_no_checkpoint_has_room_for_is_refused(photos, monkeypatch):
     monkeypatch.setattr(data, "MAX_TEST_IMAGES", 4)
-    with pytest.raises(CommandError, match=f"^{photos.name}: 5 test images are too many; the maximum is 4$"):
+    with pytest.raises(CommandError, match=f"^{photos.name}: at most 4 images can be tested on, not 5$"):
         data.load_sets(str(photos), str(photos), 0, 3)
     assert len(data.load_sets(str(photos), "none", 2, 3)[1].images) == 2
 
@@ -284,9 +281,9 @@ def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
 @pytest.mark.parametrize(
     ("given", "replaced", "facts"),
     [
-        ({}, ("train_data", "test_data"), ("--train-data AND --test-data", "91-image and Set5")),
-        ({"test_data": "here"}, ("train_data",), ("--train-data", "91-image")),
-        ({"train_data": "here"}, ("test_data",), ("--test-data", "Set5")),
+        ({}, ("train_data", "test_data"), ("TRAIN_DATA AND TEST_DATA", "91-image and Set5")),
+        ({"test_data": "here"}, ("train_data",), ("TRAIN_DATA", "91-image")),
+        ({"train_data": "here"}, ("test_data",), ("TEST_DATA", "Set5")),
         ({"train_data": "here", "hold_out": 2}, (), ()),
         ({"train_data": "dead-leaves", "test_data": "dead-leaves"}, (), ()),
     ],
@@ -301,8 +298,8 @@ def test_new_run_replaces_missing_default_set_by_generated_images(offline, capfd
     if replaced:
         address, warning = err.splitlines()
         assert address.startswith("http://127.0.0.1:9/archive.zip: ")
-        assert warning.startswith("WARNING: GENERATED IMAGES ARE USED FOR {}: cannot fetch {}; ".format(*facts))
-        assert warning.endswith("`python data.py --from FILE` here")
+        assert warning.startswith("WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}; ".format(*facts))
+        assert warning.endswith("`python data.py --from FILE`")
     else:
         assert err == ""
 
@@ -315,7 +312,7 @@ def test_only_the_set_that_is_not_found_is_replaced(monkeypatch, capfd):
     monkeypatch.setattr(data.published_sets, "fetch", fetch)
     found = data.find_data(Options().folders(), {}, fresh=True)
     assert found == {"train_data": "data/91-image", "test_data": "dead-leaves"}
-    assert capfd.readouterr().err == "WARNING: GENERATED IMAGES ARE USED FOR --test-data: cannot fetch Set5\n"
+    assert capfd.readouterr().err == "WARNING: GENERATED IMAGES ARE USED AS TEST_DATA: cannot fetch Set5\n"
 
 
 @pytest.mark.parametrize(
@@ -323,12 +320,8 @@ def test_only_the_set_that_is_not_found_is_replaced(monkeypatch, capfd):
     [
         ({"train_data": "data/91-image"}, True, "^data/91-image: no such .* --train-data=DIR$"),
         ({"test_data": "here"}, True, "^here: no such .* --test-data=DIR$"),
-        (
-            {},
-            False,
-            "^cannot fetch 91-image and Set5; .* or name another folder by --train-data=DIR and --test-data=DIR$",
-        ),
-        ({"hold_out": 2}, False, "^cannot fetch 91-image; .* or name another folder by --train-data=DIR$"),
+        ({}, False, "^cannot fetch 91-image and Set5; .* or give --train-data and --test-data$"),
+        ({"hold_out": 2}, False, "^cannot fetch 91-image; .* or give --train-data$"),
     ],
     ids=["training folder given", "test folder given", "run resumed", "run with held-out images resumed"],
 )

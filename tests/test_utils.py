@@ -428,4 +428,4 @@ def test_warnings_are_limited_within_the_context_only(capfd):
             warn(text)
     warn("d")
     err = capfd.readouterr().err
-    assert err == "WARNING: a\nWARNING: b; further warnings are suppressed\nWARNING: d\n"
+    assert err == "WARNING: a\nWARNING: b; further warnings are left out\nWARNING: d\n"

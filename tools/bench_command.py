@@ -44,7 +44,7 @@ class FormatMeasurement(NamedTuple):
 def cut_strips(folder: Path) -> list[Image.Image]:
     """Cut the images of a folder into RGB strips of one height, up to as many as the LR images need.
 
-    Raise CommandError if all images are smaller.
+    Raises CommandError if all images are smaller.
     """
     strips, missing = [], IMAGES * SIZE[0] * SIZE[1]  # pixels
     for image in load_images(str(folder), "train", 0).images.values():
@@ -75,7 +75,7 @@ def mosaic(strips: list[Image.Image], number: int) -> Image.Image:
 
 
 def run_script(*arguments: object) -> float:
-    """Run Python with arguments and return the seconds until it ends. Raise CommandError if it fails."""
+    """Run Python with arguments and return the seconds until it ends. Raises CommandError if it fails."""
     start = perf_counter()
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, errors="replace")
     seconds = perf_counter() - start

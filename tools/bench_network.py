@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import load_images
 from model import SRCNN
-from tools.measuring import CPU, DTYPES, Workload, markdown, measure_interleaved
+from tools.measuring import CPU, DTYPES, Workload, markdown, measure_in_turns
 from train import RECIPES, train_one_step
 from training.options import Options
 from training.patches import Patches
@@ -96,7 +96,7 @@ def measure_network(folder: Path, ceilings: dict[str, float]) -> list[NetworkMea
     prepare = workloads(folder, list(ceilings))
     *_, photo = prepare
     measurements, first = [], dict[str, float]()
-    for (task, variant), (speed, memory) in measure_interleaved(prepare, once=[photo]).items():
+    for (task, variant), (speed, memory) in measure_in_turns(prepare, once=[photo]).items():
         gflops = 2 * speed * MULTIPLICATIONS[task.split(",")[0]] / 1000
         ceiling = gflops / ceilings["fp32" if variant == "plain" else variant]
         ratio = speed / first.setdefault(task, speed)

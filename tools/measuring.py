@@ -50,12 +50,12 @@ def measure_once(prepare: Callable[[], Workload]) -> tuple[float, float]:
     return pixels / (time.perf_counter() - start) / 1e6, megabytes
 
 
-def measure_interleaved(
+def measure_in_turns(
     prepare: dict[K, Callable[[], Workload]], once: Collection[K] = ()
 ) -> dict[K, tuple[float, float]]:
     """Return the medians of what :func:`measure_once` measures of each workload, or one measurement of those in once.
 
-    Measurements are interleaved, since the speed of many machines fluctuates.
+    It is done in turns, since the speed of many machines changes all the time.
     """
     turns = [*prepare, *(REPETITIONS - 1) * [key for key in prepare if key not in once]]
     results: dict[K, list[tuple[float, float]]] = {key: [] for key in prepare}

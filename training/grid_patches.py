@@ -104,8 +104,7 @@ def cut_pairs(images: Iterable[Image.Image], size: int) -> Pairs:
 
 def stack(pairs: Pairs, name: str, size: int) -> tuple[Tensor, Tensor]:
     if not pairs:
-        least = f"{2 * size}x{2 * size}"
-        raise CommandError(f"{name}: no image is large enough; patches of {size}x{size} need images of {least} pixels")
+        raise CommandError(f"{name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels")
     lr, hr = map(torch.stack, zip(*pairs, strict=True))
     return lr, hr
 

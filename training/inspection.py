@@ -26,8 +26,7 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
         lines += [f"trained on  {state.train_set}, in {state.precision}"]
         lines += [f"optimizer   Adam, {plural(number_of_steps(state), 'step')}"]
     else:
-        psnr = "unknown" if math.isnan(checkpoint.psnr) else f"{checkpoint.psnr:.3f} dB, on an unnamed set"
-        lines += [f"PSNR        {psnr}"]
+        lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
     lines += [f"info        {who}{'' if is_filled_in(checkpoint.info) else '  (not filled in)'}"] if who else []
     lines += [f"saved       {checkpoint.saved_at}, torch {checkpoint.torch_version}"] if checkpoint.saved_at else []
     lines += ["options", *(f"  {name:11}{value}" for name, value in args.items() if value != "")]
@@ -47,7 +46,7 @@ def origin(checkpoint: Checkpoint) -> str:
 
 
 def changes(before: Args | None, after: Args) -> str:
-    """Describe what changed when a run was resumed, for example ", changed: num_epoch 4000 -> 8000"."""
+    """Describe what changed at a resume, for example ", changed: num_epoch 4000 -> 8000"."""
     if before is None:
         return " of a run by another program"
     old, new = (Options.from_args(args).to_args() for args in (before, before | after))
@@ -56,7 +55,7 @@ def changes(before: Args | None, after: Args) -> str:
 
 
 def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
-    """Return the contents of a checkpoint and the report as JSON, without the tensors."""
+    """Return the same as JSON, without the tensors."""
     facts: dict[str, Any] = {
         "epoch": checkpoint.epoch,
         "psnr": checkpoint.psnr,

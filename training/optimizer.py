@@ -57,14 +57,14 @@ class FusedAdam(Adam):
 
 
 class WhitenedAdam(FusedAdam):
-    """Adam in whitened coordinates of conv1: Adam's step is V, and conv1.weight changes by V P.
+    """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
     their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
     slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
 
-    All steps are ``step_size`` times Adam's, so that Adam's usual learning rates are suitable. The factor is saved
-    with the state; for checkpoints that predate it, it is 1.
+    All steps are ``step_size`` times Adam's, so that Adam's usual learning rates are suitable. It is saved with the
+    state; in checkpoints from before it is 1.
 
     Parameters
     ----------

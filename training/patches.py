@@ -1,4 +1,4 @@
-"""Base class of random and grid patches: training sets in memory or in a window, and the batches of an epoch."""
+"""What training on random patches and on grid patches share: sets in memory or in a window, and epochs."""
 
 import math
 from collections.abc import Iterator

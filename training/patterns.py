@@ -108,7 +108,7 @@ def random_draws(lr: Tensor) -> Tensor:
 
 @lru_cache  # a copy at each step would wait for the GPU
 def random_constants(side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the constants from which draws and screens are computed.
+    """Return what draws and screens are computed with.
 
     Returns
     -------

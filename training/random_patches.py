@@ -36,7 +36,7 @@ class Crop(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Views, errors and positions of the crops in one slot of the atlases."""
+    """What is known about the crops in a slot of the atlases, where their pixels are."""
 
     lr_views: list[View]
     hr_views: list[View]
@@ -72,8 +72,8 @@ class RandomPatches(Patches):
 
     @staticmethod
     def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
-        # For each HR pixel: 3 bytes, and tables with a row for each LR pixel. A set in memory also has 3 bytes of LR
-        # images, one image for each offset, and 3 of decoded images; WINDOW_TABLES includes the LR pixels.
+        # 3 HR; tables with a row for each LR pixel; and unless in a window, as many LR (an image for each offset) and 3
+        # decoded. In a window, LR pixels count as tables.
         tables = (WINDOW_TABLES if window else TABLES) / scale**2
         return math.ceil(3 + tables if window else 9 + tables)
 
@@ -164,7 +164,7 @@ class RandomPatches(Patches):
 
 
 class ImportanceSampler:
-    """Sampler that draws patches in proportion to the root mean squared error that interpolation leaves in them.
+    """Draws patches in proportion to the root mean squared error that interpolation leaves in them.
 
     A patch of sky takes as much time as a patch of grass and teaches less. Weights make up for the proportions:
     the weighted mean over the patches drawn estimates the mean over all patches of all images, with less

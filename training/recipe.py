@@ -30,15 +30,15 @@ COLOR_WEIGHT = 20  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
-GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern; every second one is contours
-GRAY_END_WEIGHT = 32  # weight at the end; after GRAY_END it is inversely proportional to the share of steps left
-GRAY_LAST = 0.01  # share of steps left at which that weight stops growing
+GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, every second one contours
+GRAY_END_WEIGHT = 32  # weight in the last hundredth; between the two it grows as the learning rate falls
+GRAY_LAST = 0.01
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
-SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rarely drawn ones get no large weights
-RECOLORED = 8  # one in this many patches of a batch has its channels permuted, and as many are negative
-DARKENED = 4  # one in this many patches has each channel multiplied by a factor from DARKEST to 1
+SAMPLING_FLOOR = 0.05  # share of the mean error added to each patch's, so that rare patches get no great weights
+RECOLORED = 8  # one in so many patches of a batch has its channels permuted, and as many are negative
+DARKENED = 4  # one in so many patches has each channel multiplied by a factor from DARKEST to 1
 DARKEST = 0.5
 # Whitened coordinates of conv1
 WHITENING_PIXELS = 64 * 63**2  # HR pixels from which the whitening matrix is computed
@@ -49,8 +49,9 @@ WHITENED_SIZE = 0.3  # order of magnitude of conv1's features
 def penalty(model: SRCNN, network: Network, lr: Tensor, share_done: float) -> Tensor:
     """Return the penalty for changing plain colors, for tinting gray, and for changing the mean of patterns.
 
-    The few training photos show few colors, hardly any text, and no halftones, so the output for others would drift.
-    Plain colors must stay what they are, patterns of gray must stay gray, and all patterns must keep their mean.
+    The few training photos show few colors, hardly any text, and no halftones, and what the network makes of others
+    would drift. Plain colors must stay what they are, patterns of gray must stay gray, and all patterns must keep
+    their mean.
 
     Parameters
     ----------

@@ -74,7 +74,7 @@ class Run:
         return saved.training is not None and saved.training.run == self.id
 
     def continues(self, saved: Checkpoint) -> bool:
-        """Return whether ``saved`` is the checkpoint from which this run is being resumed."""
+        """Return whether this run, which has yet to train, starts from a checkpoint of its own."""
         weights = self.model.state_dict().items()
         same = all(torch.equal(saved.model[name], weight.cpu()) for name, weight in weights)
         return self.has_written(saved) and saved.epoch == self.epoch and same
@@ -93,7 +93,7 @@ class Run:
         """Return whether the training images are those of a checkpoint, as far as it says."""
         if state.train_images:
             return state.train_images == self.train_images
-        return state.train_set in ("", self.train_set)  # the checkpoint predates fingerprints
+        return state.train_set in ("", self.train_set)  # saved before fingerprints were
 
     def is_milestone(self) -> bool:
         """Return whether this epoch gets a numbered checkpoint."""
@@ -138,7 +138,7 @@ class Run:
 def new_run(
     options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype, init: Checkpoint | None = None
 ) -> Run:
-    """Return a new run. The seed determines its patches, and its initial weights unless ``init`` has them."""
+    """Return a run whose patches are drawn with the seed, and its initial weights also unless a checkpoint has them."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN(options.scale).to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -162,7 +162,7 @@ def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patch
     if run.trains_on_images_of(state):
         run.report, run.best, run.best_epoch = state.report, state.best, state.best_epoch
     else:
-        show("the training images have changed since the checkpoint; the best PSNR counts anew from here")
+        show("the training images differ from those of this run so far; its best PSNR counts from here")
     if Options.from_args(checkpoint.args) != options:
         run.history.append((checkpoint.epoch, checkpoint.args))
     return run
@@ -191,10 +191,10 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
-    """Rename the checkpoints that this run would overwrite but does not continue.
+    """Rename the checkpoints that this run would replace without having continued them.
 
-    They belong to another run, or to another branch of this run if an earlier checkpoint than its last is resumed.
-    Numbered checkpoints of other runs are overwritten.
+    They are of another run, or of another branch of this run, if not its last checkpoint is resumed. Numbered ones of
+    other runs are not kept.
     """
     best, last = output / "checkpoint.best", output / "checkpoint.last"
     saved = load_if_valid(last)
@@ -211,7 +211,7 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
 
 
 def later_checkpoints(output: Path, run: Run) -> list[Path]:
-    """Return the numbered checkpoints of later epochs from other branches of this run, and the one given as --init."""
+    """Return the numbered checkpoints after this epoch of other branches of a run, and the one that began it."""
     numbers = [path.name.removeprefix("checkpoint.") for path in output.glob("checkpoint.*")]
     later = sorted(int(number) for number in numbers if number.isdecimal() and int(number) > run.epoch)
     init, found = Path(run.options.init).resolve(), []
@@ -223,16 +223,16 @@ def later_checkpoints(output: Path, run: Run) -> list[Path]:
 
 
 def keep_aside(path: Path) -> None:
-    """Rename a file by appending the first free number, and print both names."""
+    """Append the first number to a file's name that is free, and say so."""
     number = 1
     while (other := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     os.replace(path, other)
-    show(f"{path} is from another run, branch, image set or later epoch; it is kept as {other}")
+    show(f"{path} belongs to another run or branch, other images or a later epoch; it is kept as {other}")
 
 
 def load_if_valid(path: Path) -> Checkpoint | None:
-    """Load a checkpoint; return None if there is no valid one. Raise CommandError if it cannot be read."""
+    """Load a checkpoint; return None if there is no valid one. Raises CommandError if it cannot be read."""
     if not path.exists():
         return None
     data = read_file(path, MAX_BYTES)

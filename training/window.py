@@ -1,4 +1,4 @@
-"""Window: the part of a training set that is in memory if the whole set does not fit. It changes gradually.
+"""Window: the tiles of a training set too large for memory that are in memory, which change all the time.
 
 Tiles are small images or pieces of large ones. They are shuffled with the seed, again and again, and this endless
 sequence is cut into parts. The window consists of several parts, of which the oldest is replaced after some steps. So a
@@ -19,13 +19,13 @@ from upscaling.distributed import local_rank
 from utils import CommandError, plural, warn
 
 MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than 1 GB above `import torch`
-PARTS = 6  # parts of the window
-MIN_TILES = 2  # minimum number of tiles in a part: fewer and larger ones would mean less decoding, but less variety
-DRAWS = 6  # times that a pixel is drawn on average while in the window: more means less decoding, but less variety
+PARTS = 6  # of the window
+MIN_TILES = 2  # in a part: fewer and larger ones would mean less decoding, but less variety
+DRAWS = 6  # how often a pixel is drawn while it is in the window: more would mean less decoding, but less variety
 
 
 class Tile(NamedTuple):
-    """Image or piece of an image, with positions of patches that no other tile has."""
+    """Image or piece of an image, with places for patches that no other tile has."""
 
     image: int  # index of the image
     box: tuple[int, int, int, int]  # left, top, right and bottom in HR pixels
@@ -106,7 +106,7 @@ class Window:
         self.files, self.scale, self.seed, self.names = files, scale, seed, list(files)
         if files.decoding_bytes > MEMORY:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
-            limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and the limit is {MEMORY / 1e6:,.0f} MB"
+            limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
             raise CommandError(f"{file}: decoding it {limits}; convert it to 8-bit RGB, or split it")
         room = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS  # pixels for a part
         side = max(math.isqrt(room // MIN_TILES) // scale, 1)
@@ -178,5 +178,5 @@ class Window:
         if image.size != size and image.size == size[::-1]:  # turned upright; patches have all orientations anyway
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if image.size != size:
-            raise CommandError(f"{self.files.files[name]}: its size has changed, or does not match its header")
+            raise CommandError(f"{self.files.files[name]}: its size has changed, or differs from that in its header")
         return image

@@ -98,8 +98,7 @@ def select_dtype(precision: str, device: torch.device) -> torch.dtype:
     if bf16_is_fast(device):
         return torch.bfloat16
     if precision == "bf16":
-        name = "GPU" if device.type == "cuda" else "CPU"
-        raise CommandError(f"this {name} does not run bf16 faster than fp32; use --precision=fp32")
+        raise CommandError(f"this {device.type.upper()} does not run bf16 faster than fp32; use --precision=fp32")
     return torch.float32
 
 
@@ -117,7 +116,7 @@ def resumed_precision(option: str, recorded: str, device: torch.device) -> str:
 def bf16_is_fast(device: torch.device) -> bool:
     """Return whether the device's hardware makes bf16 distinctly faster than fp32.
 
-    On CPUs this requires AVX512-BF16: AMD since Zen 4, and every Intel CPU with AMX. ARM CPUs count as slow,
+    On CPUs this takes AVX512-BF16: AMD since Zen 4, and every Intel CPU with AMX. ARM CPUs count as slow,
     since none was measured.
     """
     if device.type == "cuda":

@@ -59,7 +59,7 @@ def report_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CommandError("another process has exited; see its error message") from error
+        raise CommandError("another process has ended; see its own message") from error
 
 
 def broadcast(value: T) -> T:

@@ -56,7 +56,7 @@ class FastSRCNN:
         -------
         Tensor of shape (N, 3, s * h, s * w), on the scale [0, 255], not clamped
         """
-        pixels = to_nhwc(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
+        pixels = channels_last(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
         x = self.windows(pixels, window_side(self.scale))  # (N, h + 2, w + 2, k * k * 3), or see windows_in_rows
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w + 2, s * s * 64)
         x = relu(conv(regroup(x, 64), *self.conv2))  # (N, h + 2, (w + 2) * s * s, 32)
@@ -67,7 +67,7 @@ class FastSRCNN:
 class FastSRCNNBf16:
     """SRCNN in bf16 for inference, within a gray level of fp32, unlike :class:`FastSRCNN` in bf16.
 
-    The channels that carry the image itself (see :meth:`SRCNN.reset_parameters`) are computed in fp32, and only
+    The channels that carry the image itself since :meth:`SRCNN.reset_parameters` are computed in fp32, and only
     the detail, which is small, in bf16. The input of conv1 is shifted to values around zero, since the errors of
     rounded weights are proportional to the input.
     """
@@ -89,7 +89,7 @@ class FastSRCNNBf16:
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale as :meth:`FastSRCNN.__call__` does."""
-        pixels = to_nhwc(lr)  # (N, h + 2c, w + 2c, 3)
+        pixels = channels_last(lr)  # (N, h + 2c, w + 2c, 3)
         x = windows_in_rows((pixels - self.shift).bfloat16(), window_side(self.scale))  # (N, h + 2c, w + 2, k * 3)
         x = relu(conv(x, *self.detail1))  # (N, h + 2, w + 2, s * s * 64)
         x = conv(regroup(x, 64), *self.detail2)  # (N, h + 2, (w + 2) * s * s, 32)
@@ -183,7 +183,7 @@ def bicubic_kernel(device: torch.device, scale: int) -> Tensor:
 # ------------------------------------------------------------------- steps of the network
 
 
-def to_nhwc(lr: Tensor) -> Tensor:
+def channels_last(lr: Tensor) -> Tensor:
     """Convert (N, 3, h + 2c, w + 2c) to float32 (N, h + 2c, w + 2c, 3)."""
     return lr.float().permute(0, 2, 3, 1).contiguous()
 

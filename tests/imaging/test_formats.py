@@ -52,7 +52,9 @@ def test_webp_keeps_alpha_and_gif_rounds_it(mode):
     ],
 )
 def test_format_refuses_mode_that_it_does_not_support(extension, mode, problem):
-    with pytest.raises(CommandError, match=rf"^o\.{extension}: .* does not support {problem}; use --format=png, or an"):
+    with pytest.raises(
+        CommandError, match=rf"^o\.{extension}: .* does not support {problem}; write PNG instead, by --format=png or"
+    ):
         check_output(Path(f"o.{extension}"), (9, 9), mode)
 
 
@@ -65,9 +67,9 @@ def test_format_refuses_size_beyond_its_limit(extension, mode, longest):
     path = Path(f"o.{extension}")
     check_output(path, (longest, 1), mode)
     check_output(path, (1, longest), mode)
-    with pytest.raises(CommandError, match=f"{longest + 1}x1 pixels is too large"):
+    with pytest.raises(CommandError, match=f"{longest + 1}x1 pixels are too many"):
         check_output(path, (longest + 1, 1), mode)
-    with pytest.raises(CommandError, match=f"1x{longest + 1} pixels is too large"):
+    with pytest.raises(CommandError, match=f"1x{longest + 1} pixels are too many"):
         check_output(path, (1, longest + 1), mode)
 
 

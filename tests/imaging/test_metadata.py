@@ -111,12 +111,12 @@ def test_exif_data_whose_resolution_has_an_impossible_position_are_kept(place):
     assert copy.info["exif"] == content.replace(struct.pack("<HHII", *tags[0]), struct.pack("<HHII", 274, 3, 1, 1))
 
 
-def test_exif_data_too_large_for_jpeg_is_dropped_with_a_warning(capfd):
+def test_exif_data_too_large_for_jpeg_are_left_out_with_a_warning(capfd):
     for size, kept in ((65533, True), (65534, False)):
         content = exif(Make="a camera").tobytes().ljust(size, b"\0")
         copy = copied("e.png", "o.jpg", exif=content)
         assert copy.info.get("exif") == (content if kept else None)
-        warning = "WARNING: o.jpg: its EXIF data is dropped, since it is too large for JPEG\n"
+        warning = "WARNING: o.jpg: its EXIF data are left out: they are too large for JPEG\n"
         assert capfd.readouterr().err == ("" if kept else warning)
 
 
@@ -240,7 +240,7 @@ def test_output_with_large_profile_can_be_read(format, size, capfd):
     write_image(image, path, image.info)
     kept = read_image(path).info.get("icc_profile")
     assert kept == (profile if size <= LARGEST_PROFILE.get(format, 0) else None)
-    warning = f"WARNING: {path}: its ICC profile is dropped, since it is too large for {format}\n"
+    warning = f"WARNING: {path}: its ICC profile is left out: it is too large for {format}\n"
     assert capfd.readouterr().err == ("" if kept or format not in LARGEST_PROFILE else warning)
 
 

@@ -169,9 +169,7 @@ def test_files_are_synced_before_the_set_appears(local_copy, monkeypatch):
 )
 def test_bad_download_leaves_nothing_and_next_mirror_is_used(web, monkeypatch, capfd, path, reason):
     monkeypatch.setattr(published_sets, "MIRRORS", (web(path),))
-    with pytest.raises(
-        CommandError, match=r"^cannot fetch 91-image and Set5; .* run `python data\.py --from FILE` here$"
-    ):
+    with pytest.raises(CommandError, match=r"^cannot fetch 91-image and Set5; .* run `python data\.py --from FILE`$"):
         published_sets.fetch(NAMES)
     assert_one_line(capfd.readouterr().err, f"{web(path)}: {reason}")  # with the address, for a download by hand
     assert not os.listdir()
@@ -297,7 +295,7 @@ def test_lying_archives_take_little_memory(tmp_path):
         path.write_bytes(lying_archive(method))
     reasons, mib = in_new_process(memory_to_refuse, paths)
     assert "CRC" in reasons[0]
-    assert "is not compressed with deflate" in reasons[1]
+    assert "another method than deflate" in reasons[1]
     assert mib < 64
 
 

@@ -51,7 +51,7 @@ def test_workloads_count_hr_pixels(monkeypatch):
 
 
 def test_without_test_set_there_is_no_psnr(monkeypatch):
-    for name, result in {"find_peers": [], "measure_interleaved": {("this project", "fp32"): (7.5, 60)}}.items():
+    for name, result in {"find_peers": [], "measure_in_turns": {("this project", "fp32"): (7.5, 60)}}.items():
         monkeypatch.setattr(bench_peers, name, lambda *_, result=result: result)
     row = PeerMeasurement("this project", "fp32", "image to image", 7.5, None)
     assert bench_peers.measure_peers(None, ["fp32"]) == [row]

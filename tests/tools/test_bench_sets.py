@@ -2,7 +2,7 @@ import torch
 from helpers import ROOT, in_new_process
 
 from tools import bench_sets
-from tools.bench_sets import SetMeasurement, set_table, training_with_window
+from tools.bench_sets import SetMeasurement, set_table, training_in_turns
 from training import patches, window
 from training.options import Options
 from training.window import DRAWS, PARTS, Window
@@ -13,7 +13,7 @@ def test_turn_of_large_set_reads_one_part(photos, monkeypatch):
     monkeypatch.setattr(patches, "MEMORY", 0)
     numbers, draw = [], Window.draw
     monkeypatch.setattr(Window, "draw", lambda self, number: numbers.append(number) or draw(self, number))
-    train, step = training_with_window(photos, torch.float32), Options().pixels(1)
+    train, step = training_in_turns(photos, torch.float32), Options().pixels(1)
     assert train() == step
     assert numbers == [*range(PARTS)]
     assert train() == -(-DRAWS * 120 * 75 // step) * step  # a part has room for the largest image

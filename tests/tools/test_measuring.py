@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 from tools import measuring
-from tools.measuring import describe_machine, in_child, markdown, measure_interleaved, measure_once, peak_megabytes
+from tools.measuring import describe_machine, in_child, markdown, measure_in_turns, measure_once, peak_megabytes
 from utils import CommandError
 
 
@@ -49,7 +49,7 @@ def test_medians_of_measurements_in_turns(monkeypatch):
         return results[name].pop(0)
 
     monkeypatch.setattr(measuring, "in_child", measured)
-    assert measure_interleaved({name: name for name in results}, once=["large"]) == {
+    assert measure_in_turns({name: name for name in results}, once=["large"]) == {
         "a": (2, 80),
         "b": (7, 11),
         "large": (5, 400),

@@ -99,7 +99,7 @@ def test_best_psnr_so_far_counts_only_for_same_training_images(train_set, capfd,
     if same:
         assert out == ""
     else:
-        assert_one_line(out, "training images have changed")
+        assert_one_line(out, "training images differ")
 
 
 def test_seed_determines_new_run(train_set):

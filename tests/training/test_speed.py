@@ -110,7 +110,7 @@ def test_each_fall_of_speed_warns_once(capfd):
         speeds.append(each)
         warn_if_slow(speeds, 2.0, CPU)
         if err := capfd.readouterr().err:
-            assert_one_line(err, "WARNING: the last epoch was ", "OMP_NUM_THREADS lower than 2")
+            assert_one_line(err, "WARNING: the last epoch was ", "OMP_NUM_THREADS less than 2")
             warned.append(number)
     assert warned == [3, 6]
     warn_if_slow([1.0, 0.1], 0.3, CPU)  # too short to conclude anything

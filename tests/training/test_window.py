@@ -226,9 +226,7 @@ def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
 def test_image_that_takes_too_much_memory_is_refused(bound):
     bound(1_500_000)
     files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (800, 600))})
-    with pytest.raises(
-        CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and the limit is 2 MB; convert it "
-    ):
+    with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; convert it "):
         RandomPatches(files, 12, 3, CPU)
 
 
@@ -237,7 +235,7 @@ def test_image_that_has_changed_its_size_is_skipped(bound, capfd):
     images = image_set({name: random_image(size=(60, 60)) for name in "ab"})
     random_image(size=(60, 57)).save("b.png")
     draw(images, 12, 16, 12)
-    assert_one_line(capfd.readouterr().err, "WARNING: b.png: its size has changed, or does not match its header")
+    assert_one_line(capfd.readouterr().err, "WARNING: b.png: its size has changed, or differs from that in its header")
 
 
 def test_each_image_of_a_part_is_decoded_once(bound, monkeypatch):
@@ -279,7 +277,7 @@ def test_resumed_run_has_the_same_window(train_small, bound, recipe):
     options = (f"--recipe={recipe}", "--num-epoch=4", "--save-freq=2", "--epoch-size=0.03", "--patch-size=33")
     status, out, err = train_small(*options, "--output=a")
     assert (status, err) == (0, "")
-    assert "\nthe set is larger than its share of memory: patches are drawn from 0.0" in out
+    assert "\nthe set does not fit in memory: patches are drawn from 0.0" in out
     assert train_small("--output=b", command=("resume", "a/checkpoint.2"))[0] == 0
     a, b = (load(f"{folder}/checkpoint.4")["model"] for folder in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -64,7 +64,7 @@ def test_batch_smaller_than_world_size_is_refused(ranked, monkeypatch, train_sma
     monkeypatch.setenv("RANK", "0")
     status, _, err = train_small("--batch-size=2")
     assert status == 1
-    assert_one_line(err, "--batch-size=2 is too small for 4 processes")
+    assert_one_line(err, "a batch of 2", "4 processes")
 
 
 def test_two_processes_train_like_one(photos, train_small):
