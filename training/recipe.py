@@ -30,9 +30,9 @@ COLOR_WEIGHT = 20  # weight of the squared error on areas of one color
 COLOR_STEPS = 9  # levels of R, G and B in the grid of those colors
 GRAY_WEIGHT = 0.25  # weight of the squared tint of gray patterns
 GRAY_EVERY = 8  # patches of a batch per gray pattern
-GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern, every second one contours
-GRAY_END_WEIGHT = 32  # weight in the last hundredth; between the two it grows as the learning rate falls
-GRAY_LAST = 0.01
+GRAY_END = 0.9  # share of all steps after which each patch has a gray pattern; every second one is contours
+GRAY_END_WEIGHT = 32  # weight at the end; after GRAY_END it is inversely proportional to the share of steps left
+GRAY_LAST = 0.01  # share of steps left at which that weight stops growing
 MEAN_WEIGHT = 0.1  # weight of the squared change of the mean color, for gray patterns and for halftones
 HALFTONE_EVERY = 4  # patches of a batch per halftone
 # Patches
