@@ -76,7 +76,7 @@ def training_chart() -> Figure:
     """Plot the curves of training.csv, with the levels of bicubic interpolation and the paper."""
     with open(HERE / "training.csv", newline="") as file:
         rows = [(row["training"], float(row["seconds"]), float(row["psnr_y"])) for row in csv.DictReader(file)]
-    figure, axes = chart("seconds of training on two CPU cores", "Set5 x3, mean PSNR on Y (dB)", height=3.4)
+    figure, axes = chart("seconds of training on one CPU core", "Set5 x3, mean PSNR on Y (dB)", height=3.4)
     for label, level in LEVELS.items():
         axes.axhline(level, color=GRAY, linestyle="--", linewidth=1)
         axes.text(1, level - 0.05, label, color="#555555", ha="right", va="top", transform=axes.get_yaxis_transform())
