@@ -19,7 +19,7 @@ from imaging.image_sets import ImageFiles, ImageSet, raise_failures, read_all, r
 from imaging.images import bicubic, to_tensor
 from imaging.metrics import Quality, measure, min_side
 from model import SCALE
-from upscaling.distributed import gather, node_rank, rank_and_world_size
+from upscaling.distributed import all_gather, node_rank, rank_and_world_size
 from utils import (
     ArgumentParser,
     CommandError,
@@ -33,10 +33,10 @@ from utils import (
 )
 
 TRAIN_DATA, TEST_DATA = "data/91-image", "data/Set5"
-GENERATED = "(GENERATED IMAGES)"  # in the names of sets
-TEST_PIXELS = 10_000_000  # of test images in memory
-MAX_TEST_IMAGES = 20_000  # their figures are in each checkpoint, whose size is limited
-COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's kit has the sets
+GENERATED = "(GENERATED IMAGES)"  # marks the names of generated sets
+TEST_PIXELS = 10_000_000  # maximum HR pixels of a test set that is kept in memory
+MAX_TEST_IMAGES = 20_000  # each checkpoint, whose size is limited, has their figures
+COURSE_FOLDERS = {TRAIN_DATA: "data/train", TEST_DATA: "data/test"}  # where the course's starter code has the sets
 
 
 # ------------------------------------------------------------------------- reading the sets
@@ -48,9 +48,10 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
     Parameters
     ----------
     folder : a folder of images, or "dead-leaves" for generated ones
-    role : "train" or "test", which selects the generated images
-    max_pixels : a larger set stays in its files, and each image is decoded when it is used. The largest image counts
-        four times, and each counts as 300 pixels more
+    role : "train" or "test": names the option in errors, and selects the generated images; "test" skips images that
+        are not ground truths
+    max_pixels : maximum HR pixels to keep in memory. The largest image counts four times, and each counts as 300 pixels
+        more. A larger set stays in its files, and each image is decoded on demand
     scale : upscaling factor, on which the minimum size of an image depends
 
     Raises
@@ -75,14 +76,14 @@ def load_images(folder: str, role: str, max_pixels: float = math.inf, scale: int
     name = name_of_set(Path(folder), files)
     headers, failures = read_headers(files, min_side(scale), hidden=rank_and_world_size()[0] > 0)
     pixels = headers[:, :2].prod(1)
-    if pixels.sum() + 3 * pixels.max() + 300 * len(files) <= max_pixels:  # what preparing and objects in Python take
+    if pixels.sum() + 3 * pixels.max() + 300 * len(files) <= max_pixels:  # preparing and objects take memory too
         return ImageSet(name, dict(zip(names, read_all(files, min_side(scale)), strict=True)))
     raise_failures(failures, len(files))
     return ImageSet(name, ImageFiles(dict(zip(names, files, strict=True)), headers, min_side(scale)))
 
 
 def ground_truth_suffix(files: list[Path]) -> str:
-    """Return how the names of ground truths end: as the course's, or as in published test sets with LR images."""
+    """Return the suffix of ground truths: _HR as in published test sets with LR images, otherwise the course's _GT."""
     published = {suffix for file in files for suffix in ("_HR", "_LR") if file.stem.endswith(suffix)}
     return "_HR" if len(published) == 2 else "_GT"
 
@@ -90,12 +91,12 @@ def ground_truth_suffix(files: list[Path]) -> str:
 def require_folder(folder: str, option: str) -> None:
     """Raise CommandError unless ``folder``, the value of an option, exists or stands for generated images."""
     if folder != DEAD_LEAVES and not (folder and Path(folder).is_dir()):
-        where = f" on node {node_rank()}; each node needs the data, copied or shared" if node_rank() else ""
-        known = Path(folder).name in published_sets.SETS
-        hint = (
-            f"; `python data.py` downloads {Path(folder).name}, or give its place with" if known else "; give it with"
-        )
-        raise CommandError(f"{folder}: no such folder of images{where or f'{hint} {option}=DIR'}")
+        name, hint = Path(folder).name, f"specify an existing folder with {option}=DIR"
+        if name in published_sets.SETS:
+            hint = f"run `python data.py` to download {name}, or {hint}"
+        if node_rank():
+            hint = f"node {node_rank()} also needs the data, as a copy or in a shared folder"
+        raise CommandError(f"{folder}: no such folder of images; {hint}")
 
 
 def name_of_set(folder: Path, files: list[Path]) -> str:
@@ -143,7 +144,7 @@ class TestImage(NamedTuple):
 
 
 class TestImages(Mapping[str, TestImage]):
-    """Images to measure on by name, each prepared when it is asked for."""
+    """Test images by name, each prepared on demand."""
 
     def __init__(self, images: Mapping[str, Image.Image], scale: int) -> None:
         self.images, self.scale = images, scale
@@ -163,7 +164,7 @@ class TestImages(Mapping[str, TestImage]):
 
 
 class TestSet:
-    """Images to measure on, each with its LR image and the result of bicubic interpolation.
+    """Test images, each with its LR image and the result of bicubic interpolation.
 
     They are prepared in advance, unless the images are not in memory.
     """
@@ -185,9 +186,9 @@ def load_sets(
     Parameters
     ----------
     train_data, test_data : as ``folder`` of :func:`load_images`
-    hold_out : test on one of so many training images instead of ``test_data``; 0 to hold out none
+    hold_out : test on one of this many training images instead of ``test_data``; 0 to hold out none
     scale : upscaling factor
-    max_pixels : of training images in memory
+    max_pixels : maximum HR pixels of a training set that is kept in memory
 
     Raises
     ------
@@ -200,10 +201,10 @@ def load_sets(
         test = load_images(test_data, "test", TEST_PIXELS, scale)
     if len(test.images) > MAX_TEST_IMAGES:
         raise CommandError(
-            f"{test.name}: at most {MAX_TEST_IMAGES:,} images can be tested on, not {len(test.images):,}"
+            f"{test.name}: {len(test.images):,} test images are too many; the maximum is {MAX_TEST_IMAGES:,}"
         )
     hashes = b"".join(training.hashes)  # in order
-    if any(other != hashes for other in gather(hashes)):  # the processes would draw different patches
+    if any(other != hashes for other in all_gather(hashes)):  # the processes would draw different patches
         raise CommandError(f"{train_data}: the nodes have different images; copy the images of one node to the others")
     return training, TestSet(test, scale)
 
@@ -219,17 +220,17 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
 
     Parameters
     ----------
-    folders : folders of the sets in use by the names of their options, train_data and test_data
-    given : options from the command line, whose folders must exist, as must all that are not defaults
+    folders : folders of the sets in use, by option name: train_data and test_data
+    given : options from the command line. Their folders must exist, and so must all that are not defaults
     fresh : whether the run is new, since a run that began on the real sets is resumed on them or not at all
 
     Returns
     -------
-    folders by the names of their options
+    folders by option name
 
     Raises
     ------
-    CommandError if a set is missing, naming the option for its place
+    CommandError if a set is missing; the message names the option for its folder
     """
     for name, folder in folders.items():
         if name in given or folder not in COURSE_FOLDERS:
@@ -244,9 +245,10 @@ def find_data(folders: dict[str, str], given: Mapping[str, Any], fresh: bool) ->
     except CommandError as error:
         absent = [name for name in missing if not Path(folders[name]).exists()]  # one of two may have been found
         if absent and not fresh:
-            raise CommandError(f"{error}; or give {' and '.join(map(option_of, absent))}") from error
+            options = " and ".join(f"{option_of(name)}=DIR" for name in absent)
+            raise CommandError(f"{error}; or specify another folder with {options}") from error
         if absent:
-            warn(f"GENERATED IMAGES ARE USED AS {' AND '.join(absent).upper()}: {error}")
+            warn(f"GENERATED IMAGES ARE USED FOR {' AND '.join(map(option_of, absent))}: {error}")
         return folders | dict.fromkeys(absent, DEAD_LEAVES)
     return folders
 
@@ -264,7 +266,8 @@ def main() -> None:
         prog="data.py",
         description="Download 91-Image and Set5 into data/, or copy them from an archive or folder.",
     )
-    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help="a local copy")
+    text = "zip archive or folder to copy them from"
+    parser.add_argument("--from", dest="source", type=path, metavar="ARCHIVE_OR_FOLDER", help=text)
     source = parser.parse_args().source
     remove_stale_files(published_sets.DATA)
     missing, others = [], []
@@ -280,7 +283,7 @@ def main() -> None:
         published_sets.fetch(missing, source)
     if others:
         raise CommandError(
-            f"not the published sets: {' and '.join(others)}; to get those, move or delete these folders"
+            f"not the published sets: {' and '.join(others)}; move or delete them, and run `python data.py` again"
         )
 
 

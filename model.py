@@ -32,8 +32,8 @@ class SRCNN(nn.Module):
     The layers are the same at each scale, since they work on the upscaled image.
 
     The initial weights pass the upscaled image through and add small random values,
-    so an untrained network is close to bicubic interpolation. Training begins by whitening
-    the random filters of conv1 (training/optimizer.py).
+    so an untrained network is close to bicubic interpolation. The default recipe then
+    whitens the random filters of conv1 (training/optimizer.py).
 
     Parameters
     ----------
@@ -122,5 +122,5 @@ def interpolate(lr: Tensor, scale: int) -> Tensor:
 
 
 def crop(images: Tensor, border: int) -> Tensor:
-    """Crop ``border`` pixels from each side of images of shape (..., height, width)."""
+    """Crop ``border`` >= 1 pixels from each side of images of shape (..., height, width)."""
     return images[..., border:-border, border:-border]

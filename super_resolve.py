@@ -1,4 +1,4 @@
-"""Upscale images by 3 with SRCNN, or by 2 or 4: lr.bmp becomes lr_srcnn_x3.bmp."""
+"""Upscale images by 3 (the default), 2 or 4: lr.bmp becomes lr_srcnn_x3.bmp."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from imaging.metrics import Report, Scores, table
 from model import SCALE, SCALES
 from training.checkpoints import load_checkpoint
 from upscaling.device import PRECISION_HELP, PRECISIONS, select_device
-from upscaling.distributed import gather, process_group, rank_and_world_size
+from upscaling.distributed import all_gather, process_group, rank_and_world_size
 from upscaling.jobs import Job, find_jobs
 from upscaling.pipeline import Steps, run_in_pipeline, upscale_with_metadata
 from upscaling.upscaler import Upscaler, default_tile, select_accurate_dtype
@@ -29,7 +29,7 @@ from utils import ArgumentParser, CommandError, describe_error, integer, path, p
 
 ImageOrArray = TypeVar("ImageOrArray", Image.Image, np.ndarray)
 T = TypeVar("T")
-FOLDER = Path(__file__).resolve().parent  # even if this file is run by a link
+FOLDER = Path(__file__).resolve().parent  # even if this file is run through a symbolic link
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,13 +43,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("inputs", type=path, nargs="+", metavar="INPUT", help=text)
     text = f"upscaling factor (default: {SCALE}, or the scale of --checkpoint)"
     parser.add_argument("--scale", type=integer(), choices=SCALES, help=text)
-    text = "checkpoint file (default: the shipped one for --scale)"
+    text = "checkpoint file (default: the one shipped for --scale)"
     parser.add_argument("--checkpoint", type=path, metavar="FILE", help=text)
     text = "output file or folder, or - for standard output (default: NAME_srcnn_xSCALE beside each input)"
     parser.add_argument("-o", "--output", type=output, metavar="PATH", help=text)
     text = f"output format: {', '.join(FORMAT_CHOICES)} (default: same as the input)"
     parser.add_argument("--format", choices=FORMAT_CHOICES, metavar="FORMAT", help=text)
-    parser.add_argument("--recursive", action="store_true", help="search subdirectories recursively")
+    parser.add_argument("--recursive", action="store_true", help="search subfolders recursively")
     parser.add_argument("--skip-existing", action="store_true", help="skip images that already have an output")
     text = "HR image, or folder of HR images, to measure PSNR and SSIM against"
     parser.add_argument("--ground-truth", type=path, metavar="HR", help=text)
@@ -99,18 +99,21 @@ def load_upscaler(
     self_ensemble: bool = False,
     scale: int | None = None,
 ) -> Upscaler:
-    """Load the network of a checkpoint, for any number of images. The parameters are options of the command.
+    """Load the network of a checkpoint for upscaling any number of images. The parameters are options of the command.
 
-    Raises ValueError if there is no such scale, or CommandError if the checkpoint cannot be used.
+    Raise ValueError if there is no such scale or precision, or CommandError if the checkpoint cannot be used.
     """
     device, scale = select_device(cuda), checked_scale(scale)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     file = shipped_checkpoint(scale or SCALE) if checkpoint is None else Path(checkpoint)
     loaded = load_checkpoint(file)
     if checkpoint is None and loaded.scale != (scale or SCALE):
-        raise CommandError(f"{file} is for x{loaded.scale}, not the shipped one; use --checkpoint for your own")
+        problem = f"{file} is for x{loaded.scale}, so it is not the one shipped for x{scale or SCALE}"
+        raise CommandError(f"{problem}; use --checkpoint for your own")
     if scale not in (None, loaded.scale):
         problem = f"--scale={scale} contradicts --checkpoint={file}, which is for x{loaded.scale}"
-        raise CommandError(f"{problem}; leave out one of them")
+        raise CommandError(f"{problem}; remove one of them")
     model = loaded.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Upscaler(model, select_accurate_dtype(precision, model), tile, self_ensemble)
 
@@ -132,7 +135,7 @@ def upscale(image: ImageOrArray, upscaler: Upscaler | None = None, scale: int | 
 
     Returns
     -------
-    Pillow image or array, as the input. The metadata in an image's ``info`` are options of its method ``save``.
+    Pillow image or array, as the input. The ``info`` of an image has its metadata, as keyword arguments for ``save``.
 
     Raises
     ------
@@ -142,15 +145,16 @@ def upscale(image: ImageOrArray, upscaler: Upscaler | None = None, scale: int | 
     if not isinstance(image, Image.Image | np.ndarray):
         kind = type(image).__name__
         raise TypeError(
-            f"an image is a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
+            f"the image must be a Pillow image or a NumPy array, not {kind}; open a file with PIL.Image.open first"
         )
     if not isinstance(upscaler, Upscaler | None):
-        raise TypeError(f"an upscaler is a result of load_upscaler, not {type(upscaler).__name__}; or use scale=2")
+        kind = type(upscaler).__name__
+        raise TypeError(f"the upscaler must come from load_upscaler, not {kind}; to select a scale, use scale=2")
     scale = checked_scale(scale)
     upscaler = upscaler or shipped_upscaler(scale or SCALE)
     if scale not in (None, upscaler.scale):
         raise ValueError(
-            f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; leave out one of them"
+            f"scale={scale} contradicts the upscaler, which upscales by {upscaler.scale}; remove one of them"
         )
     if isinstance(image, np.ndarray):
         return np.asarray(upscaler(from_array(image)))
@@ -188,7 +192,7 @@ def run_share(jobs: list[Job], upscaler: Upscaler, skip_existing: bool, max_pixe
 
 
 def show_progress(finished: Iterator[T], jobs: list[Job], hidden: bool) -> Iterator[T]:
-    """Yield what is finished of the jobs and show a progress bar, which estimates the time left from file sizes."""
+    """Yield finished jobs, and show a progress bar that estimates the remaining time from file sizes."""
     sizes = [job.lr.stat().st_size if job.lr.is_file() else 0 for job in jobs]  # bytes
     with progress_bar(None, f"0/{len(jobs)} images", "B", hidden, total=sum(sizes), unit_scale=True) as bar:
         for number, (item, size) in enumerate(zip(finished, sizes, strict=True), 1):
@@ -222,7 +226,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr if jobs[0].sr == STANDARD else sys.stdout):
         results = run_share(jobs, upscaler, args.skip_existing, args.max_pixels)
     with process_group(timedelta(days=9)):  # wait for the others, since a failure makes torchrun end all processes
-        all_results = gather(results)
+        all_results = all_gather(results)
     if rank_and_world_size()[0] == 0:
         summarize(all_results, args.ground_truth, len(jobs), time.perf_counter() - start)
 

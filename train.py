@@ -52,7 +52,7 @@ try:
     )
     from training.patches import Patches
     from training.random_patches import RandomPatches
-    from training.recipe import WARMUP_SHARE, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
+    from training.recipe import WARMUP_FRACTION, WARMUP_STEPS, leaky_clamp, penalty, rgb_and_luma
     from training.run import Recipe, Run, keep_other_checkpoints, lock_output_dir, new_run, restored_run
     from training.speed import warn_of_busy_cores
     from upscaling.device import keep_memory, resumed_precision, select_device, select_dtype
@@ -64,7 +64,7 @@ except ImportError as error:  # for example if the course's own data.py and util
     folders = ("imaging/", "training/", "upscaling/")
     missing = [name for name in folders if not Path(__file__).resolve().parent.joinpath(name).is_dir()]
     reason = f"{', '.join(missing)} missing beside train.py" if missing else error
-    sys.exit(f"error: {reason}; copy the whole project, replace existing files, and install requirements.txt")
+    sys.exit(f"error: {reason}; copy the whole project here, replacing existing files, and install requirements.txt")
 
 # ------------------------------------------------------- loss, learning rate and optimizer
 
@@ -75,9 +75,9 @@ def mse_loss(output: Tensor, batch: Batch) -> Tensor:
 
 
 def weighted_mse_loss(output: Tensor, batch: Batch) -> Tensor:
-    """Return the MSE over RGB and luma of an output in [0, 255], scaled to [0, 1].
+    """Return the MSE over RGB plus ``LUMA_WEIGHT`` times that of luma, as for values in [0, 1].
 
-    The output is clamped, as when an image is saved, and each patch is scaled by its weight.
+    The output, in [0, 255], is clamped by :func:`leaky_clamp`, and each patch's error is multiplied by its weight.
     """
     error = (leaky_clamp(output) - batch.hr).permute(0, 2, 3, 1)  # (N, H, W, 3)
     error = error @ rgb_and_luma(error.device)  # (N, H, W, 4)
@@ -91,8 +91,8 @@ def constant_schedule(peak: float, step: float, total: float) -> float:
 
 
 def linear_schedule(peak: float, step: float, total: float) -> float:
-    """Return the learning rate at a step: linear warm-up, and a linear decay to zero after ``total`` steps."""
-    return peak * min(1.0, step / max(WARMUP_SHARE * total, WARMUP_STEPS)) * (1 - step / total)
+    """Return the learning rate at a step: a linear decay to zero at ``total`` steps, times a linear warm-up."""
+    return peak * min(1.0, step / max(WARMUP_FRACTION * total, WARMUP_STEPS)) * (1 - step / total)
 
 
 RECIPES = {
@@ -101,7 +101,7 @@ RECIPES = {
         optimizer=whitened_adam,  # PyTorch's Adam in whitened coordinates of conv1
         network=FastSRCNN,  # the same function as SRCNN, but several times faster
         loss=weighted_mse_loss,
-        penalty=penalty,  # keeps plain colors plain, gray gray, and the mean of patterns
+        penalty=penalty,  # keeps plain colors, gray, and the mean of patterns as they are
         schedule=linear_schedule,
     ),
     "assignment": Recipe(
@@ -109,7 +109,7 @@ RECIPES = {
         optimizer=plain_adam,  # PyTorch's Adam on the weights
         network=zero_padded_srcnn,  # SRCNN.convolve after bicubic interpolation
         loss=mse_loss,
-        penalty=lambda model, network, batch_lr, share_done: 0,
+        penalty=lambda model, network, batch_lr, fraction_done: 0,
         schedule=constant_schedule,
     ),
 }
@@ -153,7 +153,7 @@ def train(run: Run, patches: Patches, test_set: TestSet, output: Path) -> None:
 
 
 def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Callable[[], None]) -> Tensor:
-    """Train for one epoch: on as many pixels as the training set has, or fewer. Return the losses, (steps,)."""
+    """Train for one epoch: as many pixels as the training set has or --epoch-size allows. Return losses, (steps,)."""
     options = run.options
     steps = patches.steps(options.batch_size, options.epoch_size)
     losses = torch.empty(steps, device=patches.device)
@@ -171,10 +171,10 @@ def train_one_epoch(run: Run, patches: Patches, epoch: int, raise_interrupt: Cal
     return losses
 
 
-def train_one_step(run: Run, batch: Batch, share_done: float) -> Tensor:
+def train_one_step(run: Run, batch: Batch, fraction_done: float) -> Tensor:
     """Take one optimizer step on a batch, split across processes. Return the loss over the whole batch.
 
-    ``share_done`` is the share of all training steps that are done, from 0 to 1.
+    ``fraction_done`` is the fraction of all training steps that are done, from 0 to 1.
     """
     model, optimizer, recipe = run.model, run.optimizer, run.recipe
     rank, world_size = rank_and_world_size()
@@ -184,7 +184,7 @@ def train_one_step(run: Run, batch: Batch, share_done: float) -> Tensor:
     network = recipe.network(model, run.dtype)  # the model with its current weights, in the form that is trained
     output = network(local_batch.lr)  # (N, 3, patch, patch)
     loss = recipe.loss(output, local_batch)
-    (loss + recipe.penalty(model, network, batch.lr, share_done)).backward()
+    (loss + recipe.penalty(model, network, batch.lr, fraction_done)).backward()
     loss = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     all_reduce_mean([loss, *gradients], weight=len(local_batch.lr) / len(batch.lr))
@@ -210,8 +210,9 @@ HINTS = {
     "--epoch": "did you mean --num-epoch?",
     "--epochs": "did you mean --num-epoch?",
     "--device": "did you mean --cuda?",
-    "--scale": "it is the checkpoint's",
+    "--scale": "the scale is that of the checkpoint",
 }
+INSPECT_HINTS = {name: HINTS[name] for name in ("--device", "--scale")}
 
 
 def parse_args() -> argparse.Namespace:
@@ -221,21 +222,22 @@ def parse_args() -> argparse.Namespace:
     def add_command(name: str, text: str, *examples: str) -> ArgumentParser:
         lines = "\n".join(f"  python train.py {example}" for example in examples)
         prog = f"train.py {name}"
-        return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=HINTS)
+        hints = INSPECT_HINTS if name == "inspect" else HINTS
+        return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=hints)
 
     examples = "train", "train --lr=0.0005 --batch-size=256 --cuda", "train --init=checkpoint.pth --train-data=photos"
     train = add_command("train", "Train from scratch, or from the weights of a checkpoint.", *examples)
     add_training_arguments(train, resume=False)
     resume = add_command(
         "resume",
-        "Resume training with the options of the checkpoint, except for those given.",
+        "Resume training with the saved options, except for those given here.",
         "resume checkpoint.last",
         "resume checkpoint.10 --num-epoch=200",
     )
     add_training_arguments(resume, resume=True)
     inspect = add_command(
         "inspect",
-        "Print the contents of a checkpoint, or evaluate it.",
+        "Print the contents of a checkpoint, or measure it on other images.",
         "inspect checkpoint.pth",
         "inspect checkpoint.pth --test-data=DIR",
         "inspect checkpoint.pth --protocol=course",
@@ -252,14 +254,14 @@ def usage_problem(args: argparse.Namespace) -> str | None:
     if args.command == "inspect":
         course = args.protocol == "course"
         if args.self_ensemble and (args.test_data is None or course):
-            return "--self-ensemble needs --test-data, and does not go with --protocol=course"
-        return "--batch-size needs --protocol=course" if args.batch_size and not course else None
+            return "--self-ensemble requires --test-data, and cannot be combined with --protocol=course"
+        return "--batch-size requires --protocol=course" if args.batch_size and not course else None
     given = given_options(args)
     scale_is_known = args.command == "train" and ("init" not in given or "scale" in given)
     if scale_is_known and (problem := contradiction(given)):
         return problem
     both = getattr(args, "hold_out", 0) and hasattr(args, "test_data")
-    return "--hold-out tests on training images, not on --test-data; leave out one of them" if both else None
+    return "--hold-out tests on training images, not on --test-data; remove one of them" if both else None
 
 
 def add_training_arguments(parser: ArgumentParser, resume: bool) -> None:
@@ -274,14 +276,16 @@ def add_training_arguments(parser: ArgumentParser, resume: bool) -> None:
 
 def add_inspection_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=path, help="checkpoint file, such as checkpoint.last")
-    parser.add_argument("--test-data", metavar="DIR", help="evaluate on these images, or on dead-leaves")
-    text = "course: PSNR of batches of patches over RGB, as the course's test program prints it"
+    text = "evaluate on these images, or dead-leaves for generated ones"
+    parser.add_argument("--test-data", metavar="DIR", help=text)
+    text = "literature (default): PSNR and SSIM of whole images; course: PSNR of patches, as in its test program"
     parser.add_argument("--protocol", choices=("literature", "course"), default="literature", help=text)
     text = f"batch size for --protocol=course (default: {COURSE_BATCH_SIZE})"
     parser.add_argument("--batch-size", type=integer(), metavar="N", help=text)
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
-    parser.add_argument("--self-ensemble", action="store_true", help="average over eight flips and rotations")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    text = "average over eight flips and rotations, at eight times the cost"
+    parser.add_argument("--self-ensemble", action="store_true", help=text)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -300,7 +304,8 @@ def resume_command(args: argparse.Namespace) -> None:
     if checkpoint.epoch < options.num_epoch:
         show(f"resuming {args.checkpoint} after epoch {checkpoint.epoch}{changed}")
         return start(args, options, given, checkpoint)
-    reason = f"{args.checkpoint} already has {plural(checkpoint.epoch, 'epoch')}; give a larger --num-epoch to train on"
+    trained = f"{args.checkpoint} has been trained for {plural(checkpoint.epoch, 'epoch')}"
+    reason = f"{trained}; use a larger --num-epoch to continue"
     if "train_data" in given:
         reason += f", or use `train --init={shlex.quote(str(args.checkpoint))}` to start a new run from its weights"
     if changed:  # to be ignored

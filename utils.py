@@ -29,10 +29,11 @@ except ImportError:  # Windows
 T = TypeVar("T")
 # Windows has no SIGHUP.
 TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-TEMPORARY_SUFFIX = ".srcnn.part"  # of incomplete files
+TEMPORARY_SUFFIX = ".srcnn.part"  # suffix of incomplete files
 
 OUT_OF_MEMORY = (
-    *("out of memory", "allocate memory", "not enough memory", "std::bad_alloc"),  # the last but one on Windows
+    *("out of memory", "allocate memory", "std::bad_alloc"),
+    "not enough memory",  # Windows
     *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
 )
 OUT_OF_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python and C++
@@ -48,7 +49,7 @@ class CommandError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with examples below the help, and with usage errors in one line.
 
-    ``hints`` is advice by the names of options that do not exist, but that users of other programs may expect.
+    ``hints`` maps options that do not exist, but that users of other programs may expect, to advice.
     """
 
     def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
@@ -119,11 +120,11 @@ def path(text: str) -> Path:
 
 Message = tuple[str, bool]  # text, and whether it is for stderr
 OUTPUT = RLock()  # held while a message is printed, or while the messages of libraries are discarded
-COLLECTED: ContextVar[list[Message] | None] = ContextVar("COLLECTED", default=None)  # of this thread
+COLLECTED: ContextVar[list[Message] | None] = ContextVar("COLLECTED", default=None)  # messages of this thread
 
 
 def show(*lines: object, to_stderr: bool = False) -> None:
-    """Print lines, above progress bars."""
+    """Print lines above progress bars, with control characters escaped, or collect them (:func:`collect_messages`)."""
     message, collected = ("\n".join(map(printable, lines)), to_stderr), COLLECTED.get()
     if collected is None:
         show_collected([message])
@@ -156,12 +157,12 @@ def warn(message: str) -> None:
         LIMITS[-1].left -= 1
         if LIMITS[-1].left < 0:
             return
-        message += "; further warnings are left out" * (LIMITS[-1].left == 0)
+        message += "; further warnings are suppressed" * (LIMITS[-1].left == 0)
     show(f"WARNING: {one_line(message)}", to_stderr=True)
 
 
 class WarningLimit(contextlib.AbstractContextManager["WarningLimit"]):
-    """A limit on the number of warnings that are printed within contexts of it. The innermost context counts."""
+    """Limit on the number of warnings that are printed within the context. The innermost limit applies."""
 
     def __init__(self, maximum: int) -> None:
         self.left = maximum
@@ -224,7 +225,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def describe_error(error: Exception) -> str:
-    """Return one line for the user. Raises the error again if it is a bug."""
+    """Return one line for the user. Raise the error again if it is a bug."""
     if isinstance(error, CommandError | OSError):
         return one_line(error)
     if is_out_of_memory(error):
@@ -251,7 +252,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal as Ctrl-C, so that temporary files are removed."""
+    """Handle a signal like Ctrl-C, so that temporary files are removed."""
     raise KeyboardInterrupt(number)
 
 
@@ -269,13 +270,13 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | N
 
 @contextlib.contextmanager
 def flush_denormal() -> Iterator[None]:
-    """Compute without numbers close to zero, with which a hostile network could be forty times slower."""
+    """Flush denormals, numbers very close to zero, to zero: with them a hostile network could be forty times slower."""
     before = not torch.full((1,), 1e-39).mul(1).item()
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(before)  # a notebook goes on
+        torch.set_flush_denormal(before)  # a notebook keeps running
 
 
 # -------------------------------------------------------------------------------- files
@@ -301,7 +302,7 @@ class FileWithoutDescriptor(io.BufferedRandom):
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file, up to one byte more than ``max_bytes``. Raises CommandError."""
+    """Read a regular file, up to one byte more than ``max_bytes`` to show that it is larger. Raise CommandError."""
     try:
         with open(path, "rb", opener=open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -320,7 +321,7 @@ def open_without_waiting(path: str, flags: int) -> int:
 def atomic_write(path: Path, stop: Event | None = None) -> Iterator[FileWithoutDescriptor]:
     """Open a file that replaces ``path`` when it is complete, so that no reader ever finds half a file.
 
-    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
+    Raise CommandError if it cannot be written, or if another thread sets ``stop``.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -339,7 +340,7 @@ def atomic_write(path: Path, stop: Event | None = None) -> Iterator[FileWithoutD
 def create_temporary_file(path: Path, stack: contextlib.ExitStack) -> io.FileIO:
     """Create a file beside ``path``, locked and deleted by ``stack``.
 
-    Its name is random, since processes in two containers may have the same number. Until it is locked, another
+    Its name is random, since processes in two containers may have the same ID. Until it is locked, another
     process may remove it as stale; then the next attempt may succeed.
     """
     attempts = 0
@@ -367,7 +368,7 @@ def delete(file: io.FileIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder outlast a loss of power. Windows and some network drives cannot do that."""
+    """Make new names in a folder survive a power failure. Windows and some network drives cannot do that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -380,7 +381,7 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Lock a file or folder, and yield whether that is possible: Windows and some network drives have no locks.
 
-    Raises BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed meanwhile.
+    Raise BlockingIOError if another process has locked it, or FileNotFoundError if it has been removed in the meantime.
     """
     if not fcntl:
         yield False
@@ -409,7 +410,7 @@ def remove_stale_files(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents if they do not exist. Raises CommandError."""
+    """Create a folder and its parents if they do not exist. Raise CommandError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

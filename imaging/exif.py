@@ -11,12 +11,12 @@ PREFIX = b"Exif\0\0"
 SHORT, LONG, RATIONAL = 3, 4, 5  # types
 WIDTHS, HEIGHTS = (Base.ImageWidth, Base.ExifImageWidth), (Base.ImageLength, Base.ExifImageHeight)
 RESOLUTION = (Base.XResolution, Base.YResolution)
-NO_UNIT, INCH, CENTIMETER = 1, 2, 3  # of resolution
+NO_UNIT, INCH, CENTIMETER = 1, 2, 3  # units of resolution
 Rational = tuple[int, int, int]  # position, numerator and denominator
 
 
 class ExifData:
-    """EXIF data, which are a TIFF file without an image. Raises ValueError if they have no directory of tags."""
+    """EXIF data, which is a TIFF file without an image. Raise ValueError if it has no directory of tags."""
 
     def __init__(self, content: bytes) -> None:
         content = content.removeprefix(PREFIX).removeprefix(PREFIX)  # some programs write it twice
@@ -42,7 +42,7 @@ class ExifData:
     def read_entries(self, start: int) -> list[tuple[int, int]]:
         """Return the tags of a directory, and the positions of their entries of 12 bytes: tag, type, count, value.
 
-        None are returned if the directory would overlap the header or one that was read before.
+        Return an empty list if the directory would overlap the header or one that was read before.
         """
         end = min(start + 2 + 12 * self.read("H", start), len(self.content))
         if not self.is_free(start, end + 4):  # the position of the next directory follows
@@ -86,9 +86,9 @@ class ExifData:
 
 
 def edit_exif(content: bytes, size: tuple[int, int], scale: int = 1, orientation: int = 1) -> bytes:
-    """Return EXIF data for an image that has been turned upright and enlarged. Raises ValueError if they are damaged.
+    """Return EXIF data for an image that has been turned upright and enlarged. Raise ValueError if they are damaged.
 
-    Neither the length nor the places of tags change, so that the result can be edited again. A thumbnail is kept,
+    Neither the length nor the positions of tags change, so that the result can be edited again. A thumbnail is kept,
     unless the image has been turned.
 
     Parameters

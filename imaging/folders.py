@@ -15,7 +15,7 @@ class Listing(NamedTuple):
     """Images in a folder, sorted, and what is skipped, as text for messages; empty if there is nothing."""
 
     images: list[Path]
-    outputs: str  # of super_resolve.py
+    outputs: str  # earlier outputs of super_resolve.py
     other_files: str
     folders: str
 
@@ -46,11 +46,11 @@ def search_folder(folder: Path, recursive: bool | None = None) -> Listing:
     """
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable_formats()}
     found, skipped = [], 0
-    for place, folders, names in os.walk(folder, onerror=raise_error):
+    for parent, folders, names in os.walk(folder, onerror=raise_error):
         visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in visible if recursive and not Path(place, name).is_symlink()]
+        folders[:] = [name for name in visible if recursive and not Path(parent, name).is_symlink()]
         skipped += len(visible) - len(folders)
-        found += [Path(place, name) for name in names if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.is_file())
     images = [file for file in files if file.suffix.lower() in extensions]
     inputs = [file for file in images if not is_output(file)]

@@ -57,7 +57,7 @@ def writable(path: Path) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Return Pillow's name of the format for a path's extension. Raises CommandError if it is not in FORMATS."""
+    """Return Pillow's name of the format for a path's extension. Raise CommandError if it is not in FORMATS."""
     if not writable(path):
         raise CommandError(f"{path}: unsupported output format {path.suffix!r}; use one of {EXTENSIONS}")
     return Image.registered_extensions()[path.suffix.lower()]
@@ -84,7 +84,7 @@ def raw_mode(file: ImageFile) -> str:
 def sample_bits(file: ImageFile) -> int:
     """Return how many bits a file's samples have if that may be more than Pillow decodes, otherwise 8.
 
-    To be called before the file is decoded. Raises ValueError if Pillow would get the samples wrong.
+    To be called before the file is decoded. Raise ValueError if Pillow would get the samples wrong.
     """
     assert file.fp
     if file.format == "PPM" and file.tile[0][0].startswith("ppm") and file.mode != "1":
@@ -102,14 +102,14 @@ def sample_bits(file: ImageFile) -> int:
 
 
 def jpeg_2000_bits(file: IO[bytes]) -> int:
-    """Return how many bits the samples of a JPEG 2000 file have. Raises ValueError if Pillow would get them wrong."""
+    """Return how many bits the samples of a JPEG 2000 file have. Raise ValueError if Pillow would get them wrong."""
     file.seek(0)
     header = file.read().partition(b"\xff\x4f\xff\x51")[2]  # begins with 36 bytes about sizes
     components = header[38 : 38 + 3 * int.from_bytes(header[36:38], "big") : 3]  # bits - 1, and a sign
     if any(component & 0x80 for component in components):
         raise ValueError("its samples are signed, so their range is unknown; convert it to 8 bits, unsigned")
     bits = sorted({component + 1 for component in components})
-    if bits != [8] and not (len(components) == 1 and 8 <= bits[0] <= 16):  # in color, Pillow makes 12-bit white black
+    if bits != [8] and not (len(components) == 1 and 8 <= bits[0] <= 16):  # else Pillow may turn white black
         depths = ", ".join(map(str, bits))
         problem = f"JPEG 2000 with {depths} bits in {len(components)} components is not supported"
         raise ValueError(f"{problem}; convert it to 8 bits")

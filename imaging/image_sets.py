@@ -1,4 +1,4 @@
-"""Sets of HR images: in memory, or in files that are decoded when they are asked for."""
+"""Sets of HR images: in memory, or in files that are decoded on demand."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from PIL.ImageFile import ImageFile
 from imaging.images import MAX_PIXELS, check_size, open_image, read_hr
 from utils import CommandError, WarningLimit, one_line, progress_bar, show
 
-MAX_WARNINGS = 20  # about the images of a set
+MAX_WARNINGS = 20  # maximum number of warnings about the images of a set
 
 
 class ImageFiles(Mapping[str, Image.Image]):
-    """HR images by name, as :func:`read_hr` reads them, each decoded when it is asked for.
+    """HR images by name, as :func:`read_hr` reads them, each decoded on demand.
 
     Warnings about an image are printed when it is decoded for the first time, but no more than MAX_WARNINGS in all.
 
@@ -100,7 +100,8 @@ class ImageSet:
         training = self.select(f"without 1 of {hold_out}", lambda i: i % hold_out != hold_out // 2)
         test = self.select(f"1 of {hold_out}", lambda i: i % hold_out == hold_out // 2)
         if not (training.images and test.images):
-            raise CommandError(f"{self.name}: {len(self.images)} images are too few to hold out 1 of {hold_out}")
+            problem = f"too few images ({len(self.images)}) to hold out 1 of {hold_out}"
+            raise CommandError(f"{self.name}: {problem}; use another --hold-out")
         return training, test
 
     def select(self, part: str, keep: Callable[[int], bool]) -> "ImageSet":

@@ -25,7 +25,7 @@ from utils import CommandError, atomic_write, open_without_waiting, warn
 
 MAX_PIXELS = 2**28 // 3  # the largest image read by default; Pillow warns about larger ones
 STANDARD = Path("-")  # standard input or output
-PILLOW_SETTINGS = threading.RLock()  # held while an image is read, with settings that concern all threads
+PILLOW_SETTINGS = threading.RLock()  # held while an image is read, with settings that affect all threads
 
 
 # ------------------------------------------------------------------------------- reading
@@ -34,7 +34,7 @@ PILLOW_SETTINGS = threading.RLock()  # held while an image is read, with setting
 def read_image(path: Path, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
     """Decode an image and turn it upright.
 
-    Warns about further frames or pages, and about color of more than 8 bits, which is read as 8-bit.
+    Warn if there are further frames or pages, and if color of more than 8 bits is reduced to 8.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def decode(file: ImageFile, copy: bool = True) -> tuple[Image.Image, int]:
 def read_hr(path: Path, min_side: int, max_pixels: int = MAX_PIXELS, copy: bool = True) -> Image.Image:
     """Decode a ground truth as :func:`read_image` does, to 8-bit gray or RGB. Parameters as there.
 
-    Raises CommandError also if its width or height is below ``min_side``.
+    Raise CommandError also if its width or height is below ``min_side``.
     """
     image = flatten(read_image(path, max_pixels, copy))
     check_size(path, image.size, min_side)
@@ -83,7 +83,7 @@ def check_size(path: Path, size: tuple[int, int], min_side: int) -> None:
     """Raise CommandError unless width and height are at least ``min_side``."""
     if min(size) < min_side:
         minimum = f"{min_side}x{min_side}"
-        raise CommandError(f"{path}: {size[0]}x{size[1]} pixels are too few; the minimum is {minimum}")
+        raise CommandError(f"{path}: {size[0]}x{size[1]} pixels is too small; the minimum is {minimum}")
 
 
 @contextlib.contextmanager
@@ -147,12 +147,12 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_standard_input(max_bytes: int) -> io.BytesIO:
-    """Read all of standard input, since decoders need to seek. Raises CommandError if it exceeds ``max_bytes``."""
+    """Read all of standard input, since decoders need to seek. Raise CommandError if it exceeds ``max_bytes``."""
     if not sys.stdin:
         raise CommandError(f"{STANDARD}: standard input is closed")
     content = io.BytesIO(sys.stdin.buffer.read(max_bytes + 1))
     if len(content.getbuffer()) > max_bytes:
-        raise CommandError(f"{STANDARD}: more than {max_bytes:,} bytes are too many for an image")
+        raise CommandError(f"{STANDARD}: standard input exceeds the limit of {max_bytes:,} bytes")
     return content
 
 
@@ -162,7 +162,7 @@ def read_standard_input(max_bytes: int) -> io.BytesIO:
 def from_pillow(image: Image.Image) -> Image.Image:
     """Convert an image to what :func:`read_image` returns, whether or not its file is decoded yet.
 
-    Raises ValueError if Pillow cannot decode the file rightly.
+    Raise ValueError if Pillow cannot decode the file correctly.
     """
     if not (isinstance(image, ImageFile) and image.tile and image.fp):  # decoded, or not from a file
         return to_supported_mode(image)
@@ -241,11 +241,13 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """Convert an array to an image of a mode of :func:`read_image`. Raises ValueError if none fits."""
+    """Convert an array to an image of a mode of :func:`read_image`. Raise ValueError if none fits."""
     kinds: dict[str, list[tuple[int, ...]]] = {"uint8": [(), (2,), (3,), (4,)], "uint16": [()]}
     if not array.size or array.ndim < 2 or array.shape[2:] not in kinds.get(array.dtype.name, []):
         found = f"{array.dtype} of shape {array.shape}"
-        raise ValueError(f"an image is uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}")
+        raise ValueError(
+            f"an array must be uint8 of shape (h, w) or (h, w, 2 to 4), or uint16 of shape (h, w), not {found}"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -279,18 +281,18 @@ def check_output(path: Path, size: tuple[int, int], mode: str, format: str | Non
     elif mode == "I;16" and not limits.sixteen_bits:
         problem = f"{name} does not support 16-bit gray"
     elif max(size) > limits.max_side or width * height * pixel_bytes >= limits.max_bytes:
-        problem = f"{width}x{height} pixels are too many for {name}"
+        problem = f"{width}x{height} pixels is too large for {name}"
     else:
         return
-    raise CommandError(f"{path}: {problem}; write PNG instead, by --format=png or the name in --output")
+    raise CommandError(f"{path}: {problem}; use --format=png, or an --output name that ends in .png")
 
 
 def write_image(
     image: Image.Image, path: Path, info: dict, format: str | None = None, stop: threading.Event | None = None
 ) -> None:
-    """Write an image with metadata as imaging/metadata.py describes them.
+    """Write an image with metadata as imaging/metadata.py describes it.
 
-    Raises CommandError if it cannot be written, or if another thread sets ``stop``.
+    Raise CommandError if it cannot be written, or if another thread sets ``stop``.
     """
     format = format or format_of(path)
     if format == "GIF" and image.mode in ("LA", "RGBA"):  # GIF has no partial transparency

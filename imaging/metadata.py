@@ -111,11 +111,11 @@ def upscaled_metadata(info: Mapping[Any, Any], size: tuple[int, int], scale: int
 
 
 def save_options(info: Mapping[Any, Any], format: str, mode: str) -> tuple[dict[str, Any], list[str]]:
-    """Return Pillow's options for writing metadata in this format, and what to warn of: what it cannot store."""
+    """Return Pillow's options for writing metadata in this format, and warnings about what it cannot store."""
     limits, options, problems = FORMATS[format], dict(info), []
     profile, exif, chunks = (options.pop(key, None) for key in ("icc_profile", "exif", "pnginfo"))
     if profile and limits.max_profile and len(profile) > limits.max_profile:
-        problems.append(f"its ICC profile is left out: it is too large for {format}")
+        problems.append(f"its ICC profile is dropped, since it is too large for {format}")
         profile = None
     elif profile and (not limits.max_profile or (format == "WEBP" and mode in ("L", "LA"))):  # WebP has no gray
         if not is_srgb(profile):
@@ -125,7 +125,7 @@ def save_options(info: Mapping[Any, Any], format: str, mode: str) -> tuple[dict[
     if exif and len(exif) <= limits.max_exif:
         options["exif"] = exif
     elif exif and limits.max_exif:
-        problems.append(f"its EXIF data are left out: they are too large for {format}")
+        problems.append(f"its EXIF data is dropped, since it is too large for {format}")
     if chunks and format == "PNG":
         options["pnginfo"] = chunks
     elif chunks and (not info.get("icc_profile") or overrides_profile(chunks)) and not describes_srgb(chunks):

@@ -99,6 +99,10 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int) -> float:
     Returns
     -------
     dB; infinite for equal images
+
+    Raises
+    ------
+    ValueError if the shapes differ or are not among these, or if nothing is left inside ``shave``
     """
     return psnr(luma(a) - luma(b) for a, b in tiles(sr, hr, shave))
 
@@ -179,8 +183,9 @@ def gaussian_means(maps: np.ndarray) -> np.ndarray:
     weights = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * SIGMA**2))
     weights /= weights.sum()
     maps = np.lib.stride_tricks.sliding_window_view(maps, WINDOW, axis=1) @ weights  # over columns
-    maps = np.convolve(maps.ravel(), weights)[WINDOW - 1 :].reshape(maps.shape)  # over rows, joined into one, which is
-    return maps[..., : 1 - WINDOW]  # fastest; a row's last windows continue in the next row
+    # Joining all rows into one is fastest. The last windows of each row run into the next one, and are cut off.
+    maps = np.convolve(maps.ravel(), weights)[WINDOW - 1 :].reshape(maps.shape)  # over rows
+    return maps[..., : 1 - WINDOW]
 
 
 # -------------------------------------------------------------------------------- as text

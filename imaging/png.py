@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo, PngStream
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 COLOR = (b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
 METADATA = (*TEXT, *COLOR, b"pHYs", b"eXIf", b"bKGD", b"hIST", b"sBIT", b"sPLT", b"tIME")
-ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of the texts that can say it
+ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of the texts that can contain it
 # What sRGB would be: primaries, transfer function, matrix and range; gamma; white, red, green and blue as x and y.
 SRGB_CICP = bytes([1, 13, 0, 1])
 # Primaries and transfer functions that AVIF viewers show as sRGB: sRGB's, BT.709's, BT.601's, unspecified or missing.
@@ -38,14 +38,17 @@ class TolerantPngStream(PngStream):
         intact = is_intact(cid, content, self.fp.read(4))
         if intact and (cid not in TEXT or self.text_memory <= PngImagePlugin.MAX_TEXT_MEMORY):
             self.fp.seek(pos)
-            with contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error), self.text_apart(cid, content):
+            with (
+                contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error),
+                self.without_text(cid, content),
+            ):
                 return super().call(cid, pos, length)
         self.ignored.add(cid.decode())
         self.fp.seek(pos + length)
         return content
 
     @contextlib.contextmanager
-    def text_apart(self, cid: bytes, content: bytes) -> Iterator[None]:
+    def without_text(self, cid: bytes, content: bytes) -> Iterator[None]:
         """Keep a text out of the image's info, where its keyword could be that of something else."""
         info = self.im_info
         if cid in TEXT and content.split(b"\0")[0] not in ORIENTATION:
@@ -71,7 +74,7 @@ def is_intact(cid: bytes, content: bytes, checksum: bytes) -> bool:
 def tolerant_png() -> Iterator[set[str]]:
     """Let Pillow read PNG files with damaged or too large metadata, and yield the names of the chunks it ignores.
 
-    As a setting of Pillow, it also concerns other threads meanwhile.
+    This is a setting of Pillow, so it also affects other threads.
     """
     ignored: set[str] = set()
     stream = PngImagePlugin.PngStream

@@ -42,7 +42,7 @@ def digest(files: Iterable[tuple[str, bytes]]) -> str:
     """Return the digest that SETS lists, from the names and contents of a folder's files, read one at a time."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files}
     lines = (f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()  # names may be no UTF-8
+    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()  # names may not be valid UTF-8
 
 
 def fetch(names: Iterable[str], source: Path | None = None) -> None:
@@ -78,7 +78,7 @@ def fetch(names: Iterable[str], source: Path | None = None) -> None:
     for reason in reasons:
         show(reason, to_stderr=True)
     raise CommandError(
-        f"{problem}; download one of the addresses above elsewhere, and run `python data.py --from FILE`"
+        f"{problem}; download one of the files above elsewhere, and run `python data.py --from FILE` here"
     )
 
 
@@ -96,7 +96,7 @@ def download(url: str) -> io.BytesIO:
             if content.tell() > MAX_BYTES:
                 raise CommandError(f"larger than {MAX_BYTES >> 20} MiB, refused")
             if time.monotonic() > end:
-                raise CommandError(f"not done after {DEADLINE} seconds")
+                raise CommandError(f"timed out after {DEADLINE} seconds")
         if bar.total is not None and content.tell() != bar.total:
             raise CommandError(f"incomplete, {content.tell()} of {bar.total} bytes")
     return content
@@ -105,7 +105,7 @@ def download(url: str) -> io.BytesIO:
 def read_bmp_files(source: Path | io.BytesIO) -> dict[PurePath, bytes]:
     """Read the .bmp files in a folder or a zip archive, by path, without outputs of super_resolve.py.
 
-    Raises CommandError if it is neither.
+    Raise CommandError if it is neither.
     """
     if isinstance(source, Path):
         if source.is_dir():
@@ -147,13 +147,13 @@ def read_members(archive: zipfile.ZipFile) -> dict[PurePath, bytes]:
         if name.is_absolute() or ".." in name.parts or "\\" in str(name):
             raise CommandError(f"its path {str(name)!r} leads outside, refused")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
-            raise CommandError(f"{name} is compressed by another method than deflate, refused")
+            raise CommandError(f"{name} is not compressed with deflate, refused")
     selected = select(((name, member.file_size) for name, member in members.items()), "unpacks to")
     return {name: read_start(archive.open(members[name])) for name in selected}
 
 
 def select(sizes: Iterable[tuple[Name, int]], verb: str) -> list[Name]:
-    """Return the files that a published set may contain, from sizes in bytes. Raises CommandError if there are many."""
+    """Return the files that a published set may contain, from sizes in bytes. Raise CommandError if there are many."""
     selected, total = [], 0
     for count, (name, size) in enumerate(sizes, 1):
         total += size

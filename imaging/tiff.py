@@ -1,4 +1,4 @@
-"""Reading TIFF files safely and rightly."""
+"""Read TIFF files safely and correctly."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ NUMBERS += [Base.FillOrder, Base.Predictor, Base.InkSet, Base.NewSubfileType]
 LISTS = [Base.StripOffsets, Base.TileOffsets]
 LISTS += [Base.BitsPerSample, Base.SampleFormat, Base.ExtraSamples, Base.ColorMap]
 UNSIGNED = (3, 4, 16)  # types of tags: 16, 32 and 64 bits
-# Values that Pillow reads rightly. tests/imaging/test_tiff.py compares it with another decoder.
+# Values that Pillow reads correctly. tests/imaging/test_tiff.py compares it with another decoder.
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
 BITS: dict[int | None, tuple[int, ...]] = {
     WHITE_IS_ZERO: (1, 2, 4, 8, 16),
@@ -48,9 +48,9 @@ COMPRESSIONS = (1, *FAX, 6, JPEG, 32773, *WITH_PREDICTOR)  # 1: none, 6: old JPE
 
 @contextlib.contextmanager
 def tiff_decoder(source: IO[bytes]) -> Iterator[None]:
-    """Choose the decoder for a TIFF that is opened in this context. Other files are none of its business.
+    """Choose the decoder for a TIFF that is opened in this context. Files of other formats are left alone.
 
-    Raises ValueError if Pillow may get the samples wrong.
+    Raise ValueError if Pillow may get the samples wrong.
     """
     source.seek(0)
     header = source.read(16)
@@ -121,7 +121,7 @@ def layout_of(tags: ImageFileDirectory_v2) -> Layout:
 
 
 def check_layout(layout: Layout, tags: ImageFileDirectory_v2) -> None:
-    """Raise ValueError unless Pillow is known to read such samples rightly."""
+    """Raise ValueError unless Pillow is known to read such samples correctly."""
     extra = layout.extra
     planes: dict[int | None, bool]
     planes = {RGB: layout.samples == 3 or bool(extra), PALETTE: not extra, CMYK: True, YCBCR: True, CIELAB: False}
@@ -179,7 +179,7 @@ def tile_pixels(file: ImageFile) -> int:
 
 
 def load_pixels(file: ImageFile) -> None:
-    """Decode the first frame. It turns the pixels of a TIFF upright, and here also its resolution."""
+    """Decode the first frame. Pillow turns a TIFF's pixels upright, but not its resolution, which is swapped here."""
     if file.format != "TIFF":
         file.load()
         return

@@ -30,6 +30,7 @@ def _clean_environment(tmp_path, monkeypatch):
     """Run each test in an empty folder of its own, with a filled-in info.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("imaging.published_sets.MIRRORS", ())  # no test uses the network
     monkeypatch.setattr(speed, "MIN_SECONDS", math.inf)  # no warnings that depend on other programs
     monkeypatch.setattr(progress, "info", Info("Chan Tai Man", "1155123456", "ctm@example.com"))
     yield
@@ -37,8 +38,8 @@ def _clean_environment(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def _heeded():
-    """Signals as in an interactive shell: a background job ignores SIGINT, and nohup ignores SIGHUP."""
+def _default_signal_handlers():
+    """Handle signals as in an interactive shell: a background job ignores SIGINT, and nohup ignores SIGHUP."""
     heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
     yield
@@ -117,7 +118,7 @@ def scale():
 
 @pytest.fixture
 def pictures(tmp_path, scale):
-    """Write a 30x30 LR image (lr.bmp), its ground truth (hr.png), and a network (net) that changes bicubic clearly."""
+    """Write a 30x30 LR image (lr.bmp), its ground truth (hr.png), and a network (net) whose output is not bicubic."""
     lr, hr = degrade(generated_image(30 * scale), scale)
     lr.save("lr.bmp")
     hr.save("hr.png")

@@ -1,4 +1,4 @@
-"""Write the same files in several processes that have one number, as in containers: `python tests/contention.py 40`."""
+"""Write the same files in several processes with the same ID, as in containers: `python tests/contention.py 40`."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import utils
 
 
 def write(seed: int, end: float) -> Counter[str]:
-    """Write random files until the time has come, and read what is there after each; count what happens."""
+    """Write random files until ``end``, read each back, and count the outcomes."""
     rng, counts = random.Random(seed), Counter[str]()
     while time.time() < end:
         path, content = Path(f"file{rng.randrange(3)}"), rng.randbytes(rng.choice([10, 1000, 200_000]))
@@ -32,7 +32,7 @@ def write(seed: int, end: float) -> Counter[str]:
 
 
 def remove(seed: int, end: float) -> Counter[str]:
-    """Remove stale files all the time."""
+    """Remove stale files until ``end``."""
     counts = Counter[str]()
     while time.time() < end:
         try:
@@ -44,19 +44,22 @@ def remove(seed: int, end: float) -> Counter[str]:
 
 def main(seconds: float) -> None:
     os.chdir(tempfile.mkdtemp())
-    numbers, end, counts = [], time.time() + seconds, Counter[str]()
+    pids, end, counts = [], time.time() + seconds, Counter[str]()
     for seed, role in enumerate([write, write, write, write, remove, remove]):
-        if number := os.fork():
-            numbers.append(number)
+        if pid := os.fork():
+            pids.append(pid)
             continue
         os.getpid = lambda: 1
         Path(f"counts{seed}").write_text(json.dumps(role(seed, end)))
         os._exit(0)
-    for seed, number in enumerate(numbers):
-        os.waitpid(number, 0)
+    for seed, pid in enumerate(pids):
+        os.waitpid(pid, 0)
         counts.update(json.loads(Path(f"counts{seed}").read_text()))
     left = [name for name in os.listdir() if name.endswith(utils.TEMPORARY_SUFFIX)]
     print(f"{dict(counts)}, {len(left)} temporary files left")
+    assert counts["good"]
+    assert not counts["damaged"]
+    assert not left
 
 
 if __name__ == "__main__":

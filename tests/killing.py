@@ -1,5 +1,6 @@
 """Kill training runs at random moments, resume them, and compare their results: `python tests/killing.py 100`."""
 
+import json
 import os
 import random
 import signal
@@ -23,9 +24,9 @@ EPOCHS = 6
 
 
 def start(*arguments: object) -> int:
-    """Run train.py in a new process, which is forked so that it need not import anything; return its id."""
-    if number := os.fork():
-        return number
+    """Run train.py in a new process, which is forked so that it need not import anything; return its ID."""
+    if pid := os.fork():
+        return pid
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.argv = ["train.py", *map(str, arguments)]
     try:
@@ -73,11 +74,11 @@ def main(kills: int) -> None:
         while True:
             last = folder / "checkpoint.last"
             resumed += last.exists()
-            number = start("resume", last) if last.exists() else start("train", *options, f"--output={folder}")
+            pid = start("resume", last) if last.exists() else start("train", *options, f"--output={folder}")
             time.sleep(rng.uniform(0, length))
             if killed < kills:
-                os.kill(number, signal.SIGKILL)
-            status = os.waitpid(number, 0)[1]
+                os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
             killed += os.WIFSIGNALED(status)
             halves += len(list(folder.glob(".checkpoint.*.part")))
             assert status in (0, signal.SIGKILL), status
@@ -86,7 +87,7 @@ def main(kills: int) -> None:
                 break
         check_end(folder, wanted)
         runs += 1
-    print(f"{killed} kills, {halves} of them in a file; {resumed} times resumed; {runs} runs with the same end")
+    print(json.dumps({"kills": killed, "partial files": halves, "resumed": resumed, "runs with the same end": runs}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""New processes, forked from a server that has imported the libraries already, which takes seconds of CPU time.
+"""New processes, forked from a server that has already imported the libraries, since importing them takes seconds.
 
 This file imports nothing of the project, so that a script that runs in such a process imports its own modules.
 """

@@ -40,7 +40,7 @@ def test_other_images_are_not_named_like_published_set(tmp_path, folder, name):
     assert (image_set.name, list(image_set.images)) == (name, ["baby"])
 
 
-def test_set_may_have_file_names_that_are_no_utf8(tmp_path):
+def test_set_may_have_file_names_that_are_not_utf8(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / os.fsdecode(b"\xff.bmp"))
     image_set = data.load_images(str(tmp_path), "train")
     assert (image_set.name, list(image_set.images)) == (tmp_path.name, ["\\udcff"])
@@ -95,7 +95,7 @@ def test_only_ground_truths_are_tested_on(tmp_path, capfd, hr, lr):
     assert_one_line(capfd.readouterr().err, "WARNING", tmp_path, "2 images", f"_{hr}")
 
 
-def test_name_in_hr_has_no_meaning_without_lr_images(tmp_path, capfd):
+def test_hr_suffix_has_no_meaning_without_lr_images(tmp_path, capfd):
     for name in ("a_HR.png", "b.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     assert list(data.load_images(str(tmp_path), "test").images) == ["a_HR", "b"]
@@ -105,9 +105,12 @@ def test_name_in_hr_has_no_meaning_without_lr_images(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("folder", "problem"),
     [
-        ("", "^: no such folder of images; give it with --train-data=DIR$"),
-        ("small/a.png", r"^small/a\.png: no such folder of images; give it with --train-data=DIR$"),
-        ("no/Set5", r"^no/Set5: .*; `python data\.py` downloads Set5, or give its place with --train-data=DIR$"),
+        ("", "^: no such folder of images; specify an existing folder with --train-data=DIR$"),
+        ("small/a.png", r"^small/a\.png: no such folder of images; specify an existing folder with --train-data=DIR$"),
+        (
+            "no/Set5",
+            r"^no/Set5: .*; run `python data\.py` to download Set5, or specify an existing folder with --train-data=D",
+        ),
         ("small", r"^small/a\.png: 8x20 pixels .*9x9$"),
     ],
 )
@@ -128,7 +131,7 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path, capfd):
     a, c, d = capfd.readouterr().err.splitlines()
     assert a.startswith(f"error: {tmp_path}/a.png: not an image")
     assert c.startswith(f"error: {tmp_path}/c\\x1b.png: not an image")
-    assert d == f"error: {tmp_path}/d.png: 9x8 pixels are too few; the minimum is 9x9"
+    assert d == f"error: {tmp_path}/d.png: 9x8 pixels is too small; the minimum is 9x9"
 
 
 def test_missing_folder_on_another_node_is_named_with_node(monkeypatch):
@@ -140,7 +143,7 @@ def test_missing_folder_on_another_node_is_named_with_node(monkeypatch):
 @pytest.mark.parametrize("other", [("train", 1), ("test", 2)], ids=["fewer images", "other images of same sizes"])
 def test_nodes_must_have_same_training_images(monkeypatch, other):
     checksums, images = [], dead_leaves("train", 2, 30)
-    monkeypatch.setattr(data, "gather", lambda own: checksums.append(own) or checksums)  # one more node at each call
+    monkeypatch.setattr(data, "all_gather", lambda own: checksums.append(own) or checksums)  # a node more at each call
     monkeypatch.setattr(data, "load_images", lambda *_: data.ImageSet("leaves", images))
     for _ in range(2):
         assert data.load_sets("dead-leaves", "dead-leaves", 0, 3)[0].images == images
@@ -152,7 +155,7 @@ def test_nodes_must_have_same_training_images(monkeypatch, other):
 # -------------------------------------------------------------------------- large sets
 
 
-def test_images_of_large_set_are_decoded_when_they_are_asked_for(photos, monkeypatch):
+def test_large_set_has_the_same_images_as_a_small_one(photos, monkeypatch):
     small, large = (data.load_images(str(photos), "test", pixels) for pixels in (math.inf, 0))
     assert isinstance(large.images, ImageFiles)
     assert (large.name, list(large.images)) == (small.name, list(small.images))
@@ -192,10 +195,10 @@ def test_bad_headers_of_large_set_are_named(tmp_path, capfd):
         data.load_images(str(tmp_path), "train", 100)
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith(f"error: {tmp_path}/1.png: not an image")
-    assert second == f"error: {tmp_path}/3.png: 8x20 pixels are too few; the minimum is 9x9"
+    assert second == f"error: {tmp_path}/3.png: 8x20 pixels is too small; the minimum is 9x9"
 
 
-def test_image_of_large_set_is_warned_of_once(tmp_path, capfd):
+def test_warning_about_image_of_large_set_is_shown_once(tmp_path, capfd):
     Image.new("L", (30, 30)).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (30, 30), 9)])
     images = data.load_images(str(tmp_path), "train", 0).images
     for _ in range(3):
@@ -218,7 +221,9 @@ def test_split_holds_out_one_of_so_many_images(hold_out, held_out):
 
 @pytest.mark.parametrize("hold_out", [1, 12])
 def test_split_into_empty_set_is_refused(hold_out):
-    with pytest.raises(CommandError, match=f"^x: 5 images .*1 of {hold_out}$"):
+    with pytest.raises(
+        CommandError, match=f"^x: too few images .5. to hold out 1 of {hold_out}; use another --hold-out$"
+    ):
         FIVE.split(hold_out)
 
 
@@ -231,9 +236,9 @@ def test_fingerprint_depends_on_sizes_and_pixels_but_not_on_names_and_order():
     assert len(set(found)) == 4
 
 
-def test_test_set_whose_figures_no_checkpoint_has_room_for_is_refused(photos, monkeypatch):
+def test_too_many_test_images_are_refused(photos, monkeypatch):
     monkeypatch.setattr(data, "MAX_TEST_IMAGES", 4)
-    with pytest.raises(CommandError, match=f"^{photos.name}: at most 4 images can be tested on, not 5$"):
+    with pytest.raises(CommandError, match=f"^{photos.name}: 5 test images are too many; the maximum is 4$"):
         data.load_sets(str(photos), str(photos), 0, 3)
     assert len(data.load_sets(str(photos), "none", 2, 3)[1].images) == 2
 
@@ -281,9 +286,9 @@ def test_gray_image_is_measured_as_gray_and_trained_on_as_rgb():
 @pytest.mark.parametrize(
     ("given", "replaced", "facts"),
     [
-        ({}, ("train_data", "test_data"), ("TRAIN_DATA AND TEST_DATA", "91-image and Set5")),
-        ({"test_data": "here"}, ("train_data",), ("TRAIN_DATA", "91-image")),
-        ({"train_data": "here"}, ("test_data",), ("TEST_DATA", "Set5")),
+        ({}, ("train_data", "test_data"), ("--train-data AND --test-data", "91-image and Set5")),
+        ({"test_data": "here"}, ("train_data",), ("--train-data", "91-image")),
+        ({"train_data": "here"}, ("test_data",), ("--test-data", "Set5")),
         ({"train_data": "here", "hold_out": 2}, (), ()),
         ({"train_data": "dead-leaves", "test_data": "dead-leaves"}, (), ()),
     ],
@@ -298,8 +303,8 @@ def test_new_run_replaces_missing_default_set_by_generated_images(offline, capfd
     if replaced:
         address, warning = err.splitlines()
         assert address.startswith("http://127.0.0.1:9/archive.zip: ")
-        assert warning.startswith("WARNING: GENERATED IMAGES ARE USED AS {}: cannot fetch {}; ".format(*facts))
-        assert warning.endswith("`python data.py --from FILE`")
+        assert warning.startswith("WARNING: GENERATED IMAGES ARE USED FOR {}: cannot fetch {}; ".format(*facts))
+        assert warning.endswith("`python data.py --from FILE` here")
     else:
         assert err == ""
 
@@ -312,7 +317,7 @@ def test_only_the_set_that_is_not_found_is_replaced(monkeypatch, capfd):
     monkeypatch.setattr(data.published_sets, "fetch", fetch)
     found = data.find_data(Options().folders(), {}, fresh=True)
     assert found == {"train_data": "data/91-image", "test_data": "dead-leaves"}
-    assert capfd.readouterr().err == "WARNING: GENERATED IMAGES ARE USED AS TEST_DATA: cannot fetch Set5\n"
+    assert capfd.readouterr().err == "WARNING: GENERATED IMAGES ARE USED FOR --test-data: cannot fetch Set5\n"
 
 
 @pytest.mark.parametrize(
@@ -320,8 +325,12 @@ def test_only_the_set_that_is_not_found_is_replaced(monkeypatch, capfd):
     [
         ({"train_data": "data/91-image"}, True, "^data/91-image: no such .* --train-data=DIR$"),
         ({"test_data": "here"}, True, "^here: no such .* --test-data=DIR$"),
-        ({}, False, "^cannot fetch 91-image and Set5; .* or give --train-data and --test-data$"),
-        ({"hold_out": 2}, False, "^cannot fetch 91-image; .* or give --train-data$"),
+        (
+            {},
+            False,
+            "^cannot fetch 91-image and Set5; .* or specify another folder with --train-data=DIR and --test-data=DIR$",
+        ),
+        ({"hold_out": 2}, False, "^cannot fetch 91-image; .* or specify another folder with --train-data=DIR$"),
     ],
     ids=["training folder given", "test folder given", "run resumed", "run with held-out images resumed"],
 )

@@ -10,7 +10,7 @@ from helpers import ROOT, trained_model
 def test_exported_network_computes_same_function():
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/onnx.md").read_text(), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/onnx.md").read_text("utf-8"), re.S)
     exec(code, {})
     session = runtime.InferenceSession("srcnn.onnx")
     torch.manual_seed(0)

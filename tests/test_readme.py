@@ -21,8 +21,8 @@ from tools import bench
 from training.grid_patches import course_psnr
 from training.options import Options, given_options
 
-README = (ROOT / "README.md").read_text()
-DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text("utf-8")
+DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def commands(page):
@@ -73,8 +73,8 @@ def make(monkeypatch):
 
 
 def test_pictures_are_what_program_makes(make):
-    """Another processor may round otherwise, and another matplotlib may draw an edge otherwise."""
-    pytest.importorskip("matplotlib", "3.11", "matplotlib before 3.11 sets text otherwise")
+    """Another processor may round differently, and another matplotlib may draw an edge differently."""
+    pytest.importorskip("matplotlib", "3.11", "matplotlib before 3.11 sets text differently")
     picture, gain = make.comparison(Path("."))
     assert gain > 1.5  # dB on luma
     for new, name in ((Image.open("lr.bmp"), "lr.bmp"), (Image.open("hr.png"), "hr.png"), (picture, "comparison.png")):
@@ -83,7 +83,6 @@ def test_pictures_are_what_program_makes(make):
         difference = np.abs(np.subtract(new, old, dtype=float))
         assert difference.mean() < 1, name
         assert (difference > 1).mean() < 0.01, name
-        assert name != "comparison.png" or difference[:48].mean() < 2, "labels"
 
 
 def test_speed_chart_shows_figures_of_its_page(make):
@@ -92,10 +91,18 @@ def test_speed_chart_shows_figures_of_its_page(make):
     assert [bar.get_width() for bar in axes.patches] == list(map(float, rows))
 
 
-def test_links_lead_to_files_and_to_every_page():
-    for folder, page in ((ROOT, README), *((ROOT / "docs", page) for page in DOCS.values())):
-        for target in re.findall(r"\]\(([^)#]+)\)", page):
-            assert target.startswith("https://") or (folder / target).is_file(), target
+def anchors(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall("^#+ (.*)", page, re.M)}
+
+
+def test_links_lead_to_files_and_headings_and_to_every_page():
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text("utf-8")):
+            if not target.startswith("https://"):
+                file = path.parent / target if target else path
+                assert file.is_file(), target
+                assert not anchor or anchor in anchors(file.read_text("utf-8")), (path.name, target, anchor)
     for name in DOCS:
         assert f"(docs/{name})" in README
 
@@ -117,8 +124,8 @@ def test_shipped_checkpoint_has_figures_of_docs(real_data, scale, self_ensemble)
     psnr, ssim = row_of(DOCS["scales.md"], name)[scale - 2]
     assert found.psnr_y == pytest.approx(psnr, abs=0.006)
     assert found.ssim_y == pytest.approx(ssim, abs=0.0002)
-    if scale == 3:
-        row = row_of(README, "the same, self-ensemble" if self_ensemble else "**`checkpoint.pth`**")
+    if scale == 3 and not self_ensemble:
+        row = row_of(README, "**`checkpoint.pth`**")
         assert (found.psnr_y, found.psnr_rgb) == pytest.approx((*row[0], *row[1]), abs=0.006)
     if not self_ensemble:
         bicubic = report.mean.bicubic

@@ -7,12 +7,14 @@ import re
 import pytest
 from helpers import ROOT
 
-TABLE = re.findall(r"^\| `([\w/]+)\.py` \|", (ROOT / "docs" / "files.md").read_text(), re.M)  # from top to bottom
+TABLE = re.findall(
+    r"^\| `([\w/]+)\.py` \|", (ROOT / "docs" / "files.md").read_text("utf-8"), re.M
+)  # from top to bottom
 
 
 def imported_names(path):
     """Return the names that a file imports, such as "torch.nn" and "imaging.images.bicubic"."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     return names | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
@@ -21,7 +23,7 @@ def imported_names(path):
 @pytest.mark.parametrize("file", [file for file in TABLE if file != "utils"])
 def test_only_utils_writes_to_the_terminal(file):
     """Its functions escape control characters in foreign text."""
-    nodes = ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))
+    nodes = ast.walk(ast.parse((ROOT / f"{file}.py").read_text("utf-8")))
     calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
     assert not {"print", "tqdm", "tqdm.write", "sys.stdout.write", "sys.stderr.write"} & calls
 

@@ -80,7 +80,7 @@ def test_scale_that_contradicts_checkpoint_is_refused(cli, pictures):
     before = contents()
     status, out, err = cli(*COMMAND, "lr.bmp", "--scale=2")
     assert (status, out) == (1, "")
-    assert err == "error: --scale=2 contradicts --checkpoint=net, which is for x3; leave out one of them\n"
+    assert err == "error: --scale=2 contradicts --checkpoint=net, which is for x3; remove one of them\n"
     assert contents() == before
 
 
@@ -137,7 +137,9 @@ def test_pipes_carry_only_the_image(pictures):
 
 
 @pytest.mark.usefixtures("pictures")
-@pytest.mark.parametrize(("max_pixels", "problem"), [(1, "-: more than 16 bytes"), (2, "-: not an image")])
+@pytest.mark.parametrize(
+    ("max_pixels", "problem"), [(1, "-: standard input exceeds the limit of 16 bytes"), (2, "-: not an image")]
+)
 def test_standard_input_that_is_too_long_or_no_image_is_refused(cli, monkeypatch, max_pixels, problem):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(17))))
     status, out, err = cli(*COMMAND, "-", "--output=a.png", f"--max-pixels={max_pixels}")
@@ -165,7 +167,7 @@ def test_invalid_image_is_reported_last_and_others_are_upscaled(cli, pictures):
     assert sorted(os.listdir("o/p")) == sorted(names)
 
 
-def test_output_that_is_impossible_fails_alone_and_before_it_is_computed(cli, pictures, monkeypatch):
+def test_impossible_output_fails_before_upscaling_and_stops_no_other(cli, pictures, monkeypatch):
     names = ["a.jpg", "a.png", "deep/a.png", f"{'x' * 250}.png"]
     Path("deep").mkdir()
     for name in names:
@@ -203,7 +205,8 @@ def test_skip_existing_upscales_only_missing_outputs(cli, batch):
 
 def test_skip_existing_upscales_images_without_comparison_again(cli, batch):
     assert cli(*batch)[0] == 0
-    assert cli(*batch)[1] == "0 of 3 images upscaled in 0:00:00, 3 images already had an output\n"
+    out = cli(*batch)[1]
+    assert re.fullmatch(r"0 of 3 images upscaled in 0:\d\d:\d\d, 3 images already had an output\n", out)
     out = cli(*batch, "--ground-truth=hr")[1]
     assert list(rows_of(out)) == ["in/a.png", "in/sub/a.png", "in/sub/deeper/b.png", "hr"]
 
@@ -262,7 +265,10 @@ def test_psnr_is_measured_in_mode_and_size_of_ground_truth(cli, pictures, change
         ("missing.bmp", "missing.bmp: no such file"),
         ("lr.bmp --ground-truth=small.png", "small.png: 89x90 is not 3 times 30x30\n"),
         ("lr.bmp --ground-truth=large.png", "large.png: 90x93 is not 3 times 30x30\n"),
-        ("lr.bmp --ground-truth=hr2.png", "hr2.png: 60x61 is not 3 times 30x30; it fits x2\n"),
+        (
+            "lr.bmp --ground-truth=hr2.png",
+            "hr2.png: 60x61 is not 3 times 30x30; it fits x2, so use a checkpoint for that\n",
+        ),
         ("dot.png --ground-truth=lr.png", "lr.png: 3x3"),
         ("lr.bmp --output=nowhere/a.bmp", "nowhere/a.bmp: no such folder"),
     ],
@@ -284,8 +290,8 @@ def test_invalid_input_is_reported_in_one_line_and_writes_nothing(cli, arguments
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("wide.png --format=jpg", "wide_srcnn_x4.jpg: 65536x4 pixels are too many for JPEG; "),
-        ("dot.png --ground-truth=small.png", "small.png: 11x11 pixels are too few; the minimum is 12x12"),
+        ("wide.png --format=jpg", "wide_srcnn_x4.jpg: 65536x4 pixels is too large for JPEG; "),
+        ("dot.png --ground-truth=small.png", "small.png: 11x11 pixels is too small; the minimum is 12x12"),
     ],
 )
 def test_limits_of_size_depend_on_scale(cli, scale, arguments, problem):
@@ -341,7 +347,7 @@ def test_upscale_converts_palette_images_to_rgb(pictures):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 9, 9), "uint8"), ((9, 9), float), ((9, 0), "uint8"), (9, "uint8")])
 def test_upscale_refuses_arrays_that_are_not_images(shape, dtype):
-    with pytest.raises(ValueError, match="an image is uint8 of shape"):
+    with pytest.raises(ValueError, match="an array must be uint8 of shape"):
         upscale(np.zeros(shape, dtype))
 
 
@@ -358,13 +364,13 @@ def test_scale_that_does_not_exist_is_refused(pictures, wrong):
             call()
 
 
-def test_scale_may_be_an_integer_of_numpy(pictures):
+def test_scale_may_be_a_numpy_integer(pictures):
     assert upscale(pictures[0], scale=np.int64(2)).size == (60, 60)
 
 
 @pytest.mark.parametrize("wrong", [2, 0, "net", SRCNN()], ids=["scale", "zero", "path", "network"])
 def test_upscaler_of_another_type_is_refused(pictures, wrong):
-    with pytest.raises(TypeError, match=r"^an upscaler is a result of load_upscaler, not "):
+    with pytest.raises(TypeError, match=r"^the upscaler must come from load_upscaler, not "):
         upscale(pictures[0], wrong)
 
 
@@ -374,7 +380,10 @@ def test_file_of_another_scale_in_place_of_a_shipped_one_is_refused(cli, picture
     for option in ([], ["--scale=3"]):
         status, _, err = cli("super_resolve.py", "lr.bmp", *option)
         assert status == 1
-        assert_one_line(err, f"error: {tmp_path / 'checkpoint.pth'} is for x4, not the shipped one; use --checkpoint")
+        assert_one_line(
+            err,
+            f"error: {tmp_path / 'checkpoint.pth'} is for x4, so it is not the one shipped for x3; use --checkpoint",
+        )
 
 
 def test_scale_that_contradicts_upscaler_is_refused(pictures):

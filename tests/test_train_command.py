@@ -90,7 +90,7 @@ def test_assignment_recipe_saves_its_defaults_and_resumes_exactly(train_small):
     ("recipe", "content", "origin"),
     [
         ("default", trained_content, "epoch 1, 31.000 dB Y on photos"),
-        ("assignment", course_content, "epoch 2, 27.500 dB, on an unnamed set"),
+        ("assignment", course_content, "epoch 2, 27.500 dB, on an unknown set"),
     ],
 )
 def test_init_starts_new_run_from_weights_of_checkpoint(train_small, recipe, content, origin):
@@ -133,7 +133,7 @@ def test_resume_and_inspect_use_scale_of_checkpoint(train_small, cli, photos):
     assert saved["args"]["scale"] == 2
     status, out, _ = cli("train.py", "inspect", "b/checkpoint.2", f"--test-data={photos}", "--json")
     assert status == 0
-    for name, scores in json.loads(out)["report"]["images"].items():  # another memory layout rounds otherwise
+    for name, scores in json.loads(out)["report"]["images"].items():  # layouts in memory round differently
         assert saved["report"]["images"][name] == pytest.approx(scores, abs=0.002)
     assert "SRCNN 9-1-5 x2, 20,099 parameters" in cli("train.py", "inspect", "b/checkpoint.2")[1]
 
@@ -216,16 +216,16 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
         ),
         ("train --no-such", 2, "--no-such"),
         ("train --scale=5", 2, "--scale: invalid choice"),
-        ("train --patch-size=32", 2, "--patch-size must be a multiple of the scale, 3, not 32"),
-        ("train --scale=4 --patch-size=33", 2, "--patch-size must be a multiple of the scale, 4, not 33"),
-        ("train --scale=2 --recipe=assignment", 2, "--recipe=assignment is for x3 only, and the scale is 2"),
-        ("train --init=doubled --recipe=assignment", 1, "--recipe=assignment is for x3 only, and the scale is 2"),
+        ("train --patch-size=32", 2, "--patch-size=32 is not a multiple of the scale, 3"),
+        ("train --scale=4 --patch-size=33", 2, "--patch-size=33 is not a multiple of the scale, 4"),
+        ("train --scale=2 --recipe=assignment", 2, "--recipe=assignment is for x3 only, not x2"),
+        ("train --init=doubled --recipe=assignment", 1, "--recipe=assignment is for x3 only, not x2"),
         ("resume x --scale=2", 2, "--scale is fixed at the start of a run"),
-        ("resume doubled --num-epoch=9 --patch-size=33", 1, "--patch-size must be a multiple of the scale, 2, not 33"),
+        ("resume doubled --num-epoch=9 --patch-size=33", 1, "--patch-size=33 is not a multiple of the scale, 2"),
         ("inspect doubled --protocol=course", 1, "doubled is for x2, and the course's protocol for x3 only"),
-        ("inspect x --self-ensemble", 2, "--self-ensemble needs --test-data"),
-        ("inspect x --scale=2", 2, "--scale=2; it is the checkpoint's (see train.py inspect --help)"),
-        ("inspect x --batch-size=8", 2, "--batch-size needs --protocol=course"),
+        ("inspect x --self-ensemble", 2, "--self-ensemble requires --test-data"),
+        ("inspect x --scale=2", 2, "--scale=2; the scale is that of the checkpoint (see train.py inspect --help)"),
+        ("inspect x --batch-size=8", 2, "--batch-size requires --protocol=course"),
         ("train --hold-out=2", 2, "--hold-out"),
         ("train --init=", 2, "--init: must not be empty"),
         ("train --init=missing", 1, "missing: cannot be read"),
@@ -234,8 +234,8 @@ def test_progress_bar_shows_loss_and_speed_on_terminal(train_small, monkeypatch)
         ("resume x --hold-out=2 --test-data=empty", 2, "--test-data"),
         ("resume held --test-data=empty", 1, "add --hold-out=0"),
         ("resume x --seed 3", 2, "--seed is fixed"),
-        ("resume x --num-epoch=2", 1, "x already has 2 epochs"),
-        ("inspect x --test-data=data/Set5", 1, "`python data.py` downloads Set5"),
+        ("resume x --num-epoch=2", 1, "x has been trained for 2 epochs"),
+        ("inspect x --test-data=data/Set5", 1, "run `python data.py` to download Set5"),
         ("resume x --num-epoch=1", 1, "--num-epoch"),
         ("train --recipe=assignment --precision=bf16", 1, "--precision"),
         ("train --train-data=missing", 1, "missing"),

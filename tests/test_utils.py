@@ -145,7 +145,7 @@ class NotebookStream:
         (None, 0, ""),
         (CommandError("no"), 1, "error: no\n"),
         (BrokenPipeError(), 1, ""),
-        (KeyboardInterrupt(), 130, "i"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=repr,
 )
@@ -165,7 +165,7 @@ def test_command_runs_in_a_notebook_and_leaves_it_as_it_was(monkeypatch, error, 
     with pytest.raises(SystemExit) as end:
         utils.run_command(main)
     assert (end.value.code, streams["stdout"].text) == (status, "result\n")
-    assert streams["stderr"].text.rpartition("\r")[2].startswith(message)  # after the progress bar
+    assert streams["stderr"].text.rpartition("\r")[2] == message  # after the progress bar
     assert {name: getattr(sys, name) for name in streams} == streams
     assert [signal.getsignal(number) for number in utils.TERMINATION_SIGNALS] == handlers
     assert (torch.full((1,), 1e-39) * 1).count_nonzero().item() == 1 - flushes
@@ -220,7 +220,7 @@ def test_command_prints_to_limited_outputs(shell, out, err):
     assert (end.returncode, end.stdout.strip(), end.stderr.strip()) == (0, out, err)
 
 
-@pytest.mark.usefixtures("_heeded")
+@pytest.mark.usefixtures("_default_signal_handlers")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_leaves_no_temporary_file(capsys, number, status):
     def main():
@@ -382,7 +382,7 @@ def test_missing_folder_is_named():
         pass
 
 
-def test_file_names_may_be_no_utf8(capsys):
+def test_file_names_need_not_be_utf8(capsys):
     name = os.fsdecode(b"\xff.bmp")
     with atomic_write(Path(name)) as file:
         Path(f".{name}{TEMPORARY_SUFFIX}").touch()
@@ -428,4 +428,4 @@ def test_warnings_are_limited_within_the_context_only(capfd):
             warn(text)
     warn("d")
     err = capfd.readouterr().err
-    assert err == "WARNING: a\nWARNING: b; further warnings are left out\nWARNING: d\n"
+    assert err == "WARNING: a\nWARNING: b; further warnings are suppressed\nWARNING: d\n"

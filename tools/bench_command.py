@@ -20,7 +20,7 @@ from super_resolve import load_upscaler
 from tools.measuring import REPETITIONS, in_child, markdown
 from utils import CommandError, progress_bar
 
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WebP")
+TIMED_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WebP")
 SIZE = (2000, 1500)  # width and height of the LR images
 STRIP = 150  # height of the strips that they consist of
 IMAGES = 6  # number of images in a folder
@@ -44,7 +44,7 @@ class FormatMeasurement(NamedTuple):
 def cut_strips(folder: Path) -> list[Image.Image]:
     """Cut the images of a folder into RGB strips of one height, up to as many as the LR images need.
 
-    Raises CommandError if all images are smaller.
+    Raise CommandError if all images are smaller.
     """
     strips, missing = [], IMAGES * SIZE[0] * SIZE[1]  # pixels
     for image in load_images(str(folder), "train", 0).images.values():
@@ -75,7 +75,7 @@ def mosaic(strips: list[Image.Image], number: int) -> Image.Image:
 
 
 def run_script(*arguments: object) -> float:
-    """Run Python with arguments and return the seconds until it ends. Raises CommandError if it fails."""
+    """Run Python with arguments and return the seconds until it ends. Raise CommandError if it fails."""
     start = perf_counter()
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, errors="replace")
     seconds = perf_counter() - start
@@ -117,7 +117,7 @@ def measure_command(folder: Path) -> list[FormatMeasurement]:
     """Measure the command on images that are made of those in a folder, in each format."""
     strips = cut_strips(folder)
     images = [mosaic(strips, number) for number in range(IMAGES)]
-    return [measure_format(format, images) for format in progress_bar(FORMATS, "measuring", "format")]
+    return [measure_format(format, images) for format in progress_bar(TIMED_FORMATS, "measuring", "format")]
 
 
 def measure_start() -> dict[str, float]:

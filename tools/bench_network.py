@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import load_images
 from model import SRCNN
-from tools.measuring import CPU, DTYPES, Workload, markdown, measure_in_turns
+from tools.measuring import CPU, DTYPES, Workload, markdown, measure_interleaved
 from train import RECIPES, train_one_step
 from training.options import Options
 from training.patches import Patches
@@ -32,7 +32,7 @@ class NetworkMeasurement(NamedTuple):
     variant: str  # plain, fp32 or bf16
     speed: float  # HR megapixels per second
     ratio: float  # speed relative to the task's first variant
-    ceiling: float  # share of the speed of a matrix product
+    ceiling: float  # fraction of the speed of a matrix product
     memory: float  # MB
 
 
@@ -53,7 +53,7 @@ def training(folder: Path, recipe: str, dtype: torch.dtype, steps: int) -> Workl
     def train() -> int:
         pixels = 0
         for batch in patches.batches(steps, run.options.batch_size, run.generator):
-            train_one_step(run, batch, share_done=0.5)  # the last tenth has more patterns
+            train_one_step(run, batch, fraction_done=0.5)  # the last tenth has more patterns
             pixels += batch.hr[:, 0].numel()
         return pixels
 
@@ -96,7 +96,7 @@ def measure_network(folder: Path, ceilings: dict[str, float]) -> list[NetworkMea
     prepare = workloads(folder, list(ceilings))
     *_, photo = prepare
     measurements, first = [], dict[str, float]()
-    for (task, variant), (speed, memory) in measure_in_turns(prepare, once=[photo]).items():
+    for (task, variant), (speed, memory) in measure_interleaved(prepare, once=[photo]).items():
         gflops = 2 * speed * MULTIPLICATIONS[task.split(",")[0]] / 1000
         ceiling = gflops / ceilings["fp32" if variant == "plain" else variant]
         ratio = speed / first.setdefault(task, speed)

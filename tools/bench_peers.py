@@ -22,11 +22,11 @@ from imaging.images import to_tensor
 from imaging.metrics import psnr_y
 from model import SCALE, SRCNN
 from super_resolve import load_upscaler, shipped_checkpoint
-from tools.measuring import Workload, in_child, markdown, measure_in_turns
+from tools.measuring import Workload, in_child, markdown, measure_interleaved
 from training.checkpoints import load_checkpoint
 from utils import progress_bar, warn
 
-SIDE = 512  # of the square LR image
+SIDE = 512  # side of the square LR image
 PACKAGES = ("onnxruntime", "onnxscript", "openvino")  # onnxscript exports the network for both
 
 Convolve = Callable[[np.ndarray], np.ndarray]  # upscaled images, float32 in [0, 1], to the network's output
@@ -194,7 +194,7 @@ def measure_peers(test_data: Path | None, precisions: list[str]) -> list[PeerMea
             in_child(partial(export, file))
         runtimes = [*map(ours, precisions), *peers]
         runtimes.sort(key=lambda runtime: precisions.index(runtime.precision))
-        speeds = measure_in_turns({(r.name, r.precision): r.workload for r in runtimes})
+        speeds = measure_interleaved({(r.name, r.precision): r.workload for r in runtimes})
         measurements = []
         for r in progress_bar(runtimes, "measuring PSNR", "runtime"):
             psnr = in_child(partial(mean_psnr, test_data, r.upscale)) if test_data else None

@@ -1,4 +1,4 @@
-"""Training on sets of any size, which are read in turns if they are larger than memory."""
+"""Measure training on sets of any size; large ones are read part by part."""
 
 import math
 import tempfile
@@ -30,7 +30,7 @@ class SetMeasurement(NamedTuple):
     memory: float  # MB
 
 
-def training_in_turns(folder: Path, dtype: torch.dtype) -> Workload:
+def training_with_window(folder: Path, dtype: torch.dtype) -> Workload:
     """Return a workload for two calls: a step to warm up, and then a turn of the window, in which one part is read.
 
     If the set is in memory as a whole, the second call trains for an epoch.
@@ -43,7 +43,7 @@ def training_in_turns(folder: Path, dtype: torch.dtype) -> Workload:
     def train() -> int:
         drawn, steps = next(calls)
         for batch in patches.batches(steps, run.options.batch_size, run.generator, drawn):
-            train_one_step(run, batch, share_done=0.5)  # the last tenth has more patterns
+            train_one_step(run, batch, fraction_done=0.5)  # the last tenth has more patterns
         return steps * step_pixels
 
     return train
@@ -58,7 +58,7 @@ def measure_sets(folder: Path, dtype: torch.dtype) -> list[SetMeasurement]:
             links.mkdir()
             for copy, file in product(range(copies), files):
                 (links / f"{copy}-{file.name}").symlink_to(file.resolve())
-            speed, memory = in_child(partial(measure_once, partial(training_in_turns, links, dtype)))
+            speed, memory = in_child(partial(measure_once, partial(training_with_window, links, dtype)))
             pixels = int(load_images(str(links), "train", 0).sizes().prod(1).sum())
             result.append(SetMeasurement(copies, pixels, speed * 1e6 / Options().pixels(1), memory))
     return result

@@ -52,7 +52,7 @@ def program_files() -> list[str]:
 def check_origin(path: Path, checkpoint: Checkpoint) -> None:
     """Raise CommandError if a checkpoint has another scale or names no student.
 
-    Warn if it may be another student's, or knows no real images.
+    Warn if it may be another student's, or was not trained on real images alone.
     """
     name = checkpoint.info.name
     if checkpoint.scale != SCALE:
@@ -67,16 +67,16 @@ def check_origin(path: Path, checkpoint: Checkpoint) -> None:
         warn(f"{path} began with the weights of {init}; hand it in only if you trained those")
     state = checkpoint.training
     if state and GENERATED in state.train_set:
-        warn(f"{path} was trained on {state.train_set}; train on the real ones, see `python data.py`")
+        warn(f"{path} was trained on {state.train_set}; train on the real images, which `python data.py` downloads")
     elif state and any(args and args.get("train_data") == DEAD_LEAVES for _, args in state.history):
-        warn(f"{path} was first trained on {DEAD_LEAVES} {GENERATED}; train on the real ones from the start")
+        warn(f"{path} was first trained on {DEAD_LEAVES} {GENERATED}; train on the real images from the start")
 
 
 def main() -> None:
     command = "python -m tools.hand_in"
     parser = ArgumentParser(prog=command, description=__doc__, examples=f"  {command} --checkpoint=checkpoint.100")
     text = "checkpoint to hand in, packed as checkpoint.pth (default: %(default)s)"
-    parser.add_argument("--checkpoint", type=path, default=Path("checkpoint.pth"), help=text)
+    parser.add_argument("--checkpoint", type=path, default=Path("checkpoint.pth"), metavar="FILE", help=text)
     args = parser.parse_args()
     if not is_filled_in(info):
         raise CommandError("info.py is not filled in; enter your name, id and email, then train")

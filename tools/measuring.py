@@ -50,12 +50,12 @@ def measure_once(prepare: Callable[[], Workload]) -> tuple[float, float]:
     return pixels / (time.perf_counter() - start) / 1e6, megabytes
 
 
-def measure_in_turns(
+def measure_interleaved(
     prepare: dict[K, Callable[[], Workload]], once: Collection[K] = ()
 ) -> dict[K, tuple[float, float]]:
     """Return the medians of what :func:`measure_once` measures of each workload, or one measurement of those in once.
 
-    It is done in turns, since the speed of many machines changes all the time.
+    Measurements are interleaved, since the speed of many machines fluctuates.
     """
     turns = [*prepare, *(REPETITIONS - 1) * [key for key in prepare if key not in once]]
     results: dict[K, list[tuple[float, float]]] = {key: [] for key in prepare}
@@ -69,8 +69,8 @@ def measure_in_turns(
 
 
 def peak_megabytes() -> float:
-    """Return the peak memory of this process. macOS counts it in bytes, Linux in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    """Return the peak memory of this process in MB. macOS counts it in bytes, Linux in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 2**10)
 
 
 # ---------------------------------------------------------------------------- the machine
@@ -90,9 +90,9 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def describe_machine(ceilings: dict[str, float]) -> str:
-    cores, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     gflops = ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in ceilings.items())
-    return f"{cores} cores, {capability}, torch {torch.__version__}; matrix products: {gflops}"
+    return f"{threads} threads, {capability}, torch {torch.__version__}; matrix products: {gflops}"
 
 
 # --------------------------------------------------------------------------------- tables

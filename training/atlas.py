@@ -22,7 +22,7 @@ class Atlas:
         self.pixels = torch.empty(size, 3, dtype=torch.uint8, device=device)
 
     def write(self, start: int, image: np.ndarray) -> int:
-        """Write an image of shape (h, w, 3) from a pixel on, and return the index of the pixel after its last."""
+        """Write an image of shape (h, w, 3) starting at pixel ``start``, and return the index after its last pixel."""
         end = start + image.shape[0] * image.shape[1]
         self.pixels[start:end] = torch.from_numpy(image).view(-1, 3)
         return end

@@ -49,7 +49,7 @@ class Checkpoint:
 
     model: dict[str, Tensor]  # state_dict of SRCNN
     epoch: int  # epochs finished
-    psnr: float  # PSNR on luma, in dB; NaN if unknown
+    psnr: float  # PSNR on luma in dB, or what another program saved as its PSNR; NaN if unknown
     args: Args  # options of the run, as far as they are known
     training: TrainingState | None = None  # None if another program wrote the file
     info: Info = field(default_factory=lambda: info)
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def scale(self) -> int:
-        """Upscaling factor; checkpoints without one are older than this option, or of the course's programs."""
+        """Upscaling factor. Checkpoints without one predate this option or come from the course's programs: 3."""
         return int(self.args.get("scale", SCALE))
 
     def network(self) -> SRCNN:
@@ -74,7 +74,7 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
     """Write a checkpoint to each of the paths. Raise CommandError, and keep existing files, if that fails.
 
-    The file also has the names that the course's programs read. Each tensor is stored once.
+    The file also has the weights, options and optimizer state under the course's names. Each tensor is stored once.
     """
     content: dict[str, Any] = {
         "model": checkpoint.model,
@@ -99,7 +99,7 @@ def save_checkpoint(checkpoint: Checkpoint, *paths: Path) -> None:
 
 
 def with_attributes(args: Args) -> OrderedDict[str, Any]:
-    """Return options that are attributes as well: the course's program reads ``opt.lr``.
+    """Return a dictionary of options whose items are also attributes, since the course's program reads ``opt.lr``.
 
     Of all classes whose objects have attributes, torch.load with weights_only=True allows only this one.
     """
@@ -127,12 +127,12 @@ def load_checkpoint(path: Path, data: bytes | None = None) -> Checkpoint:
     """Read and check a checkpoint of this project or of the course's skeleton. No code in it is run.
 
     Every tensor is copied into its own memory, and unknown items are dropped. The content of the file is read unless
-    it is given as ``data``. Raises CommandError.
+    it is given as ``data``. Raise CommandError if it is not a valid checkpoint.
     """
     data = read_file(path, MAX_BYTES) if data is None else data
     try:
         if len(data) > MAX_BYTES:
-            raise CommandError("it is too large")
+            raise CommandError(f"it is larger than {MAX_BYTES >> 20} MiB")
         content = unpickle(data)
         refuse_bare_weights(content, path)
         if not {"model", "model_state_dict"} & content.keys():
@@ -150,10 +150,10 @@ def refuse_bare_weights(content: Any, path: Path) -> None:
     if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
         return
     if [tensor.shape for tensor in content.values()] != list(shapes().values()):
-        raise CommandError("it contains only weights, and not those of SRCNN 9-1-5 for RGB images")
+        raise CommandError("it contains only weights, whose shapes are not those of SRCNN 9-1-5 for RGB images")
     weights = f"torch.load({str(path)!r}, map_location='cpu')"
     new = f"torch.save({{'model_state_dict': {weights}}}, 'checkpoint.new')"
-    raise CommandError(f"it contains only weights; make a checkpoint of them in Python: {new}")
+    raise CommandError(f"it contains only weights; convert it to a checkpoint in Python: {new}")
 
 
 def from_course(content: Any) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def parse(content: Any) -> Checkpoint:
     """Check each part of a checkpoint. Raise CommandError, or whatever error an invalid part provokes."""
     model, optimizer = check(content["model"], dict, "model"), check(content.get("optimizer", {}), dict, "optimizer")
     if len(model) != len(shapes()):
-        raise CommandError("the model has other layers than SRCNN")
+        raise CommandError("its layers are not those of SRCNN 9-1-5")
     args, who = check_args(check(content.get("args"), dict, "args")), check(content.get("info", {}), dict, "info")
     whitened = args.get("recipe") != "assignment"
     return Checkpoint(
@@ -243,19 +243,19 @@ def check(value: Any, kind: Any, name: str) -> Any:
 def check_tensor(value: Any, shape: torch.Size, name: str, maximum: float = math.inf) -> Tensor:
     """Return a contiguous float32 copy. Raise CommandError unless the tensor has this shape and plausible values."""
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else "another object"
-        raise CommandError(f"{name} should contain floating-point numbers of shape {list(shape)}, not {found}")
+        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise CommandError(f"{name} must be a floating-point tensor of shape {list(shape)}, not {found}")
     copy = torch.empty(shape).copy_(value)
     if not copy.isfinite().all() or copy.abs().max() > maximum:
-        raise CommandError(f"{name} has values that are not finite or too large")
-    return copy * (copy.abs() >= torch.finfo(torch.float32).tiny)  # without smaller numbers, at which CPUs are slow
+        raise CommandError(f"{name} contains values that are NaN, infinite or too large")
+    return copy * (copy.abs() >= torch.finfo(torch.float32).tiny)  # flush denormals, which are slow on CPUs
 
 
 def check_random_state(value: Tensor) -> Tensor:
     """Return a contiguous copy of the state of a CPU generator. Raise CommandError if PyTorch would read beyond it."""
     state = torch.Generator().get_state().copy_(value)
     left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
-    if left < 1 or not 0 <= following <= 625 - left:  # left - 1 of its 624 numbers are read, from the following one
+    if left < 1 or not 0 <= following <= 625 - left:  # PyTorch reads left - 1 of its 624 numbers, starting at following
         raise CommandError("invalid 'random_state'")
     return torch.Generator().set_state(state).get_state()
 

@@ -23,7 +23,7 @@ SIZE = 33  # side of a patch in HR pixels
 Pairs = list[tuple[Tensor, Tensor]]  # LR and HR patches
 
 STRIDE = 14  # distance between neighboring patches
-COURSE_BATCH_SIZE = 8  # of the course's test program, unless another is given
+COURSE_BATCH_SIZE = 8  # default of the course's test program
 
 
 class GridPatches(Patches):
@@ -45,7 +45,7 @@ class GridPatches(Patches):
 
     @staticmethod
     def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
-        """Return the memory for each HR pixel: patches overlap, and exist one by one and as a whole."""
+        """Return the bytes for each HR pixel: patches overlap, and there are two copies while they are stacked."""
         return round(9 * max(patch_size / STRIDE, 1) ** 2)
 
     def fill(self, slot: int, tiles: Iterator[tuple[Tile, Image.Image]]) -> None:
@@ -104,7 +104,9 @@ def cut_pairs(images: Iterable[Image.Image], size: int) -> Pairs:
 
 def stack(pairs: Pairs, name: str, size: int) -> tuple[Tensor, Tensor]:
     if not pairs:
-        raise CommandError(f"{name}: no image contains a patch of {size}x{size}, which takes {2 * size} pixels")
+        least = f"{2 * size}x{2 * size} pixels"
+        problem = f"no image is large enough for patches of {size}x{size}"
+        raise CommandError(f"{name}: {problem}; use images of at least {least}")
     lr, hr = map(torch.stack, zip(*pairs, strict=True))
     return lr, hr
 

@@ -26,7 +26,8 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
         lines += [f"trained on  {state.train_set}, in {state.precision}"]
         lines += [f"optimizer   Adam, {plural(number_of_steps(state), 'step')}"]
     else:
-        lines += [f"PSNR        {checkpoint.psnr:.3f} dB, on an unnamed set"]
+        psnr = "unknown" if math.isnan(checkpoint.psnr) else f"{checkpoint.psnr:.3f} dB, on an unknown set"
+        lines += [f"PSNR        {psnr}"]
     lines += [f"info        {who}{'' if is_filled_in(checkpoint.info) else '  (not filled in)'}"] if who else []
     lines += [f"saved       {checkpoint.saved_at}, torch {checkpoint.torch_version}"] if checkpoint.saved_at else []
     lines += ["options", *(f"  {name:11}{value}" for name, value in args.items() if value != "")]
@@ -39,14 +40,14 @@ def describe(path: Path, checkpoint: Checkpoint, report: Report | None) -> list[
 
 def origin(checkpoint: Checkpoint) -> str:
     """Describe where weights come from, for example " (epoch 3041, 32.903 dB Y on Set5)", as far as it is known."""
-    known = f" Y on {checkpoint.training.report.set}" if checkpoint.training else ", on an unnamed set"
+    known = f" Y on {checkpoint.training.report.set}" if checkpoint.training else ", on an unknown set"
     facts = [f"epoch {checkpoint.epoch}"] if checkpoint.epoch else []
     facts += [] if math.isnan(checkpoint.psnr) else [f"{checkpoint.psnr:.3f} dB{known}"]
     return one_line(f" ({', '.join(facts)})") if facts else ""
 
 
 def changes(before: Args | None, after: Args) -> str:
-    """Describe what changed at a resume, for example ", changed: num_epoch 4000 -> 8000"."""
+    """Describe what changed when a run was resumed, for example ", changed: num_epoch 4000 -> 8000"."""
     if before is None:
         return " of a run by another program"
     old, new = (Options.from_args(args).to_args() for args in (before, before | after))
@@ -55,7 +56,7 @@ def changes(before: Args | None, after: Args) -> str:
 
 
 def to_json(checkpoint: Checkpoint, report: Report | None) -> str:
-    """Return the same as JSON, without the tensors."""
+    """Return the contents of a checkpoint and the report as JSON, without the tensors."""
     facts: dict[str, Any] = {
         "epoch": checkpoint.epoch,
         "psnr": checkpoint.psnr,

@@ -107,7 +107,8 @@ class Log:
     def write_result(self, epoch: int, report: Report) -> None:
         """Write the last report of a finished run, for TensorBoard's comparison of runs.
 
-        It has a folder of its own, since TensorBoard would show a resumed run with the options of its first end.
+        It has a folder of its own, since TensorBoard would otherwise show a resumed run with the options of its first
+        end.
         """
         if self.writer:
             final = {f"final/{measure}": value for measure, value in report.mean.srcnn._asdict().items()}

@@ -12,7 +12,7 @@ from model import SRCNN, interpolate
 from training.adam import Adam
 from training.grid_patches import GridPatches
 from training.random_patches import RandomPatches
-from training.recipe import STEP_SIZE, WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS
+from training.recipe import STEP_SIZE, WHITENED_SIZE, WHITENING_FLOOR, WHITENING_PIXELS, WHITENING_SIDE
 from upscaling.distributed import broadcast
 
 
@@ -34,7 +34,7 @@ def whitened_adam(model: SRCNN, patches: RandomPatches, generator: torch.Generat
     All processes use the whitening matrix of rank 0, since the signs of its rows depend on the machine.
     """
     count = math.ceil(WHITENING_PIXELS / patches.patch_size**2)
-    lr = next(patches.batches(1, count, generator)).lr[..., :160, :160]
+    lr = next(patches.batches(1, count, generator)).lr[..., :WHITENING_SIDE, :WHITENING_SIDE]
     whitening = broadcast(whitening_matrix(lr.cpu(), model.scale)).to(model.conv1.weight)  # (243, 243)
     filters = model.conv1.weight[3:]  # (61, 3, 9, 9)
     filters.copy_((filters.flatten(1) @ whitening).view_as(filters))
@@ -57,14 +57,14 @@ class FusedAdam(Adam):
 
 
 class WhitenedAdam(FusedAdam):
-    """Adam in whitened coordinates of conv1: it moves V, and conv1.weight moves by V P.
+    """Adam in whitened coordinates of conv1: Adam's step is V, and conv1.weight changes by V P.
 
     The 243 values of a 9x9 RGB patch of an upscaled image are so alike that the eigenvalues of
     their covariance are orders of magnitude apart. Adam, which scales each value by itself, is
     slow there. In V it sees uncorrelated inputs of similar variance. The network stays as it is.
 
-    All steps are ``step_size`` times Adam's, so that Adam's usual learning rates are suitable. It is saved with the
-    state; in checkpoints from before it is 1.
+    All steps are ``step_size`` times Adam's, so that Adam's usual learning rates are suitable. The factor is saved
+    with the state; for checkpoints that predate it, it is 1.
 
     Parameters
     ----------
@@ -104,8 +104,8 @@ def whitening_matrix(lr: Tensor, scale: int, floor: float = WHITENING_FLOOR, siz
     """Return the principal components of what conv1 sees, each scaled to about the same variance.
 
     P = ``size`` (D + ``floor``)^(-1/2) E^T, where the covariance of the patches is E D E^T. The mean of each
-    channel over the 9x9 pixels is subtracted first. P has no such means either, so what conv1 makes of
-    plain colors never changes.
+    channel over the 9x9 pixels is subtracted first. The rows of P have no such means either, so steps of
+    conv1.weight never change its response to plain colors.
 
     Parameters
     ----------

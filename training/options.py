@@ -17,11 +17,11 @@ from training.recipe import HALFTONE_EVERY
 from upscaling.device import PRECISION_HELP, PRECISIONS, total_memory
 from upscaling.distributed import local_world_size, rank_and_world_size
 from upscaling.fast_srcnn import window_side
-from utils import CommandError, integer, path, positive_float
+from utils import CommandError, integer, one_line, path, positive_float
 
-# Memory of a training step at its peak, in bytes for each HR pixel that is computed; in addition to this, the default
-# recipe has windows of LR pixels. The largest measured on a CPU at x3, with windows, for patches of 9 to 300 pixels in
-# batches of 0.1 to 6.8 GB, were 1,680, 890 and 1,440.
+# Peak memory of a training step, in bytes for each HR pixel that is computed. In addition, the default recipe unfolds
+# the LR image (`windows` in upscaling/fast_srcnn.py). The largest values measured on a CPU at x3, unfolding included,
+# were 1,680, 890 and 1,440, for patches of 9 to 300 pixels in batches of 0.1 to 6.8 GB.
 STEP_BYTES = {
     ("default", torch.float32): 1640,
     ("default", torch.bfloat16): 870,
@@ -36,17 +36,20 @@ RECIPE_DEFAULTS: dict[str, Args] = {
     "assignment": {"lr": 0.0001, "batch_size": 128, "patch_size": 33, "precision": "fp32"},
 }
 RECIPE_NAMES = tuple(RECIPE_DEFAULTS)
-RECIPE_HELP = "assignment follows its text, including learning rate and batch size; x3 only"
+RECIPE_HELP = "assignment follows the assignment's text (x3 only)"
 RATE_HELP = "peak learning rate of Adam"
 LEARNING_RATE, SHORT_RUN_RATE = 0.00075, 0.0025
 RATES = f"{LEARNING_RATE}, or up to {SHORT_RUN_RATE} for fewer than 100 epochs"
 SCALE_HELP = "upscaling factor"
+EPOCH_HELP = "total number of epochs, each as large as the training set"
+SET_HELP = "images, or dead-leaves for generated ones"
+HOLD_OUT_HELP = "hold out every Nth training image, and test on those; 0 for none"
 PATCH_HELP = "side of a patch in HR pixels, a multiple of the scale"
 FIXED = ("recipe", "scale", "seed", "init")  # options that cannot change later: the state of the run depends on them
 
 
 def default_patch_size(scale: int) -> int:
-    """Return a multiple of the scale, about 33, which is the assignment's."""
+    """Return the default patch size in HR pixels: a multiple of the scale, near the assignment's 33."""
     return 24 + 3 * scale
 
 
@@ -62,7 +65,7 @@ def hold_out_number(text: str) -> int:
     """Parse the value of --hold-out, 0 or at least 2: an argparse type."""
     number = integer(0)(text)
     if number == 1:
-        raise argparse.ArgumentTypeError("must be at least 2, or 0 for none, not '1', which leaves no training images")
+        raise argparse.ArgumentTypeError("must be at least 2, or 0 for none: 1 would leave no training images")
     return number
 
 
@@ -84,17 +87,17 @@ def option(default: Any, type: Any, help: str, **arguments: Any) -> Any:
 class Options:
     recipe:        str   = option("default",       str,               RECIPE_HELP, choices=RECIPE_NAMES)
     scale:         int   = option(SCALE,           integer(),         SCALE_HELP, choices=SCALES)
-    learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", shown=RATES)
-    batch_size:    int   = option(32,              integer(),         "patches in a batch")
-    num_epoch:     int   = option(100,             integer(),         "epochs, each as large as the training set")
-    save_freq:     int   = option(10,              integer(),         "epochs between numbered checkpoints")
+    learning_rate: float = option(LEARNING_RATE,   positive_float,    RATE_HELP, name="lr", metavar="LR", shown=RATES)
+    batch_size:    int   = option(32,              integer(),         "number of patches in a batch")
+    num_epoch:     int   = option(100,             integer(),         EPOCH_HELP)
+    save_freq:     int   = option(10,              integer(),         "save a numbered checkpoint every N epochs")
     precision:     str   = option("auto",          str,               PRECISION_HELP, choices=PRECISIONS)
     patch_size:    int   = option(default_patch_size(SCALE), integer(), PATCH_HELP, shown=PATCH_SIZES)
     seed:          int   = option(0,               integer(0),        "seed of the initial weights and the patches")
-    train_data:    str   = option(TRAIN_DATA,      str,               "training images, or dead-leaves", metavar="DIR")
-    test_data:     str   = option(TEST_DATA,       str,               "test images, or dead-leaves", metavar="DIR")
-    hold_out:      int   = option(0,               hold_out_number,   "test on 1 of N training images instead")
-    epoch_size:    float = option(100.0,           positive_float,    "maximum size of an epoch in megapixels")
+    train_data:    str   = option(TRAIN_DATA,      str,               f"training {SET_HELP}", metavar="DIR")
+    test_data:     str   = option(TEST_DATA,       str,               f"test {SET_HELP}", metavar="DIR")
+    hold_out:      int   = option(0,               hold_out_number,   HOLD_OUT_HELP)
+    epoch_size:    float = option(100.0,           positive_float,    "maximum size of an epoch in HR megapixels")
     init:          str   = option("",              file_name,         "checkpoint with initial weights", metavar="FILE")
     # fmt: on
 
@@ -103,7 +106,7 @@ class Options:
 
     @classmethod
     def from_args(cls, args: Args) -> "Options":
-        """Return options of which some are given; the others have the defaults of their recipe, scale and length."""
+        """Return the options in ``args``; the others have the defaults for its recipe, scale and number of epochs."""
         defaults: Args = {"patch_size": default_patch_size(args.get("scale", SCALE))}
         if not args.get("init"):
             defaults["lr"] = default_learning_rate(args.get("num_epoch", cls.num_epoch))
@@ -111,11 +114,11 @@ class Options:
         return cls(**{field.name: args[name] for name, field in FIELDS.items() if name in args})
 
     def pixels(self, steps: int) -> int:
-        """Return the number of HR pixels that so many steps draw."""
+        """Return the number of HR pixels that this many steps draw."""
         return steps * self.batch_size * self.patch_size**2
 
     def folders(self) -> dict[str, str]:
-        """Return the folders of the sets in use by the names of their options."""
+        """Return the folders of the sets in use, by option name."""
         folders = {"train_data": self.train_data}
         return folders if self.hold_out else folders | {"test_data": self.test_data}
 
@@ -138,7 +141,10 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
             arguments.setdefault("metavar", "N")
         if not resume:
             default = field.metadata.get("shown", "none" if field.default == "" else field.default)
-            arguments["help"] += f" (default: {default})"
+            default = f"{default:g}" if isinstance(default, float) else default
+            other = RECIPE_DEFAULTS["assignment"].get(name, field.default)
+            others = f"; {other} for --recipe=assignment" if other != field.default else ""
+            arguments["help"] += f" (default: {default}{others})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
 
 
@@ -146,7 +152,7 @@ class RefuseFixedOption(argparse.Action):
     """Report why ``resume`` does not have an option."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        parser.error(f"{self.option_strings[0]} is fixed at the start of a run; leave it out")
+        parser.error(f"{self.option_strings[0]} is fixed at the start of a run; remove it")
 
 
 def given_options(namespace: argparse.Namespace) -> Args:
@@ -165,18 +171,20 @@ def check_options(options: Options, given: Args, world_size: int) -> None:
         reason = f"would be ignored, since 1 of {options.hold_out} training images is held out to test on"
         raise CommandError(f"--test-data {reason}; add --hold-out=0 to test on --test-data instead")
     if options.recipe == "assignment" and options.precision != "fp32":
-        raise CommandError("--recipe=assignment computes in fp32; leave out --precision")
+        raise CommandError("--recipe=assignment computes in fp32 only; remove --precision")
     if options.batch_size < world_size:
-        raise CommandError(f"a batch of {options.batch_size} is too small for {world_size} processes")
+        raise CommandError(
+            f"--batch-size={options.batch_size} is too small for {world_size} processes; use at least {world_size}"
+        )
 
 
 def contradiction(args: Args) -> str | None:
     """Describe an option that does not go with the scale, if there is one."""
     scale, size = args.get("scale", SCALE), args.get("patch_size", 0)
     if args.get("recipe") == "assignment" and scale != SCALE:
-        return f"--recipe=assignment is for x{SCALE} only, and the scale is {scale}"
+        return f"--recipe=assignment is for x{SCALE} only, not x{scale}"
     if size % scale:
-        return f"--patch-size must be a multiple of the scale, {scale}, not {size}"
+        return f"--patch-size={size} is not a multiple of the scale, {scale}"
     return None
 
 
@@ -191,7 +199,7 @@ def check_memory(options: Options, dtype: torch.dtype, device: torch.device) -> 
         needed *= local_world_size()
     if needed > memory:
         batch = f"a batch of {options.batch_size:,} patches of {options.patch_size}x{options.patch_size}"
-        owner = f"of this {'machine' if device.type == 'cpu' else 'GPU'}" if known else "that this machine may have"
+        owner = f"of this {'machine' if device.type == 'cpu' else 'GPU'}" if known else "assumed for this machine"
         reason = f"needs about {needed / 2**30:,.1f} GiB in each step, more than the {memory / 2**30:,.1f} GiB {owner}"
         raise CommandError(f"{batch} {reason}; use a smaller --batch-size or --patch-size")
 
@@ -245,7 +253,7 @@ def check_args(args: Mapping[Any, Any]) -> Args:
         except argparse.ArgumentTypeError as error:
             raise CommandError(f"'{name}' {error}") from error
         if checked[name] not in field.metadata.get("choices", [checked[name]]):
-            raise CommandError(f"unknown '{name}'")
+            raise CommandError(f"invalid '{name}': {one_line(checked[name])}")
     if problem := contradiction(checked):
         raise CommandError(problem)
     return checked

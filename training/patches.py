@@ -1,4 +1,4 @@
-"""What training on random patches and on grid patches share: sets in memory or in a window, and epochs."""
+"""Base class of random and grid patches: training sets in memory or in a window, and the batches of an epoch."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from PIL import Image
 from data import Batch
 from imaging.image_sets import ImageFiles, ImageSet
 from training.window import MEMORY, Tile, Window
-from upscaling.distributed import gather, rank_and_world_size
+from upscaling.distributed import all_gather, rank_and_world_size
 from utils import CommandError, progress_bar
 
 
@@ -91,7 +91,7 @@ class Patches:
 
     def check_failures(self) -> None:
         assert self.window
-        if any(failed != self.window.failed for failed in gather(self.window.failed)):
+        if any(failed != self.window.failed for failed in all_gather(self.window.failed)):
             raise CommandError(f"{self.name}: not all processes can decode the same images; copy those of one node")
         if len(self.window.failed) == self.count:
             raise CommandError(f"{self.name}: no image can be decoded")

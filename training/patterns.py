@@ -16,10 +16,10 @@ PATTERN_SIZE = 5  # side of a pattern in LR pixels, without its context
 GRAY_CONTRAST = 5  # the contrast of gray patterns is raised by a factor of up to exp(5) = 148
 CONTOUR_CONTRAST = 4  # the contrast of patches whose contours are drawn is raised by up to exp(4) = 55
 CONTOUR_STEP = 64  # difference in level between contours
-INK_RANGE = 60  # ink is at most so far from black or white; half of it is black or white
+INK_RANGE = 60  # maximum distance of ink from black or white in levels; half of all ink is black or white
 HALFTONE_CONTRAST = 4  # the contrast of patches that become halftones is raised by up to exp(4) = 55
 COLOR_RANGE = 2.5  # range of random colors around middle gray, in units of 255; clamping makes many saturated
-PERIODS = 1, 2, 2, 3, 4, 16  # of screens in LR pixels, with equal chances; 16 exceeds a pattern, so nothing repeats
+PERIODS = 1, 2, 2, 3, 4, 16  # of screens in LR pixels, equally likely; 16 exceeds a pattern, so nothing repeats
 
 
 def gray_patterns(lr: Tensor, scale: int) -> Tensor:
@@ -87,8 +87,8 @@ def halftones(lr: Tensor, scale: int) -> Tensor:
     rows, columns = all_periods[(len(PERIODS) * periods).long()].split(1, 1)
     index = torch.arange(lr.shape[-1], device=lr.device)
     patch, channel = (torch.arange(n, device=lr.device) for n in lr.shape[:2])
-    place = patch.view(-1, 1, 1, 1), channel.view(-1, 1, 1), index[:, None] % rows, index % columns
-    screen = ((lr + noise) % 256)[place]  # (N, 3, side, side), its first rows and columns repeated
+    position = patch.view(-1, 1, 1, 1), channel.view(-1, 1, 1), index[:, None] % rows, index % columns
+    screen = ((lr + noise) % 256)[position]  # (N, 3, side, side), its first rows and columns repeated
     screen = torch.where(eight, screen, screen[:, :1])
 
     colors = (255 * (COLOR_RANGE * (colors - 0.5) + 0.5)).clamp(0, 255).round()
@@ -108,7 +108,7 @@ def random_draws(lr: Tensor) -> Tensor:
 
 @lru_cache  # a copy at each step would wait for the GPU
 def random_constants(side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what draws and screens are computed with.
+    """Return the constants from which draws and screens are computed.
 
     Returns
     -------

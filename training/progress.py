@@ -37,7 +37,7 @@ def print_setup(patches: Patches, dtype: torch.dtype, options: Options) -> None:
     show(f"training set {patches.name}: {size}")
     if patches.window:
         part = f"{patches.window.pixels / 1e6:.3g} megapixels"
-        show(f"the set does not fit in memory: patches are drawn from {part} of it, which are replaced gradually")
+        show(f"the training set does not fit into the memory for it: patches are drawn from {part}, replaced gradually")
     if not is_filled_in(info) and rank_and_world_size()[0] == 0:
         warn("info.py is not filled in; its name, id and email are saved in each checkpoint")
 
@@ -56,7 +56,7 @@ def epoch_bar(batches: Iterable[Batch], epoch: int, steps: int, options: Options
 
 
 def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iterator[Batch]:
-    """Yield batches. After some of them, print how long so many epochs of so many steps take at this speed."""
+    """Yield batches. After some of them, print how long ``epochs`` epochs of ``steps`` steps take at this speed."""
     start = 0.0
     for step, batch in enumerate(batches):
         if step == 1:  # the first step takes longer
@@ -69,14 +69,14 @@ def announce_duration(batches: Iterable[Batch], steps: int, epochs: int) -> Iter
 
 
 def update_bar(bar: "tqdm[Batch]", run: Run, epochs: float, loss: float) -> None:
-    """Show the loss and the remaining time of the run, of which so many epochs are done."""
+    """Show the loss and the remaining time of the run after ``epochs`` epochs."""
     epoch, start = run.began
     left = (time.monotonic() - start) / (epochs - epoch) * (run.options.num_epoch - epochs)
     bar.set_postfix(loss=f"{loss:.5f}", run=f"{bar.format_interval(left)} left")
 
 
 def print_epoch(run: Run, losses: Tensor, seconds: float) -> None:
-    """Print one line about an epoch that took so many seconds; the speed in it is in HR pixels per second."""
+    """Print one line about an epoch; its speed is in HR megapixels per second."""
     options = run.options
     run.speeds.append(len(losses) * options.batch_size * options.patch_size**2 / seconds)
     figures = f"loss {losses.mean().item():.6f}  {run.speeds[-1] / 1e6:.2f} Mpx/s"
@@ -88,7 +88,7 @@ def print_result(run: Run, output: Path) -> None:
     init, psnr = run.options.init, f"{run.best:.3f} dB Y on {run.report.set}"
     best = f"best: epoch {run.best_epoch} with {psnr}, trained on {run.train_set}"
     if not run.best_epoch:
-        best = f"no epoch on {run.train_set} was better than {init or 'the initial network'} with {psnr}"
+        best = f"no epoch on {run.train_set} was better than {init or 'the initial network'}, which has {psnr}"
     saved = (output / "checkpoint.best").exists()
     if (run.best_epoch or init) and not saved:  # resumed from another folder or an earlier epoch
         best += f"; its checkpoint is not in {output}"
@@ -96,7 +96,7 @@ def print_result(run: Run, output: Path) -> None:
 
 
 def warn_if_worse(before: Report, after: Report, epoch: int) -> None:
-    """Warn when the PSNR falls clearly below that of bicubic interpolation."""
+    """Warn when the PSNR falls more than 0.5 dB below that of bicubic interpolation."""
     if after.mean.srcnn.psnr_y < after.mean.bicubic.psnr_y - 0.5 <= before.mean.srcnn.psnr_y:
         warn(f"epoch {epoch} is worse than bicubic interpolation; lower --lr")
 
@@ -105,10 +105,10 @@ def check_finite(losses: Tensor, run: Run, epoch: int) -> None:
     """Raise CommandError if training has diverged: to NaN, infinity, or weights that cannot be loaded again."""
     wrong = losses.isfinite().logical_not().nonzero()
     moments = [moment for state in run.optimizer.state_dict()["state"].values() for moment in state.values()]
-    weights_are_fine = all(weight.abs().max() <= MAX_WEIGHT for weight in run.model.parameters())
-    if len(wrong) or not weights_are_fine or not all(moment.isfinite().all() for moment in moments):
-        step = int(wrong[0]) + 1 if len(wrong) else len(losses)
-        raise CommandError(f"the loss is not finite at step {step} of epoch {epoch}; lower the learning rate (--lr)")
+    weights_ok = all(weight.abs().max() <= MAX_WEIGHT for weight in run.model.parameters())
+    if len(wrong) or not weights_ok or not all(moment.isfinite().all() for moment in moments):
+        where = f"the loss is not finite at step {int(wrong[0]) + 1} of" if len(wrong) else "the weights diverged in"
+        raise CommandError(f"{where} epoch {epoch}; lower the learning rate (--lr)")
 
 
 @contextlib.contextmanager

@@ -29,14 +29,14 @@ class Crop(NamedTuple):
 
     hr: np.ndarray  # uint8, (H, W, 3)
     lr: list[np.ndarray]  # uint8, (h, w, 3), for each of the offsets of the grid of LR pixels
-    # Mean squared error of bicubic interpolation at LR pixels, from the first place for a patch on, float64, (h', w')
+    # Mean squared error of bicubic interpolation at LR pixels, starting at ``first``, float64, (h', w')
     error: Tensor
-    first: tuple[int, int]  # first place for a patch in LR pixels: row, column
-    area: float | None = None  # LR pixels that each place stands for; None if together they stand for the whole crop
+    first: tuple[int, int]  # first position of a patch in LR pixels: row, column
+    area: float | None = None  # LR pixels that each position represents; None if together they represent the whole crop
 
 
 class Slot(NamedTuple):
-    """What is known about the crops in a slot of the atlases, where their pixels are."""
+    """Views, errors and positions of the crops in one slot of the atlases."""
 
     lr_views: list[View]
     hr_views: list[View]
@@ -72,8 +72,8 @@ class RandomPatches(Patches):
 
     @staticmethod
     def pixel_bytes(patch_size: int, scale: int, window: bool) -> int:
-        # 3 HR; tables with a row for each LR pixel; and unless in a window, as many LR (an image for each offset) and 3
-        # decoded. In a window, LR pixels count as tables.
+        # For each HR pixel: 3 bytes, and tables with a row for each LR pixel. A set in memory also has 3 bytes of LR
+        # images, one image for each offset, and 3 of decoded images; WINDOW_TABLES includes the LR pixels.
         tables = (WINDOW_TABLES if window else TABLES) / scale**2
         return math.ceil(3 + tables if window else 9 + tables)
 
@@ -113,7 +113,7 @@ class RandomPatches(Patches):
         """Draw patches, each in one of its eight orientations, with the context that :class:`FastSRCNN` needs.
 
         The first eighth of a batch has its channels permuted, the next quarter has each channel darkened by a
-        factor of its own, and the last eighth is negative.
+        factor of its own, and the last eighth is inverted.
 
         Yields
         ------
@@ -121,8 +121,8 @@ class RandomPatches(Patches):
         """
         size, context, recolored = self.patch_size // self.scale, context_of(self.scale), batch_size // RECOLORED
         first = torch.arange(recolored, device=self.device)[:, None]
-        for places, flips, weight, factors in self.draw(steps, batch_size, generator):
-            view, corner, channels = places[:, 0], places[:, 1:3], places[:, 3:]
+        for positions, flips, weight, factors in self.draw(steps, batch_size, generator):
+            view, corner, channels = positions[:, 0], positions[:, 1:3], positions[:, 3:]
             lr = self.lr.cut(view, corner - context, size + 2 * context, flips)
             hr = self.hr.cut(view, self.scale * corner, self.patch_size, flips)
             for patches in (lr, hr):
@@ -135,11 +135,11 @@ class RandomPatches(Patches):
     def draw(
         self, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Draw what distinguishes the patches of each batch.
+        """Draw positions, orientations, weights, orders of channels and darkening factors of the patches of each batch.
 
         Yields
         ------
-        places : (N, 6), the view, top and left in LR pixels, and the order of the three channels
+        positions : (N, 6), the view, top and left in LR pixels, and the order of the three channels
         flips : bool Tensor of shape (N, 3), as in :meth:`Atlas.cut`
         weight : (N,), float32
         factors : (N // DARKENED, 3, 1, 1), float32, for the channels of the darkened patches
@@ -154,9 +154,9 @@ class RandomPatches(Patches):
         other_orders = torch.tensor(list(permutations(range(3)))[1:])  # (5, 3)
         channels = torch.arange(3).repeat(steps, batch_size, 1)  # (steps, N, 3)
         channels[:, :recolored] = other_orders[torch.randint(5, (steps, recolored), generator=generator)]
-        places = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)  # (steps * N, 6)
+        positions = torch.cat([view[:, None], corner, channels.view(count, 3)], 1)  # (steps * N, 6)
         factors = torch.empty(steps, batch_size // DARKENED, 3, 1, 1).uniform_(DARKEST, 1, generator=generator)
-        batches = (x.to(self.device).split(batch_size) for x in (places, flips, weight))
+        batches = (x.to(self.device).split(batch_size) for x in (positions, flips, weight))
         yield from zip(*batches, factors.to(self.device), strict=True)
 
 
@@ -164,7 +164,7 @@ class RandomPatches(Patches):
 
 
 class ImportanceSampler:
-    """Draws patches in proportion to the root mean squared error that interpolation leaves in them.
+    """Sampler that draws patches in proportion to the root mean squared error that interpolation leaves in them.
 
     A patch of sky takes as much time as a patch of grass and teaches less. Weights make up for the proportions:
     the weighted mean over the patches drawn estimates the mean over all patches of all images, with less
@@ -174,30 +174,30 @@ class ImportanceSampler:
     ----------
     errors : mean squared error at each LR pixel of each image, float64 Tensors of shape (h, w)
     size : side of the patches in LR pixels
-    areas : LR pixels that each place of an image stands for (default: images count by their areas, however few places
-        for patches they have)
+    areas : LR pixels that each position in an image represents (default: images count by their areas, whatever
+        the number of their positions)
     """
 
     def __init__(self, errors: list[Tensor], size: int, areas: list[float | None] | None = None) -> None:
         shapes = [[max(side - size + 1, 1) for side in error.shape] for error in errors]
-        self.widths, places = torch.tensor([width for _, width in shapes]), torch.tensor(shapes).prod(1)
-        self.ends = places.cumsum(0)
-        shares = [
+        self.widths, positions = torch.tensor([width for _, width in shapes]), torch.tensor(shapes).prod(1)
+        self.ends = positions.cumsum(0)
+        pixels_per_position = [
             area or error.numel() / (height * width)
             for area, error, (height, width) in zip(areas or [None] * len(errors), errors, shapes, strict=True)
         ]
-        # In place, since the tables are large.
+        # In position, since the tables are large.
         drawn = torch.empty(int(self.ends[-1]), dtype=torch.float64)
-        for mean, error in zip(drawn.split(places.tolist()), errors, strict=True):
+        for mean, error in zip(drawn.split(positions.tolist()), errors, strict=True):
             mean.copy_(mean_of_patches(error, size).flatten())
-        uniform = torch.tensor(shares).double().repeat_interleave(places)
+        uniform = torch.tensor(pixels_per_position).double().repeat_interleave(positions)
         drawn.add_(SAMPLING_FLOOR * drawn.mean()).add_(1e-9).sqrt_().mul_(uniform)  # not zero if all images are plain
         total = drawn.sum()
         self.cumulative = drawn.cumsum(0).div_(total)
         self.weights = uniform.div_(uniform.sum()).mul_(torch.div(total, drawn, out=drawn)).float()
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the places of ``count`` patches.
+        """Draw the positions of ``count`` patches.
 
         Returns
         -------
@@ -206,12 +206,12 @@ class ImportanceSampler:
         weight : (count,), float32
         """
         draws = torch.rand(count, dtype=torch.float64, generator=generator)
-        place = torch.searchsorted(self.cumulative, draws).clamp(max=len(self.weights) - 1)
-        image = torch.searchsorted(self.ends, place, right=True)
-        place_in_image = place - F.pad(self.ends, (1, 0))[image]
+        position = torch.searchsorted(self.cumulative, draws).clamp(max=len(self.weights) - 1)
+        image = torch.searchsorted(self.ends, position, right=True)
+        position_in_image = position - F.pad(self.ends, (1, 0))[image]
         width = self.widths[image]
-        corner = torch.stack([place_in_image // width, place_in_image % width], 1)
-        return image, corner, self.weights[place]
+        corner = torch.stack([position_in_image // width, position_in_image % width], 1)
+        return image, corner, self.weights[position]
 
 
 def crop_of_image(image: Image.Image, offsets: list[tuple[int, int]], scale: int) -> Crop:
@@ -223,11 +223,11 @@ def crop_of_image(image: Image.Image, offsets: list[tuple[int, int]], scale: int
 def crop_of_tile(tile: Tile, image: Image.Image, size: int, scale: int) -> Crop:
     """Return an RGB tile with one LR image. ``size`` is the side of the patches in LR pixels."""
     lr, hr = degrade(image, scale)
-    # At the end of an image, there may be one place less where the grid of LR pixels begins later.
+    # At the end of an image, there may be one position fewer where the grid of LR pixels begins later.
     row, column = (
         max(min(first, side - size), 0) for first, side in zip(tile.first, (lr.height, lr.width), strict=True)
     )
-    rows, columns = (number + size - 1 for number in tile.places)
+    rows, columns = (number + size - 1 for number in tile.positions)
     error = bicubic_error(lr, hr)[row : row + rows, column : column + columns]
     return Crop(np.array(hr), [np.array(lr)], error.clone(), (row, column), tile.area)
 
@@ -243,7 +243,7 @@ def bicubic_error(lr: Image.Image, hr: Image.Image) -> Tensor:
 
 
 def mean_of_patches(error: Tensor, size: int) -> Tensor:
-    """Return the mean over each patch, (h - size + 1, w - size + 1). An image smaller than a patch has one place."""
+    """Return the mean over each patch, (h - size + 1, w - size + 1). An image smaller than a patch has one position."""
     height, width = (min(size, side) for side in error.shape)
     error = F.avg_pool2d(error[None], (height, 1), stride=1)
     return F.avg_pool2d(error, (1, width), stride=1)[0]

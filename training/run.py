@@ -33,7 +33,7 @@ class Recipe:
     optimizer: Callable[..., Adam]  # (model, patches, generator) -> optimizer; sets the initial weights
     network: Callable[[SRCNN, torch.dtype], Network]
     loss: Callable[[Tensor, Batch], Tensor]
-    penalty: Callable[[SRCNN, Network, Tensor, float], Tensor | float]  # the last is the share of steps done
+    penalty: Callable[[SRCNN, Network, Tensor, float], Tensor | float]  # the last is the fraction of steps done
     schedule: Callable[[float, float, float], float]  # (peak, step, number of steps) -> learning rate
 
 
@@ -74,7 +74,7 @@ class Run:
         return saved.training is not None and saved.training.run == self.id
 
     def continues(self, saved: Checkpoint) -> bool:
-        """Return whether this run, which has yet to train, starts from a checkpoint of its own."""
+        """Return whether ``saved`` is the checkpoint from which this run is being resumed."""
         weights = self.model.state_dict().items()
         same = all(torch.equal(saved.model[name], weight.cpu()) for name, weight in weights)
         return self.has_written(saved) and saved.epoch == self.epoch and same
@@ -84,7 +84,7 @@ class Run:
         return self.has_written(saved) and (saved.epoch, saved.psnr) == (self.best_epoch, self.best)
 
     def may_repeat(self, saved: Checkpoint) -> bool:
-        """Return whether the next epoch may repeat a checkpoint: after a kill between checkpoint.best and .last."""
+        """Return whether the next epoch may repeat ``saved``: checkpoint.best is written before checkpoint.last."""
         if not saved.training or not self.has_written(saved) or saved.epoch != self.epoch + 1:
             return False
         return Options.from_args(saved.args) == self.options and self.trains_on_images_of(saved.training)
@@ -93,7 +93,7 @@ class Run:
         """Return whether the training images are those of a checkpoint, as far as it says."""
         if state.train_images:
             return state.train_images == self.train_images
-        return state.train_set in ("", self.train_set)  # saved before fingerprints were
+        return state.train_set in ("", self.train_set)  # the checkpoint predates fingerprints
 
     def is_milestone(self) -> bool:
         """Return whether this epoch gets a numbered checkpoint."""
@@ -138,7 +138,7 @@ class Run:
 def new_run(
     options: Options, recipe: Recipe, patches: Patches, dtype: torch.dtype, init: Checkpoint | None = None
 ) -> Run:
-    """Return a run whose patches are drawn with the seed, and its initial weights also unless a checkpoint has them."""
+    """Return a new run. The seed determines its patches, and its initial weights unless ``init`` has them."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     model = SRCNN(options.scale).to(patches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -162,7 +162,7 @@ def restored_run(checkpoint: Checkpoint, options: Options, recipe: Recipe, patch
     if run.trains_on_images_of(state):
         run.report, run.best, run.best_epoch = state.report, state.best, state.best_epoch
     else:
-        show("the training images differ from those of this run so far; its best PSNR counts from here")
+        show("the training images have changed since the checkpoint; the best PSNR is reset")
     if Options.from_args(checkpoint.args) != options:
         run.history.append((checkpoint.epoch, checkpoint.args))
     return run
@@ -191,10 +191,10 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 
 def keep_other_checkpoints(output: Path, run: Run) -> None:
-    """Rename the checkpoints that this run would replace without having continued them.
+    """Rename the checkpoints that this run would overwrite but does not continue.
 
-    They are of another run, or of another branch of this run, if not its last checkpoint is resumed. Numbered ones of
-    other runs are not kept.
+    They belong to another run, or to another branch of this run if an earlier checkpoint than its last is resumed.
+    Numbered checkpoints of other runs are overwritten.
     """
     best, last = output / "checkpoint.best", output / "checkpoint.last"
     saved = load_if_valid(last)
@@ -206,12 +206,12 @@ def keep_other_checkpoints(output: Path, run: Run) -> None:
         others.insert(0, best)
     for path in others:
         keep_aside(path)
-    if saved and ours and best in others:  # as the best of both branches
+    if saved and ours and best in others:  # it is also the best of this branch
         save_checkpoint(saved, best)
 
 
 def later_checkpoints(output: Path, run: Run) -> list[Path]:
-    """Return the numbered checkpoints after this epoch of other branches of a run, and the one that began it."""
+    """Return the numbered checkpoints of later epochs from other branches of this run, and the one given as --init."""
     numbers = [path.name.removeprefix("checkpoint.") for path in output.glob("checkpoint.*")]
     later = sorted(int(number) for number in numbers if number.isdecimal() and int(number) > run.epoch)
     init, found = Path(run.options.init).resolve(), []
@@ -223,16 +223,16 @@ def later_checkpoints(output: Path, run: Run) -> list[Path]:
 
 
 def keep_aside(path: Path) -> None:
-    """Append the first number to a file's name that is free, and say so."""
+    """Rename a file by appending the first free number, and print both names."""
     number = 1
     while (other := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     os.replace(path, other)
-    show(f"{path} belongs to another run or branch, other images or a later epoch; it is kept as {other}")
+    show(f"{path} is from another run, branch, image set or later epoch; it is kept as {other}")
 
 
 def load_if_valid(path: Path) -> Checkpoint | None:
-    """Load a checkpoint; return None if there is no valid one. Raises CommandError if it cannot be read."""
+    """Load a checkpoint; return None if there is no valid one. Raise CommandError if it cannot be read."""
     if not path.exists():
         return None
     data = read_file(path, MAX_BYTES)

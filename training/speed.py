@@ -17,15 +17,15 @@ from upscaling.distributed import rank_and_world_size
 from utils import warn
 
 PROC_STAT = Path("/proc/stat")  # only on Linux
-MIN_SECONDS = 0.5  # what takes less is measured too roughly
-SLOW = 3  # an epoch is slow if the fastest was so many times as fast
+MIN_SECONDS = 0.5  # shorter measurements are too noisy
+SLOW = 3  # an epoch is slow if the fastest was this many times as fast
 
 
 @contextlib.contextmanager
 def warn_of_busy_cores(device: torch.device) -> Iterator[None]:
     """Measure, within this context, how busy other programs are, and warn if they use cores that training needs.
 
-    Nothing is measured if that does not matter, or under torchrun, whose processes are programs to each other.
+    Nothing is measured if that does not matter, or under torchrun, where processes would count each other as others.
     """
     threads, known = torch.get_num_threads(), hasattr(os, "sched_getaffinity") and read_stat()
     if device.type != "cpu" or threads == 1 or rank_and_world_size()[1] > 1 or not known:
@@ -58,12 +58,12 @@ def busy_seconds(stat: str, cores: set[int]) -> float:
 
 
 def advise(cores: int, others: float, threads: int) -> str | None:
-    """Return a warning if there are not enough cores for the threads, of which other programs use ``others``."""
+    """Return a warning if other programs, which use ``others`` cores, leave too few for the threads."""
     free = cores - others
     if others < 0.5 or threads < free + 0.5:
         return None
     busy = f"other programs keep about {others:.1f} of {cores} cores busy"
-    return f"{busy}, and threads that wait for a core slow training down; set OMP_NUM_THREADS={max(1, round(free))}"
+    return f"{busy}, and waiting for a free core slows training down; set OMP_NUM_THREADS={max(1, round(free))}"
 
 
 def warn_if_slow(speeds: list[float], seconds: float, device: torch.device) -> None:
@@ -78,4 +78,4 @@ def warn_if_slow(speeds: list[float], seconds: float, device: torch.device) -> N
     threads, slow = torch.get_num_threads(), [speed * SLOW < max(speeds) for speed in speeds]
     if device.type == "cpu" and threads > 1 and seconds >= MIN_SECONDS and slow[-2:] == [False, True]:
         times = f"the last epoch was {max(speeds) / speeds[-1]:.0f} times slower than the fastest"
-        warn(f"{times}; if other programs use the cores, resume with OMP_NUM_THREADS less than {threads}")
+        warn(f"{times}; if other programs use the cores, resume with OMP_NUM_THREADS lower than {threads}")

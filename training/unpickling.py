@@ -1,4 +1,4 @@
-"""Reads a checkpoint file without trusting it.
+"""Read a checkpoint file without trusting it.
 
 The reader creates nothing but numbers, text, lists, tuples, dictionaries and tensors, in little time and memory
 for each operation. So the limits bound both, whatever the file contains.
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_BYTES = 2**23  # in a file; ours have half a megabyte
-MAX_OPERATIONS = 500_000  # in its pickle; ours have 1,500 and 14 more for each test image
-MAX_MEMBERS = 1_000  # in the archive; ours have 33
-MAX_VALUES = 2**17  # in a tensor, of any strides; ours have 243 * 243
+from utils import CommandError
+
+MAX_BYTES = 2**23  # maximum bytes in a file; ours have half a megabyte
+MAX_OPERATIONS = 500_000  # maximum operations in its pickle; ours have 1,500 and 14 more for each test image
+MAX_MEMBERS = 1_000  # maximum members of the archive; ours have 33
+MAX_VALUES = 2**17  # maximum values in a tensor, of any strides; ours have 243 * 243
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
 DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8}
 
@@ -48,7 +50,7 @@ def unpickle(file: bytes) -> Any:
             raise ValueError("not an archive of torch.save")
         contents = {member.filename.partition("/")[2]: bytearray(archive.read(member)) for member in members}
     if contents.get("byteorder", b"little").decode() != sys.byteorder:
-        raise ValueError("saved by a machine with another byte order")
+        raise CommandError("it was saved on a machine with another byte order; save it again on this one")
     return read_pickle(contents["data.pkl"], contents)
 
 

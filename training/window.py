@@ -1,4 +1,4 @@
-"""Window: the tiles of a training set too large for memory that are in memory, which change all the time.
+"""Window: the part of a training set that is in memory if the whole set does not fit. It changes gradually.
 
 Tiles are small images or pieces of large ones. They are shuffled with the seed, again and again, and this endless
 sequence is cut into parts. The window consists of several parts, of which the oldest is replaced after some steps. So a
@@ -19,19 +19,19 @@ from upscaling.distributed import local_rank
 from utils import CommandError, plural, warn
 
 MEMORY = 480_000_000  # bytes for training images; a run then peaks at less than 1 GB above `import torch`
-PARTS = 6  # of the window
-MIN_TILES = 2  # in a part: fewer and larger ones would mean less decoding, but less variety
-DRAWS = 6  # how often a pixel is drawn while it is in the window: more would mean less decoding, but less variety
+PARTS = 6  # parts of the window
+MIN_TILES = 2  # minimum number of tiles in a part: fewer and larger ones would mean less decoding, but less variety
+DRAWS = 6  # times that a pixel is drawn on average while in the window: more means less decoding, but less variety
 
 
 class Tile(NamedTuple):
-    """Image or piece of an image, with places for patches that no other tile has."""
+    """Image or piece of an image, with positions of patches that no other tile has."""
 
     image: int  # index of the image
     box: tuple[int, int, int, int]  # left, top, right and bottom in HR pixels
-    first: tuple[int, int]  # first place for a patch in the box, in LR pixels: row, column
-    places: tuple[int, int]  # rows and columns of places
-    area: float  # LR pixels that each place stands for
+    first: tuple[int, int]  # first position of a patch in the box, in LR pixels: row, column
+    positions: tuple[int, int]  # rows and columns of positions
+    area: float  # LR pixels that each position represents
 
 
 class Tiles:
@@ -41,7 +41,7 @@ class Tiles:
     ----------
     sizes : array of shape (images, 2), widths and heights
     patch : side of the patches in LR pixels
-    side : maximum number of rows and of columns of places in a tile of an image with more than side^2 places
+    side : maximum number of rows and of columns of positions in a tile of an image with more than side^2 positions
     scale : upscaling factor
     """
 
@@ -49,9 +49,9 @@ class Tiles:
         self.sizes, self.patch, self.scale = sizes, patch, scale
         # LR pixels around a patch that matter: its context, and what interpolation needs around that.
         self.margin = context_of(scale) + BICUBIC_REACH
-        self.places = np.maximum(sizes // scale - patch + 1, 1)  # (images, 2), columns and rows
-        small = self.places.prod(1, keepdims=True) <= side**2
-        self.counts = np.where(small, 1, -(-self.places // side))  # (images, 2), columns and rows of tiles
+        self.positions = np.maximum(sizes // scale - patch + 1, 1)  # (images, 2), columns and rows
+        small = self.positions.prod(1, keepdims=True) <= side**2
+        self.counts = np.where(small, 1, -(-self.positions // side))  # (images, 2), columns and rows of tiles
         self.ends = self.counts.prod(1).cumsum()
 
     def __len__(self) -> int:
@@ -65,13 +65,13 @@ class Tiles:
         image : (n,), index of the image
         start : (n, 2), left and top of the box in LR pixels
         stop : (n, 2), right and bottom of the box in HR pixels
-        places : (n, 2, 2), the first place for a patch and the end of the places, each as column and row
+        positions : (n, 2, 2), the first position of a patch and the end of the positions, each as column and row
         """
         image = self.ends.searchsorted(index, "right")
-        counts, places = self.counts[image], self.places[image]  # (n, 2) each
+        counts, positions = self.counts[image], self.positions[image]  # (n, 2) each
         inside = index - self.ends[image] + counts.prod(1)
         cell = np.stack([inside % counts[:, 0], inside // counts[:, 0]], 1)  # (n, 2)
-        first, end = places * cell // counts, places * (cell + 1) // counts
+        first, end = positions * cell // counts, positions * (cell + 1) // counts
         start = np.maximum(first - self.margin, 0)
         # The grid of LR pixels may begin up to scale - 1 pixels later.
         stop = np.minimum(self.scale * (end + self.patch + self.margin) - 1, self.sizes[image])
@@ -83,10 +83,10 @@ class Tiles:
         return (stop - self.scale * start).prod(1)
 
     def __getitem__(self, index: int) -> Tile:
-        image, start, stop, places = (x[0] for x in self.locate(np.array([index])))
+        image, start, stop, positions = (x[0] for x in self.locate(np.array([index])))
         (left, top), (right, bottom) = (self.scale * start).tolist(), stop.tolist()
-        (column, row), (columns, rows) = (places[0] - start).tolist(), (places[1] - places[0]).tolist()
-        area = (self.sizes[image] // self.scale).prod() / self.places[image].prod()
+        (column, row), (columns, rows) = (positions[0] - start).tolist(), (positions[1] - positions[0]).tolist()
+        area = (self.sizes[image] // self.scale).prod() / self.positions[image].prod()
         return Tile(int(image), (left, top, right, bottom), (row, column), (rows, columns), float(area))
 
 
@@ -98,7 +98,7 @@ class Window:
     files : images of the training set
     patch_size : side of the patches in HR pixels
     scale : upscaling factor
-    seed : with which tiles are drawn
+    seed : seed of the order and the offsets of tiles
     pixel_bytes : memory that an HR pixel in the window takes
     """
 
@@ -106,7 +106,7 @@ class Window:
         self.files, self.scale, self.seed, self.names = files, scale, seed, list(files)
         if files.decoding_bytes > MEMORY:
             file = files.files[self.names[int(files.headers[:, 2].argmax())]]
-            limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and {MEMORY / 1e6:,.0f} MB are allowed"
+            limits = f"needs up to {files.decoding_bytes / 1e6:,.0f} MB, and the limit is {MEMORY / 1e6:,.0f} MB"
             raise CommandError(f"{file}: decoding it {limits}; convert it to 8-bit RGB, or split it")
         room = max(MEMORY - files.decoding_bytes, MEMORY // 10) // pixel_bytes // PARTS  # pixels for a part
         side = max(math.isqrt(room // MIN_TILES) // scale, 1)
@@ -178,5 +178,5 @@ class Window:
         if image.size != size and image.size == size[::-1]:  # turned upright; patches have all orientations anyway
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if image.size != size:
-            raise CommandError(f"{self.files.files[name]}: its size has changed, or differs from that in its header")
+            raise CommandError(f"{self.files.files[name]}: its size has changed, or does not match its header")
         return image

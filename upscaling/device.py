@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from upscaling.distributed import local_rank
-from utils import CommandError, show
+from utils import CommandError, plural, show
 
 PRECISIONS, PRECISION_HELP = ("auto", "fp32", "bf16"), "auto uses bf16 where the hardware runs it faster"
 
@@ -22,9 +22,11 @@ def select_device(cuda: bool) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if not cuda:
         return torch.device("cpu")
-    if torch.cuda.device_count() <= local_rank():
-        number = f" number {local_rank()}" if local_rank() else ""
-        raise CommandError(f"no CUDA device{number} was found; run without --cuda")
+    count = torch.cuda.device_count()
+    if not count:
+        raise CommandError("no CUDA device was found; run without --cuda")
+    if count <= local_rank():
+        raise CommandError(f"only {plural(count, 'CUDA device')} found; start as many processes, or run without --cuda")
     device = torch.device("cuda")
     try:
         torch.cuda.set_device(local_rank())
@@ -65,9 +67,9 @@ def cgroup_limits(root: Path) -> list[int]:
                 if "memory" not in controllers.split(","):
                     continue
             path = PurePosixPath(group)
-            for place in (path, *path.parents):
+            for ancestor in (path, *path.parents):
                 with contextlib.suppress(OSError, ValueError):  # missing, or "max"
-                    limits.append(int((folder / place.relative_to("/") / name).read_text()))
+                    limits.append(int((folder / ancestor.relative_to("/") / name).read_text()))
     return limits
 
 
@@ -98,7 +100,8 @@ def select_dtype(precision: str, device: torch.device) -> torch.dtype:
     if bf16_is_fast(device):
         return torch.bfloat16
     if precision == "bf16":
-        raise CommandError(f"this {device.type.upper()} does not run bf16 faster than fp32; use --precision=fp32")
+        name = "GPU" if device.type == "cuda" else "CPU"
+        raise CommandError(f"this {name} does not run bf16 faster than fp32; use --precision=fp32")
     return torch.float32
 
 
@@ -116,7 +119,7 @@ def resumed_precision(option: str, recorded: str, device: torch.device) -> str:
 def bf16_is_fast(device: torch.device) -> bool:
     """Return whether the device's hardware makes bf16 distinctly faster than fp32.
 
-    On CPUs this takes AVX512-BF16: AMD since Zen 4, and every Intel CPU with AMX. ARM CPUs count as slow,
+    On CPUs this requires AVX512-BF16: AMD since Zen 4, and every Intel CPU with AMX. ARM CPUs count as slow,
     since none was measured.
     """
     if device.type == "cuda":

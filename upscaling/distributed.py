@@ -59,7 +59,7 @@ def report_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CommandError("another process has ended; see its own message") from error
+        raise CommandError("another process has exited; see its error message") from error
 
 
 def broadcast(value: T) -> T:
@@ -71,7 +71,7 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Return the values of all processes by rank. Raise CommandError if a process has ended."""
     values = [value] * rank_and_world_size()[1]
     if len(values) > 1:

@@ -49,14 +49,14 @@ class FastSRCNN:
 
         Parameters
         ----------
-        lr : Tensor of shape (N, 3, h + 2c, w + 2c), integers from 0 to 255, which bf16 represents exactly.
-            Rounding errors would be amplified by the weights, which are large and cancel.
+        lr : Tensor of shape (N, 3, h + 2c, w + 2c), values from 0 to 255. In bf16 they must be integers, which
+            it represents exactly: the weights are large and cancel, so they would amplify rounding errors.
 
         Returns
         -------
         Tensor of shape (N, 3, s * h, s * w), on the scale [0, 255], not clamped
         """
-        pixels = channels_last(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
+        pixels = to_nhwc(lr).to(self.dtype)  # (N, h + 2c, w + 2c, 3)
         x = self.windows(pixels, window_side(self.scale))  # (N, h + 2, w + 2, k * k * 3), or see windows_in_rows
         x = relu(conv(x, *self.conv1))  # (N, h + 2, w + 2, s * s * 64)
         x = relu(conv(regroup(x, 64), *self.conv2))  # (N, h + 2, (w + 2) * s * s, 32)
@@ -65,9 +65,9 @@ class FastSRCNN:
 
 
 class FastSRCNNBf16:
-    """SRCNN in bf16 for inference, within a gray level of fp32, unlike :class:`FastSRCNN` in bf16.
+    """SRCNN in bf16 for inference, which stays closer to fp32 than :class:`FastSRCNN` in bf16.
 
-    The channels that carry the image itself since :meth:`SRCNN.reset_parameters` are computed in fp32, and only
+    The channels that carry the image itself (see :meth:`SRCNN.reset_parameters`) are computed in fp32, and only
     the detail, which is small, in bf16. The input of conv1 is shifted to values around zero, since the errors of
     rounded weights are proportional to the input.
     """
@@ -89,7 +89,7 @@ class FastSRCNNBf16:
 
     def __call__(self, lr: Tensor) -> Tensor:
         """Upscale as :meth:`FastSRCNN.__call__` does."""
-        pixels = channels_last(lr)  # (N, h + 2c, w + 2c, 3)
+        pixels = to_nhwc(lr)  # (N, h + 2c, w + 2c, 3)
         x = windows_in_rows((pixels - self.shift).bfloat16(), window_side(self.scale))  # (N, h + 2c, w + 2, k * 3)
         x = relu(conv(x, *self.detail1))  # (N, h + 2, w + 2, s * s * 64)
         x = conv(regroup(x, 64), *self.detail2)  # (N, h + 2, (w + 2) * s * s, 32)
@@ -183,7 +183,7 @@ def bicubic_kernel(device: torch.device, scale: int) -> Tensor:
 # ------------------------------------------------------------------- steps of the network
 
 
-def channels_last(lr: Tensor) -> Tensor:
+def to_nhwc(lr: Tensor) -> Tensor:
     """Convert (N, 3, h + 2c, w + 2c) to float32 (N, h + 2c, w + 2c, 3)."""
     return lr.float().permute(0, 2, 3, 1).contiguous()
 
@@ -223,7 +223,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def regroup(x: Tensor, channels: int) -> Tensor:
-    """Regard values that are neighbors in memory as other channels: (N, h, w, C) to (N, h, w * C / C', C')."""
+    """Reinterpret values that are adjacent in memory as channels: (N, h, w, C) to (N, h, w * C / C', C')."""
     return x.reshape(*x.shape[:2], -1, channels)
 
 

@@ -73,7 +73,7 @@ def find_jobs(
         return [pipe_job(inputs, output, ground_truth, checkpoint, scale, extension)]
     several = len(inputs) > 1 or inputs[0].is_dir()
     if ground_truth and several and not ground_truth.is_dir():
-        raise CommandError(f"{ground_truth}: several images need a folder of ground truths")
+        raise CommandError(f"{ground_truth}: --ground-truth must be a folder if there are several images")
     truths = GroundTruths(ground_truth, recursive)
     images = find_images(inputs, truths, recursive)
     file = output_file(output, several, extension)
@@ -172,7 +172,7 @@ def find_images(inputs: list[Path], truths: GroundTruths, recursive: bool) -> li
 
 
 def without_outputs(inputs: list[Path]) -> list[Path]:
-    """Leave out earlier outputs, which a pattern of the shell may match, unless there is nothing else."""
+    """Leave out earlier outputs, which a shell glob may match, unless there is nothing else."""
     others = [path for path in inputs if path.is_dir() or not is_output(path)]
     if not others or len(others) == len(inputs):
         return inputs
@@ -194,7 +194,7 @@ def single_image(path: Path, truths: GroundTruths) -> InputImage:
 def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> list[InputImage]:
     """Return the LR images in a folder.
 
-    With ground truths, these are the images that have one; otherwise, in a folder with names in _lr, only those.
+    With ground truths, these are the images that have one; otherwise, if names in a folder end in _lr, only those.
     """
     found = search_folder(folder, recursive)
     warn_of_skipped(folder, found.other_files, found.folders)  # its own outputs are expected there
@@ -204,7 +204,7 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
     else:
         marked = {image.subfolder for image in images if image.path.stem.endswith("_lr")}
         selected = [image for image in images if image.subfolder not in marked or image.path.stem.endswith("_lr")]
-        others = "the suffix _lr"
+        others = "names that end in _lr"
     if not selected:
         raise CommandError(f"{folder}: this folder contains no images with a ground truth in {truths.path}")
     if len(selected) < len(images):
@@ -218,14 +218,14 @@ def images_in_folder(folder: Path, truths: GroundTruths, recursive: bool) -> lis
 def output_file(output: str | None, several: bool, extension: str | None) -> Path | None:
     """Return the path of --output if it names a file and not a folder.
 
-    Raises CommandError if the name is not suitable, or looks like a file's but there are several images.
+    Raise CommandError if the name is not suitable, or looks like a file's but there are several images.
     """
     if not output or output.endswith("/") or os.path.isdir(output):
         return None
     file = Path(output)
     if several and writable(file):
         advice = f"use --format={format_of(file).lower()}, or --output={output}/ for a folder of this name"
-        raise CommandError(f"{output}: several images need a folder; {advice}")
+        raise CommandError(f"--output={output} names a file, but there are several images; {advice}")
     if several:
         return None
     check_file_name(file, extension)
@@ -275,7 +275,7 @@ def with_distinct_outputs(jobs: list[Job]) -> list[Job]:
     for i, job in enumerate(jobs):
         outputs = [os.path.realpath(output) for output in job.outputs]
         if other := next((writers[output] for output in outputs if output in writers), None):
-            problem = f"{job.lr}: {job.sr} is also the output of {other}; upscale each folder to an --output of its own"
+            problem = f"{job.lr}: {job.sr} is also the output of {other}; use a different --output for each folder"
             jobs[i] = job._replace(problem=problem)
         writers.update((output, job.lr) for output in outputs if output not in writers)
     return jobs
@@ -286,4 +286,4 @@ def check_overwrites(jobs: list[Job], inputs: list[Path]) -> None:
     taken = {os.path.realpath(file) for file in [*inputs, *(job.hr for job in jobs if job.hr)]}
     for output in (output for job in jobs for output in job.outputs):
         if os.path.realpath(output) in taken:
-            raise CommandError(f"{output} is an input; use another --output")
+            raise CommandError(f"{output} would overwrite an input or a ground truth; use another --output")

@@ -40,7 +40,7 @@ def upscale_with_metadata(lr: Image.Image, upscaler: Upscaler, label: str = "") 
 class Loaded(NamedTuple):
     lr: Image.Image
     hr: Image.Image | None  # ground truth
-    seconds: float
+    seconds: float  # time of the steps so far, without waiting between them
 
 
 class Upscaled(NamedTuple):
@@ -48,32 +48,30 @@ class Upscaled(NamedTuple):
     picture: Image.Image | None  # comparison with the ground truth
     scores: Scores | None
     lr_size: tuple[int, int]
-    seconds: float
+    seconds: float  # as in Loaded, and without the comparison
 
 
 class Steps(NamedTuple):
-    """The three steps of a job, each of which may run in another thread.
-
-    Seconds are those of the steps up to now, without waiting between them and without the comparison.
-    """
+    """The three steps of a job, each of which may run in another thread."""
 
     upscaler: Upscaler
-    max_pixels: int  # of an input
+    max_pixels: int  # maximum size of an input
 
     def run(self, job: Job) -> Scores | None:
         """Read, upscale and write an image. If there is a ground truth, write a comparison and return the scores."""
         return self.write(job, self.upscale(job, self.read(job)))
 
     def read(self, job: Job) -> Loaded:
-        """Read an image and its ground truth. Raises CommandError, also if the output is impossible."""
+        """Read an image and its ground truth. Raise CommandError, also if the output is impossible."""
         start, scale = time.perf_counter(), self.upscaler.scale
         job.check()
         lr = read_image(job.lr, self.max_pixels)
         check_output(job.sr, (scale * lr.width, scale * lr.height), lr.mode, job.format)
         hr = read_hr(job.hr, min_side(scale), (scale + 1) ** 2 * self.max_pixels) if job.hr else None
         if hr and not fits(hr, lr, scale):
-            other = next((f"; it fits x{other}" for other in SCALES if fits(hr, lr, other)), "")
-            problem = f"{hr.width}x{hr.height} is not {scale} times {lr.width}x{lr.height}{other}"
+            fitting = [other for other in SCALES if fits(hr, lr, other)]
+            hint = f"; it fits x{fitting[0]}, so use a checkpoint for that" if fitting else ""
+            problem = f"{hr.width}x{hr.height} is not {scale} times {lr.width}x{lr.height}{hint}"
             raise CommandError(f"{job.hr}: {problem}")
         return Loaded(lr, hr, time.perf_counter() - start)
 
@@ -116,7 +114,7 @@ class Task:
         self.job = job
         self.messages: list[Message] = []
         self.result: Future[Scores | None] = Future()
-        self.pixels = 0  # of the output
+        self.pixels = 0  # pixels of the output
 
     def call(self, step: Callable[..., T], *arguments: object) -> T:
         """Call a step, and keep its messages until it is the turn of this job."""
@@ -158,7 +156,7 @@ def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Futur
                 task.pixels = image.sr.width * image.sr.height
             except Exception as error:
                 task.result.set_exception(error)
-            while unfinished and not is_room(task.pixels, unfinished):
+            while unfinished and not has_room(task.pixels, unfinished):
                 yield unfinished.popleft().finish()
             if image:
                 task.result = writers.submit(task.call, steps.write, image, stop)
@@ -170,13 +168,13 @@ def run_in_pipeline(jobs: list[Job], steps: Steps) -> Generator[tuple[Job, Futur
             yield unfinished.popleft().finish()
     finally:
         with handle_signals([signal.SIGINT, *TERMINATION_SIGNALS], lambda *_: None):
-            # Until the next image is decoded and a WebP is encoded, since these threads cannot be interrupted.
+            # This waits until the next image is decoded and a WebP is encoded: these threads cannot be interrupted.
             stop.set()
             writers.shutdown(cancel_futures=True)
             reader.shutdown(cancel_futures=True)
 
 
-def is_room(pixels: int, unfinished: Iterable[Task]) -> bool:
+def has_room(pixels: int, unfinished: Iterable[Task]) -> bool:
     """Return whether an image of this size may be written beside those that are unfinished."""
     sizes = [task.pixels for task in unfinished]
     return len(sizes) < WRITERS and sum(sizes) + pixels <= MAX_WRITTEN

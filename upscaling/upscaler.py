@@ -21,7 +21,7 @@ from utils import is_out_of_memory, progress_bar
 
 S = TypeVar("S")
 T = TypeVar("T")
-MAX_WORKERS = 8  # threads that compute tiles; more would wait for Python's lock
+MAX_WORKERS = 8  # threads that compute tiles; more would wait for the GIL
 # HR pixels in a row of a tile's features. On a CPU, those of each thread, 5 or 11 MB, just about fit into caches.
 FEATURE_SIDE = {"cpu": 204, "cuda": 774}
 

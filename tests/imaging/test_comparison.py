@@ -41,7 +41,7 @@ def test_comparison_has_four_labeled_panels_each_with_a_detail(pictures):
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_comparison_reports_quality_of_bicubic_and_network(pictures, scale):
-    """With as many pixels shaved off as the scale."""
+    """As many pixels as the scale are shaved off each side."""
     _, hr, _ = pictures
     hr = hr.crop((0, 0, 24 * scale, 20 * scale))
     lr, sr = bicubic(hr, (24, 20)), hr.point(lambda value: value // 2)

@@ -1,4 +1,4 @@
-"""EXIF data that are changed in place."""
+"""Editing EXIF data in place."""
 
 import struct
 
@@ -13,7 +13,7 @@ from imaging.exif import ExifData, edit_exif
 ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 2, 3, 4, 5, 7
 TEXT = "José Müller ©".encode() + b"\0"
 MAIN, DETAILS, THUMBNAIL = 8, 200, 300  # positions of the directories
-LINK = MAIN + 2 + 6 * 12  # position of the position of the thumbnail's directory
+LINK = MAIN + 2 + 6 * 12  # where the offset of the thumbnail's directory is stored
 X, Y, ARTIST, NOTE = 400, 408, 416, 440  # positions of values
 
 

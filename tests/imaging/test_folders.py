@@ -43,7 +43,7 @@ def test_everything_skipped_is_counted_in_a_warning(folder, capfd):
     ],
 )
 def test_links_to_files_are_followed_but_not_links_to_folders(folder, recursive, names, skipped):
-    """A link to a parent folder would never end."""
+    """Following a link to a parent folder would never end."""
     Path("in/link.png").symlink_to("a.jpg")
     Path("in/loop").symlink_to(".")
     Path("in/deeper").symlink_to("deeper.png")

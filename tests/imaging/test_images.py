@@ -177,17 +177,6 @@ def test_16_bit_png_with_color_or_alpha_is_read_as_8_bit_with_a_warning(kind, mo
     assert capfd.readouterr().err.startswith("WARNING: deep.png: its 16 bits are read as 8")
 
 
-def test_16_bit_rgb_tiff_is_read_as_8_bit_with_a_warning(capfd):
-    """Pillow cannot write such a TIFF, so the test does."""
-    values = np.arange(300, 300 + 9 * 5 * 3 * 256, 256).reshape(5, 9, 3)
-    tags = [(256, 9), (257, 5), (258, 16), (259, 1), (262, 2), (273, 122), (277, 3), (278, 5), (279, values.size * 2)]
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + directory + bytes(4)  # 122 bytes
-    Path("deep.tif").write_bytes(header + values.astype("<u2").tobytes())
-    assert_equal(read_image(Path("deep.tif")), Image.fromarray(np.uint8(values >> 8)))
-    assert capfd.readouterr().err.startswith("WARNING: deep.tif: its 16 bits are read as 8")
-
-
 RAMP = np.repeat(np.linspace(0, 65535, 12).astype(np.uint16)[None, :, None], 3, 2).repeat(5, 0)  # black to white
 
 
@@ -296,7 +285,7 @@ def test_further_frames_are_not_read(name, monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-def test_further_frame_that_is_damaged_is_no_error():
+def test_damaged_second_page_is_not_an_error():
     content = file_of(random_image(), "TIFF")
     first = int.from_bytes(content[4:8], "little")
     following = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")  # the offset of the second page
@@ -331,7 +320,7 @@ def test_flatten_rounds_to_8_bits_and_blends_with_white(mode, value, flat):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("name", ["a.tiff", "a.png", "a.webp"])
-def test_image_that_is_not_copied_is_the_same(mode, name):
+def test_read_hr_returns_the_same_image_without_a_copy(mode, name):
     frames = [random_image(mode, seed=i) for i in range(2)]
     frames[0].save(name, save_all=True, append_images=frames[1:])
     copied, own = (read_hr(Path(name), 9, copy=copy) for copy in (True, False))

@@ -21,7 +21,7 @@ SIZE = (72, 45)  # of an upscaled random_image()
 
 
 def upscaled(name, output):
-    """Read an image, and write one of three times its size with its metadata; return what Pillow reads of it."""
+    """Read an image, and write one of three times its size with its metadata; return what Pillow reads from it."""
     image = read_image(Path(name))
     size = (3 * image.width, 3 * image.height)
     write_image(image.resize(size), Path(output), upscaled_metadata(image.info, size, 3))
@@ -31,7 +31,7 @@ def upscaled(name, output):
 
 
 def copied(name, output="", mode="RGB", **options):
-    """Save an image with these options; return what Pillow reads after it was read, upscaled by 3, and written."""
+    """Save an image with these options; read it, upscale it by 3 and write it; return what Pillow reads from that."""
     random_image(mode).save(name, **options)
     return upscaled(name, output or f"copy-{name}")
 
@@ -87,7 +87,7 @@ def test_exif_data_in_text_of_imagemagick_are_kept():
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_invalid_resolution_costs_no_other_exif_data(orientation):
+def test_invalid_resolution_does_not_affect_other_exif_data(orientation):
     data = exif(Orientation=orientation, Make="a camera", XResolution=IFDRational(123, 0), YResolution=72.0)
     copy = copied("e.jpg", exif=data)
     assert read_image(Path("e.jpg")).size == ((24, 15) if orientation == 1 else (15, 24))
@@ -111,12 +111,12 @@ def test_exif_data_whose_resolution_has_an_impossible_position_are_kept(place):
     assert copy.info["exif"] == content.replace(struct.pack("<HHII", *tags[0]), struct.pack("<HHII", 274, 3, 1, 1))
 
 
-def test_exif_data_too_large_for_jpeg_are_left_out_with_a_warning(capfd):
+def test_exif_data_too_large_for_jpeg_is_dropped_with_a_warning(capfd):
     for size, kept in ((65533, True), (65534, False)):
         content = exif(Make="a camera").tobytes().ljust(size, b"\0")
         copy = copied("e.png", "o.jpg", exif=content)
         assert copy.info.get("exif") == (content if kept else None)
-        warning = "WARNING: o.jpg: its EXIF data are left out: they are too large for JPEG\n"
+        warning = "WARNING: o.jpg: its EXIF data is dropped, since it is too large for JPEG\n"
         assert capfd.readouterr().err == ("" if kept else warning)
 
 
@@ -236,11 +236,11 @@ def test_icc_profile_is_kept(name):
 def test_output_with_large_profile_can_be_read(format, size, capfd):
     path, profile = Path(f"o.{format.lower()}"), SRGB + np.random.default_rng(0).bytes(size - len(SRGB))
     image = random_image()
-    image.info = {"icc_profile": profile}  # as of upscale(); Pillow would write it of its own accord
+    image.info = {"icc_profile": profile}  # as upscale() leaves it; Pillow would write it by itself
     write_image(image, path, image.info)
     kept = read_image(path).info.get("icc_profile")
     assert kept == (profile if size <= LARGEST_PROFILE.get(format, 0) else None)
-    warning = f"WARNING: {path}: its ICC profile is left out: it is too large for {format}\n"
+    warning = f"WARNING: {path}: its ICC profile is dropped, since it is too large for {format}\n"
     assert capfd.readouterr().err == ("" if kept or format not in LARGEST_PROFILE else warning)
 
 

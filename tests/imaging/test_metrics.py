@@ -42,7 +42,7 @@ SAME = Scores(*[Quality(math.inf, math.inf, math.nan)] * 2)
 
 
 def interpolated(image, scale):
-    """Return the ground truth, and the result of reducing and enlarging it by Pillow."""
+    """Return an image reduced and enlarged by Pillow, and its ground truth."""
     width, height = (side // scale for side in image.size)
     hr = image.crop((0, 0, scale * width, scale * height))
     return to_tensor(bicubic(bicubic(hr, (width, height)), hr.size)), to_tensor(hr)
@@ -172,7 +172,7 @@ def test_ssim_agrees_with_its_definition(sr, hr):
     ids=str,
 )
 def test_each_constant_of_ssim_matters(change):
-    """In a dark image. In Set5's the first term hardly changes with K1."""
+    """The image is dark: in Set5, K1 hardly changes the first term."""
     assert abs(window_by_window(*dark_pair(), 3, **change) - ssim_y(*dark_pair(), 3)) > 1e-4
 
 

@@ -46,7 +46,7 @@ def write_png(name, *chunks, at_end=False):
         (b"pHYs", b"\0"),
     ],
 )
-def test_metadata_that_pillow_refuses_do_not_cost_the_image(cid, content, at_end, capfd):
+def test_image_is_read_despite_metadata_that_pillow_refuses(cid, content, at_end, capfd):
     write_png("a.png", chunk(cid, content), at_end=at_end)
     assert np.array_equal(read_image(Path("a.png")), random_image())
     warning = f"WARNING: a.png: metadata that is damaged or too large is ignored ({cid.decode()})\n"

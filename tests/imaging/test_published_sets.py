@@ -64,7 +64,7 @@ BAD_ARCHIVES = {
 
 @pytest.fixture
 def web():
-    """web(name) is the URL of a good or a misbehaving download."""
+    """Serve good and misbehaving downloads; return a function from their names to URLs."""
     bodies = {"good": GOOD, "cut": GOOD[: len(GOOD) // 2], "stall": b"", "large": bytes(2**21), "spoilt": SPOILT} | ONLY
     finished = threading.Event()
 
@@ -169,7 +169,9 @@ def test_files_are_synced_before_the_set_appears(local_copy, monkeypatch):
 )
 def test_bad_download_leaves_nothing_and_next_mirror_is_used(web, monkeypatch, capfd, path, reason):
     monkeypatch.setattr(published_sets, "MIRRORS", (web(path),))
-    with pytest.raises(CommandError, match=r"^cannot fetch 91-image and Set5; .* run `python data\.py --from FILE`$"):
+    with pytest.raises(
+        CommandError, match=r"^cannot fetch 91-image and Set5; .* run `python data\.py --from FILE` here$"
+    ):
         published_sets.fetch(NAMES)
     assert_one_line(capfd.readouterr().err, f"{web(path)}: {reason}")  # with the address, for a download by hand
     assert not os.listdir()
@@ -180,7 +182,7 @@ def test_bad_download_leaves_nothing_and_next_mirror_is_used(web, monkeypatch, c
 
 def test_slow_download_is_abandoned(web, monkeypatch):
     monkeypatch.setattr(published_sets, "DEADLINE", 0)
-    with pytest.raises(CommandError, match="not done after 0 seconds"):
+    with pytest.raises(CommandError, match="timed out after 0 seconds"):
         published_sets.download(web("good"))
 
 
@@ -244,7 +246,7 @@ def test_local_copy_with_other_content_is_refused(local_copy):
         published_sets.fetch(["Set5"], local_copy)
 
 
-def test_local_copy_may_have_names_that_are_no_utf8(local_copy):
+def test_local_copy_may_have_names_that_are_not_utf8(local_copy):
     Path("copy", os.fsdecode(b"\xff.bmp")).write_bytes(b"BM")
     published_sets.fetch(["Set5"], local_copy)
     assert installed() == {"Set5": FILES["Set5"]}
@@ -295,7 +297,7 @@ def test_lying_archives_take_little_memory(tmp_path):
         path.write_bytes(lying_archive(method))
     reasons, mib = in_new_process(memory_to_refuse, paths)
     assert "CRC" in reasons[0]
-    assert "another method than deflate" in reasons[1]
+    assert "is not compressed with deflate" in reasons[1]
     assert mib < 64
 
 

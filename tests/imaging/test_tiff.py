@@ -179,7 +179,7 @@ LAYOUT_TAGS = (254, 256, 257, 258, 259, 262, 266, 277, 278, 284, 317, 320, 322, 
 
 @pytest.mark.parametrize("tag", LAYOUT_TAGS)
 def test_layout_tag_that_occurs_twice_is_refused(tag):
-    """Pillow and libtiff may each read another one of them."""
+    """Pillow and libtiff may read different ones."""
     tags = gray(1, 8)
     Path("a.tif").write_bytes(tiff(sorted([*tags, (tag, 1), (tag, 2)]), SMALL.tobytes()))
     with pytest.raises(CommandError, match=rf"^a\.tif: .*: its tag {TiffTags.lookup(tag).name} occurs twice "):
@@ -202,13 +202,13 @@ def write_pages(*kinds):
 
 
 @pytest.mark.parametrize(("kinds", "warned"), [((0, 1, 1), False), ((0, 4), False), ((2, 2), True), ((1,), False)])
-def test_previews_and_masks_are_no_further_pages(kinds, warned, capfd):
+def test_previews_and_masks_do_not_count_as_pages(kinds, warned, capfd):
     write_pages(*kinds)
     assert np.array_equal(read_image(Path("a.tif")), SMALL)
     assert capfd.readouterr().err == "WARNING: a.tif: only the first of its pages is read\n" * warned
 
 
-def test_preview_before_the_image_is_not_taken_for_it():
+def test_tiff_that_begins_with_a_preview_is_refused():
     write_pages(1, 0)
     with pytest.raises(CommandError, match="its first page is a preview or a mask"):
         read_image(Path("a.tif"))

@@ -133,11 +133,11 @@ def test_new_process_is_timed_and_its_failure_is_an_error():
 
 def test_table_of_command_has_the_columns_of_the_docs():
     head, line, *rows = bench_command.command_table([FormatMeasurement("PNG", 0.094, 2.04, 1.4, 5.126, 2.5)])
-    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text("utf-8")
     assert rows == ["| PNG | 0.09 s | 2.04 s | 1.40 s | 5.13 s | 2.50 s |"]
 
 
 def test_table_of_start_has_the_columns_of_the_docs():
     head, line, *rows = bench_command.start_table({"python super_resolve.py --help": 0.204})
-    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text("utf-8")
     assert rows == ["| `python super_resolve.py --help` | 0.20 s |"]

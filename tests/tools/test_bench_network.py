@@ -36,7 +36,7 @@ def test_each_workload_is_measured(photos):
 
 def test_table_has_the_columns_of_the_docs():
     head, line, *rows = network_table([NetworkMeasurement("training", "plain", 1.755, 1, 0.366, 1515.6)])
-    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text("utf-8")
     assert rows == ["| training | plain | 1.75 | 1.00 | 37% | 1,516 MB |"]
 
 

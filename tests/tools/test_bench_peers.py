@@ -51,7 +51,7 @@ def test_workloads_count_hr_pixels(monkeypatch):
 
 
 def test_without_test_set_there_is_no_psnr(monkeypatch):
-    for name, result in {"find_peers": [], "measure_in_turns": {("this project", "fp32"): (7.5, 60)}}.items():
+    for name, result in {"find_peers": [], "measure_interleaved": {("this project", "fp32"): (7.5, 60)}}.items():
         monkeypatch.setattr(bench_peers, name, lambda *_, result=result: result)
     row = PeerMeasurement("this project", "fp32", "image to image", 7.5, None)
     assert bench_peers.measure_peers(None, ["fp32"]) == [row]
@@ -86,6 +86,6 @@ def test_version_of_packages():
 def test_table_of_peers_has_the_columns_of_the_docs():
     a = PeerMeasurement("OpenVINO 2026.4.1", "bf16", "three convolutions", 23.756, 26.9483)
     head, line, *rows = peer_table("Set5", [a, a._replace(psnr=None)])
-    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text("utf-8")
     start = "| OpenVINO 2026.4.1 | bf16 | three convolutions | 23.76 |"
     assert rows == [f"{start} 26.948 dB |", f"{start} n/a |"]

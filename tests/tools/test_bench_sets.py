@@ -2,7 +2,7 @@ import torch
 from helpers import ROOT, in_new_process
 
 from tools import bench_sets
-from tools.bench_sets import SetMeasurement, set_table, training_in_turns
+from tools.bench_sets import SetMeasurement, set_table, training_with_window
 from training import patches, window
 from training.options import Options
 from training.window import DRAWS, PARTS, Window
@@ -13,7 +13,7 @@ def test_turn_of_large_set_reads_one_part(photos, monkeypatch):
     monkeypatch.setattr(patches, "MEMORY", 0)
     numbers, draw = [], Window.draw
     monkeypatch.setattr(Window, "draw", lambda self, number: numbers.append(number) or draw(self, number))
-    train, step = training_in_turns(photos, torch.float32), Options().pixels(1)
+    train, step = training_with_window(photos, torch.float32), Options().pixels(1)
     assert train() == step
     assert numbers == [*range(PARTS)]
     assert train() == -(-DRAWS * 120 * 75 // step) * step  # a part has room for the largest image
@@ -35,5 +35,5 @@ def test_copies_of_a_set_are_measured(photos):
 def test_table_of_sets_has_the_columns_of_the_docs():
     sets = [SetMeasurement(1, 5_344_000, 80.0, 410.4), SetMeasurement(16, 85_500_000, 76.0, 560)]
     head, line, *rows = set_table("91-image", sets)
-    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"\n{head}\n{line}\n" in (ROOT / "docs" / "speed.md").read_text("utf-8")
     assert rows == ["| 1 x 91-image | 5.3 | 80.0 | 1.00 | 410 MB |", "| 16 x 91-image | 85.5 | 76.0 | 0.95 | 560 MB |"]

@@ -193,7 +193,7 @@ def checkpoint(request, train_small):
 
 @pytest.mark.parametrize("checkpoint", ["default", "assignment"], indirect=True)
 def test_course_programs_read_checkpoint(checkpoint, tmp_path):
-    """They do the same as a stand-in, in a folder with only two modules of ours."""
+    """A stand-in does what they do, in a folder with only two of our modules."""
     folder = tmp_path / "course"
     folder.mkdir()
     shutil.copy(checkpoint, folder / "checkpoint.pth")

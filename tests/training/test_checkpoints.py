@@ -212,14 +212,14 @@ def test_invalid_options_of_course_checkpoint_are_ignored():
 def test_bare_weights_are_refused_with_code_that_makes_a_checkpoint():
     model = SRCNN().state_dict()
     torch.save({f"net.{name}": weight for name, weight in model.items()}, "it's")
-    with pytest.raises(CommandError, match="it contains only weights; make a checkpoint") as refusal:
+    with pytest.raises(CommandError, match="it contains only weights; convert it to a checkpoint") as refusal:
         load_checkpoint(Path("it's"))
     exec(str(refusal.value).partition("in Python: ")[2])
     found = load_checkpoint(Path("checkpoint.new"))
     assert same(found.model, dict(model))
     assert (found.epoch, found.args, found.training) == (0, {}, None)
     torch.save({name: weight for name, weight in model.items() if "conv1" not in name}, PATH)
-    with pytest.raises(CommandError, match="it contains only weights, and not those of SRCNN"):
+    with pytest.raises(CommandError, match="it contains only weights, whose shapes are not those of SRCNN"):
         load_checkpoint(PATH)
 
 

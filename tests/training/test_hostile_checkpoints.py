@@ -103,7 +103,6 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "tuple as a key": lambda: content(extra={(1, 2): 3}),
         "zip bomb": with_bomb,
         "pickle in capitals": lambda: rewritten(lambda name, data: (name.replace("data.pkl", "DATA.PKL"), data)),
-        "another byte order": lambda: rewritten(lambda name, data: (name, b"big" if "byteorder" in name else data)),
         "less memory than values": lambda: rewritten(
             lambda name, data: (name, data[:64] if "/data/" in name else data)
         ),
@@ -125,17 +124,20 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
         "2^60 references in args of the course": lambda: course_content(opt=nested()),
         "list that contains itself": lambda: changed("history", endless()),
     },
+    "it was saved on a machine with another byte order; save it again on this one": {
+        "another byte order": lambda: rewritten(lambda name, data: (name, b"big" if "byteorder" in name else data)),
+    },
     "it contains neither 'model' nor 'model_state_dict'": {
         "no model": lambda: content(model=None),
         "weights under another name": lambda: {"state_dict": content()["model"]},
     },
-    "it is too large": {"large file": lambda: bytes(MAX_BYTES + 1)},
+    "it is larger than 8 MiB": {"large file": lambda: bytes(MAX_BYTES + 1)},
     "invalid 'lr'": {"2^60 references in args": lambda: changed("args", {"lr": nested()})},
     "missing or invalid 'history'": {"2^60 references in history": lambda: changed("history", nested())},
     "missing or invalid 'report'": {
         "2^60 references in a report": lambda: changed("report", {"set": "x", "images": {"a": nested()}})
     },
-    "the model has other layers than SRCNN": {
+    "its layers are not those of SRCNN 9-1-5": {
         "missing layer": lambda: changed("conv3.bias", None),
         "additional layer": lambda: changed("conv4.bias", torch.zeros(3)),
     },
@@ -143,7 +145,7 @@ FILES = {  # {reason for refusal: {name: function that returns the content of a 
 
 
 def wrong(name, shape, found):
-    return f"{name} should contain floating-point numbers of shape {shape}, not {found}"
+    return f"{name} must be a floating-point tensor of shape {shape}, not {found}"
 
 
 EYE, ROW = torch.eye(243), dict.fromkeys(("bicubic_y", "bicubic_rgb", "psnr_y", "psnr_rgb"), 30.0)
@@ -155,7 +157,8 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
         torch.zeros(1).expand(MAX_VALUES)
     ],
     ("conv2.bias", wrong("conv2.bias", [32], "torch.int64 of shape [32]")): [torch.zeros(32, dtype=torch.int64)],
-    ("conv2.bias", wrong("conv2.bias", [32], "another object")): ["text", [0.0] * 32],
+    ("conv2.bias", wrong("conv2.bias", [32], "str")): ["text"],
+    ("conv2.bias", wrong("conv2.bias", [32], "list")): [[0.0] * 32],
     ("conv2.bias", UNSAFE): [
         *(torch.zeros(32).to(dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
         torch.zeros(0),
@@ -166,7 +169,7 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
         torch.zeros(32, device="meta"),
         torch.zeros(32).to_sparse(),
     ],
-    ("conv2.bias", "conv2.bias has values that are not finite or too large"): [
+    ("conv2.bias", "conv2.bias contains values that are NaN, infinite or too large"): [
         *(torch.full((32,), value) for value in (math.nan, -math.inf, 1.01 * MAX_WEIGHT)),
         torch.full((32,), 1e300, dtype=torch.float64),  # beyond float32
     ],
@@ -182,10 +185,10 @@ PARTS = {  # {(part of a checkpoint, reason for refusal): invalid values}
         {"whiten": EYE, "state": dict.fromkeys(range(6), EYE)},
         {"whiten": EYE, "state": {0: 7}},
     ],
-    ("whiten", wrong("whitening matrix", [243, 243], "another object")): ["x"],
-    ("whiten", "whitening matrix has values that are not finite or too large"): [EYE * math.inf],
+    ("whiten", wrong("whitening matrix", [243, 243], "str")): ["x"],
+    ("whiten", "whitening matrix contains values that are NaN, infinite or too large"): [EYE * math.inf],
     ("exp_avg", wrong("optimizer", [64, 243], "torch.float32 of shape [64, 3, 9, 9]")): [torch.zeros(64, 3, 9, 9)],
-    ("exp_avg", "optimizer has values that are not finite or too large"): [torch.full((64, 243), math.nan)],
+    ("exp_avg", "optimizer contains values that are NaN, infinite or too large"): [torch.full((64, 243), math.nan)],
     ("exp_avg_sq", "invalid 'optimizer'"): [torch.full((64, 243), -1.0)],
     ("step_size", "missing or invalid 'optimizer'"): ["x", 0.5, -4, 2**40],
     ("step_size", "invalid 'optimizer'"): [0, 101],

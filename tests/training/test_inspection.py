@@ -55,7 +55,7 @@ def test_initial_weights_are_described_if_a_checkpoint_had_them(inspected, init,
     ("content", "wanted"),
     [
         (trained_content, " (epoch 1, 31.000 dB Y on photos)"),
-        (course_content, " (epoch 2, 27.500 dB, on an unnamed set)"),
+        (course_content, " (epoch 2, 27.500 dB, on an unknown set)"),
         (lambda: {"model_state_dict": course_content()["model_state_dict"]}, ""),
     ],
     ids=["own", "course", "weights alone"],
@@ -78,7 +78,7 @@ def test_describe_checkpoint_of_another_program():
     lines = """\
 checkpoint.3: SRCNN 9-1-5 x3, 20,099 parameters
 epoch       2 of 4
-PSNR        27.500 dB, on an unnamed set
+PSNR        27.500 dB, on an unknown set
 info        name: Chan Tai Man, id: 1155000000, email: ctm@example.com
 options
   lr         0.0001

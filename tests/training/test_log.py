@@ -224,6 +224,7 @@ def test_log_in_folder_that_cannot_be_made_warns_once(capfd):
 
 def test_resumed_training_continues_log_without_overlap_or_gap(train_small, photos, tmp_path):
     assert train_small("--num-epoch=3", "--save-freq=2")[0] == 0
+    time.sleep(1)  # TensorBoard reads files in the order of their names, which contain the second
     assert train_small(command=("resume", "checkpoint.2"))[0] == 0  # trains epoch 3 again
     (run,) = (tmp_path / "runs").iterdir()
     found, name, mean = events(run), photos.name, load("checkpoint.3")["report"]["mean"]
@@ -250,7 +251,7 @@ def test_hangup_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, previous)
 
 
-@pytest.mark.usefixtures("_heeded")
+@pytest.mark.usefixtures("_default_signal_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_interrupt_is_deferred_and_second_is_not(number):
     before = [signal.getsignal(n) for n in (signal.SIGINT, *TERMINATION_SIGNALS)]

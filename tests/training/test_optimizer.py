@@ -46,7 +46,8 @@ def test_whitening_matrix_ignores_mean_of_each_channel(noise):
     assert (whitening_matrix(noise, 3, floor=1e-9, size=1) @ plain.T).abs().max() < 1e-6
 
 
-def test_whitened_adam_is_adam_with_four_times_its_steps_on_v_where_weight_is_start_plus_v_p():
+def test_whitened_adam_takes_four_times_adams_steps_in_whitened_coordinates():
+    """Adam optimizes V, and conv1.weight is its start plus V P."""
     torch.manual_seed(3)
     model, whitening = SRCNN().double(), torch.eye(243).double() + 0.05 * torch.randn(243, 243)
     plain, v = copy.deepcopy(model), torch.zeros(64, 243, dtype=torch.float64, requires_grad=True)

@@ -66,11 +66,13 @@ def test_help_shows_defaults_but_not_for_resume():
     text, text_of_resume = (" ".join(parser(resume).format_help().split()) for resume in (False, True))
     sizes = "30 at x2, 33 at x3, 36 at x4"
     for name, default in (
-        ("--lr N", "0.00075, or up to 0.0025 for fewer than 100 epochs"),
+        ("--lr LR", "0.00075, or up to 0.0025 for fewer than 100 epochs; 0.0001 for --recipe=assignment"),
+        ("--batch-size N", "32; 128 for --recipe=assignment"),
+        ("--epoch-size N", "100"),
         ("--scale {2,3,4}", "3"),
         ("--patch-size N", sizes),
     ):
-        assert f"(default: {default})" in text.partition(f" {name} ")[2].partition(" --")[0]
+        assert f"(default: {default})" in text.partition(f" {name} ")[2].partition(") ")[0] + ")"
     assert "default" not in text_of_resume
     assert "--seed" not in text_of_resume
 
@@ -105,7 +107,7 @@ def test_invalid_value_is_refused_on_command_line_and_in_checkpoint(capsys, name
     assert problem in str(refusal.value)
 
 
-def test_init_is_a_path_or_in_a_checkpoint_empty(capsys):
+def test_init_is_a_path_but_may_be_empty_in_a_checkpoint(capsys):
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(["--init="])
     assert_one_line(capsys.readouterr().err, "--init: must not be empty")
@@ -117,7 +119,7 @@ def test_init_is_a_path_or_in_a_checkpoint_empty(capsys):
 def test_patch_size_in_checkpoint_must_be_multiple_of_its_scale():
     assert check_args({"scale": 4, "patch_size": 32}) == {"scale": 4, "patch_size": 32}
     for args in ({"patch_size": 32}, {"scale": 2, "patch_size": 33}):
-        with pytest.raises(CommandError, match="--patch-size must be a multiple of the scale"):
+        with pytest.raises(CommandError, match=r"--patch-size=.* is not a multiple of the scale"):
             check_args(args)
     assert valid_args({"patch_size": 33, "scale": 2, "lr": 0.5}) == {"scale": 2, "lr": 0.5}
 
@@ -138,7 +140,7 @@ def test_init_of_another_program_is_not_ours():
     [("batch_size", [8]), ("train_data", "x" * 5000), ("init", ["x"])],
     ids=["list", "long", "list of files"],
 )
-def test_value_of_no_option_is_refused_in_checkpoint(name, value):
+def test_value_that_no_option_accepts_is_refused_in_checkpoint(name, value):
     with pytest.raises(CommandError, match=f"invalid '{name}'"):
         check_args({name: value})
 
@@ -157,8 +159,8 @@ def test_option_that_is_fixed_at_start_is_refused_at_resume(capsys, words):
         (Options("assignment", precision="bf16"), "--precision"),
         (Options(hold_out=4), "--hold-out=0"),
         (Options(batch_size=2), "3 processes"),
-        (Options(scale=4, patch_size=30), "--patch-size must be a multiple of the scale, 4, not 30"),
-        (Options("assignment", scale=2, patch_size=30), "--recipe=assignment is for x3 only, and the scale is 2"),
+        (Options(scale=4, patch_size=30), "--patch-size=30 is not a multiple of the scale, 4"),
+        (Options("assignment", scale=2, patch_size=30), "--recipe=assignment is for x3 only, not x2"),
     ],
     ids=["precision", "ignored test data", "fewer patches than processes", "patch size", "scale of the assignment"],
 )
@@ -192,7 +194,7 @@ PLAIN = Options("assignment", batch_size=3000, patch_size=33)  # 3000 * 33^2 * 1
             None,
             (0, 1),
             "cpu",
-            "16.7 GiB in each step, more than the 16.0 GiB that",
+            "16.7 GiB in each step, more than the 16.0 GiB assumed",
         ),
         (replace(PLAIN, batch_size=10_000), None, (0, 1), "cpu", None),
         (Options(batch_size=60_000), 24 * GIB, (0, 1), "cpu", "needs about 211.6 GiB"),
@@ -215,7 +217,7 @@ def growth_in_one_step(options, dtype):
     keep_memory()
     start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for batch in train_set.batches(2, options.batch_size, run.generator):
-        train_one_step(run, batch, share_done=1)  # when there are most patterns
+        train_one_step(run, batch, fraction_done=1)  # when there are most patterns
     return peak_memory_mib() * 2**20 - start
 
 

@@ -16,7 +16,7 @@ def noise(count):
 
 
 @pytest.mark.parametrize(("scale", "side"), [(2, 15), (3, 13), (4, 13)])
-def test_gray_patterns_are_gray_with_contrast_drawn_by_patch_itself(scale, side):
+def test_gray_patterns_are_gray_and_each_patch_determines_its_contrast(scale, side):
     lr = plain(100, 100)
     lr[:, :, 5, 5] += torch.tensor([[6], [14]], dtype=torch.uint8)  # the second differs more
     lr[:, 0, 5, 5] += 3

@@ -67,9 +67,9 @@ def test_epochs_are_printed_with_speed_and_slow_one_with_warning(capfd, monkeypa
 @pytest.mark.parametrize(
     ("epoch", "init", "saved", "fact"),
     [
-        (0, "", False, "; no epoch on photos was better than the initial network with 31.000 dB Y on Set5\n"),
-        (0, "a.pth", True, "; no epoch on photos was better than a.pth with 31.000 dB Y on Set5\n"),
-        (0, "a.pth", False, " than a.pth with 31.000 dB Y on Set5; its checkpoint is not in out\n"),
+        (0, "", False, "; no epoch on photos was better than the initial network, which has 31.000 dB Y on Set5\n"),
+        (0, "a.pth", True, "; no epoch on photos was better than a.pth, which has 31.000 dB Y on Set5\n"),
+        (0, "a.pth", False, " than a.pth, which has 31.000 dB Y on Set5; its checkpoint is not in out\n"),
         (3, "", True, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos\n"),
         (3, "", False, "; best: epoch 3 with 31.000 dB Y on Set5, trained on photos; its checkpoint is not in out\n"),
     ],
@@ -85,7 +85,7 @@ def test_result_claims_no_checkpoint_that_does_not_exist(capfd, epoch, init, sav
 
 
 @pytest.mark.parametrize(("before", "after", "warns"), [(30, 29.4, True), (30, 29.6, False), (29.4, 29.3, False)])
-def test_fall_below_bicubic_warns_once(capfd, before, after, warns):
+def test_drop_below_bicubic_warns_once(capfd, before, after, warns):
     warn_if_worse(report(before, bicubic=30.0), report(after, bicubic=30.0), 3)
     err = capfd.readouterr().err
     if warns:
@@ -105,7 +105,7 @@ def test_check_finite_names_first_step_with_loss_that_is_not_finite():
 def test_check_finite_refuses_weights_that_cannot_be_loaded_again(weight):
     run = small_run()
     run.model.conv2.bias.data[5] = weight
-    with pytest.raises(CommandError, match="step 2 of epoch 7"):
+    with pytest.raises(CommandError, match="weights diverged in epoch 7"):
         check_finite(torch.tensor([0.1, 0.2]), run, 7)
 
 
@@ -114,7 +114,7 @@ def test_check_finite_refuses_moments_that_cannot_be_loaded_again():
     for parameter in run.model.parameters():
         parameter.grad = torch.full_like(parameter, 1e30)  # whose square is infinite
     run.optimizer.step()
-    with pytest.raises(CommandError, match="step 2 of epoch 7"):
+    with pytest.raises(CommandError, match="weights diverged in epoch 7"):
         check_finite(torch.tensor([0.1, 0.2]), run, 7)
 
 

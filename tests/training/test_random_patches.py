@@ -55,7 +55,7 @@ def test_patches_are_oriented_crops_with_context_in_lr(scale):
         crop = to_tensor(image.crop((left, top, left + 12, top + 12)))
         (orientation,) = (i for i, patch in enumerate(dihedral(crop)) if torch.equal(patch, hr))
         orientations.add(orientation)
-        # The LR patch is the same place of the LR image with its context, where edges are repeated.
+        # The LR patch is the same position of the LR image with its context, where edges are repeated.
         whole = to_tensor(degrade(image.crop((left % scale, top % scale, *image.size)), scale)[0])
         y, x = (
             torch.arange(start // scale - context, (start + 12) // scale + context).clamp(0, side - 1)
@@ -116,10 +116,10 @@ def test_patches_are_drawn_by_root_of_error_and_weighted_inversely():
     errors = [torch.tensor([[0.0, 5, 20]]), torch.tensor([[75.0], [0]])]  # their mean is 20
     sampler = ImportanceSampler([error.double() for error in errors], 1)
     image, corner, weight = sampler.draw(100_000, torch.Generator().manual_seed(0))
-    places = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 0, 0), (1, 1, 0)]
+    positions = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 0, 0), (1, 1, 0)]
     roots = [(error + 1) ** 0.5 for error in (0, 5, 20, 75, 0)]
-    for place, root in zip(places, roots, strict=True):
-        here = (torch.cat([image[:, None], corner], 1) == torch.tensor(place)).all(1)
+    for position, root in zip(positions, roots, strict=True):
+        here = (torch.cat([image[:, None], corner], 1) == torch.tensor(position)).all(1)
         share = root / sum(roots)
         assert here.double().mean().item() == pytest.approx(share, abs=0.005)
         (weight_here,) = set(weight[here].tolist())
@@ -127,7 +127,7 @@ def test_patches_are_drawn_by_root_of_error_and_weighted_inversely():
 
 
 def test_images_count_by_their_areas():
-    """A small image has few places for a patch, and one smaller than a patch has one."""
+    """A small image has few positions for a patch, and one smaller than a patch has one."""
     sampler = ImportanceSampler([torch.rand(shape).double() for shape in ((2, 3), (20, 10), (5, 4))], 4)
     image, corner, weight = sampler.draw(40_000, torch.Generator().manual_seed(0))
     for number, area in enumerate((6, 200, 20)):

@@ -37,13 +37,13 @@ def test_resuming_finished_run_prints_hint_and_writes_nothing(train_small, saved
     files = contents("there")
     status, out, err = train_small(command=("resume", "there/checkpoint.last"))
     assert (status, err) == (0, "")
-    assert out == "there/checkpoint.last already has 2 epochs; give a larger --num-epoch to train on\n"
+    assert out == "there/checkpoint.last has been trained for 2 epochs; use a larger --num-epoch to continue\n"
     assert contents("there") == files
 
 
 def test_resuming_finished_run_on_other_images_names_init(train_small, saved, photos):
     files = contents("there")
-    hint = "give a larger --num-epoch to train on, or use `train --init=there/checkpoint.last` to start a new run from"
+    hint = "use a larger --num-epoch to continue, or use `train --init=there/checkpoint.last` to start a new run from"
     for folder, status in ((photos, 0), (photos.parent, 1)):
         found, out, err = train_small(f"--train-data={folder}", command=("resume", "there/checkpoint.last"))
         assert found == status
@@ -71,9 +71,12 @@ def test_resume_where_images_are_missing_names_options(train_small, saved, photo
     moved = {"train_data": "gone", "test_data": "data/Set5"}
     torch.save(saved | {"args": saved["args"] | moved}, "moved")
     for words, fact in (
-        ((), "gone: no such folder of images; give it with --train-data=DIR"),
-        ((f"--test-data={photos}", "--train-data=nowhere"), "nowhere: no such folder of images; give it with --train"),
-        ((f"--train-data={photos}",), "or give --test-data"),
+        ((), "gone: no such folder of images; specify an existing folder with --train-data=DIR"),
+        (
+            (f"--test-data={photos}", "--train-data=nowhere"),
+            "nowhere: no such folder of images; specify an existing folder with --train",
+        ),
+        ((f"--train-data={photos}",), "or specify another folder with --test-data=DIR"),
     ):
         status, _, err = train_small(*words, command=("resume", "moved"))
         assert status == 1
@@ -82,11 +85,11 @@ def test_resume_where_images_are_missing_names_options(train_small, saved, photo
     sets = ("--train-data=elsewhere", "--test-data=elsewhere")
     status, out, _ = train_small(*sets, "--output=a", command=("resume", "moved"))
     assert status == 0
-    assert "training images differ" not in out
+    assert "training images have changed" not in out
     next(Path("elsewhere").glob("*.png")).unlink()
     status, out, _ = train_small(*sets, "--output=b", command=("resume", "moved"))
     assert status == 0
-    assert out.count("the training images differ") == 1
+    assert out.count("the training images have changed") == 1
 
 
 def test_checkpoint_of_course_is_resumed_from_its_weights(train_small, photos):

@@ -61,15 +61,15 @@ def test_advice_is_as_many_threads_as_there_are_free_cores(cores, others, thread
 
 def measure(monkeypatch, seconds, own, ticks, device=CPU):
     """Measure a context of so many seconds, in which core 0 was busy for so many ticks, and this program for own."""
-    monkeypatch.setattr(speed, "PROC_STAT", Path("stat"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
-    monkeypatch.setattr(time, "perf_counter", iter([10.0, 10.0 + seconds]).__next__)
-    monkeypatch.setattr(time, "process_time", iter([3.0, 3.0 + own]).__next__)
-    Path("stat").write_text(STAT.format(4000))
-    with warn_of_busy_cores(device):
-        Path("stat").write_text(STAT.format(4000 + ticks))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "PROC_STAT", Path("stat"))
+        patch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+        patch.setattr(os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+        patch.setattr(time, "perf_counter", iter([10.0, 10.0 + seconds]).__next__)
+        patch.setattr(time, "process_time", iter([3.0, 3.0 + own]).__next__)
+        Path("stat").write_text(STAT.format(4000))
+        with warn_of_busy_cores(device):
+            Path("stat").write_text(STAT.format(4000 + ticks))
 
 
 @pytest.mark.usefixtures("_two_threads")
@@ -104,13 +104,13 @@ def test_nothing_is_measured_with_one_thread_or_several_processes_or_without_pro
 
 
 @pytest.mark.usefixtures("_two_threads")
-def test_each_fall_of_speed_warns_once(capfd):
+def test_each_drop_in_speed_warns_once(capfd):
     speeds, warned = [], []
     for number, each in enumerate([1.0, 1.2, 0.5, 0.1, 0.3, 0.9, 0.2, 5.0, 1.7]):
         speeds.append(each)
         warn_if_slow(speeds, 2.0, CPU)
         if err := capfd.readouterr().err:
-            assert_one_line(err, "WARNING: the last epoch was ", "OMP_NUM_THREADS less than 2")
+            assert_one_line(err, "WARNING: the last epoch was ", "OMP_NUM_THREADS lower than 2")
             warned.append(number)
     assert warned == [3, 6]
     warn_if_slow([1.0, 0.1], 0.3, CPU)  # too short to conclude anything

@@ -54,16 +54,16 @@ def test_tiles_divide_the_places_for_patches_of_all_images(scale):
     tiles, found = Tiles(sizes, 4, 10, scale), []
     for tile in tiles:
         left, top, right, bottom = tile.box
-        assert max(tile.places) <= 10 or np.prod(tile.places) <= 100
+        assert max(tile.positions) <= 10 or np.prod(tile.positions) <= 100
         rows, columns = (
             range(start // scale + first, start // scale + first + count)
-            for start, first, count in zip((top, left), tile.first, tile.places, strict=True)
+            for start, first, count in zip((top, left), tile.first, tile.positions, strict=True)
         )
         found += [(tile.image, row, column) for row in rows for column in columns]
         assert 0 <= left < right <= sizes[tile.image, 0]
         assert 0 <= top < bottom <= sizes[tile.image, 1]
-    places = [(max(height // scale - 3, 1), max(width // scale - 3, 1)) for width, height in sizes.tolist()]
-    expected = [(i, row, column) for i, (h, w) in enumerate(places) for row in range(h) for column in range(w)]
+    positions = [(max(height // scale - 3, 1), max(width // scale - 3, 1)) for width, height in sizes.tolist()]
+    expected = [(i, row, column) for i, (h, w) in enumerate(positions) for row in range(h) for column in range(w)]
     assert sorted(found) == expected
     boxes = [tile.box for tile in tiles]
     assert tiles.areas().tolist() == [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
@@ -75,7 +75,7 @@ def test_tile_has_the_errors_of_its_places_in_the_whole_image(scale):
     for tile in Tiles(np.array([image.size]), size, 11, scale):
         left, top, *_ = tile.box
         crop, whole = crop_of_tile(tile, image.crop(tile.box), size, scale), bicubic_error(*degrade(image, scale))
-        (row, column), (rows, columns) = crop.first, (count + size - 1 for count in tile.places)
+        (row, column), (rows, columns) = crop.first, (count + size - 1 for count in tile.positions)
         row, column = row + top // scale, column + left // scale
         assert torch.equal(crop.error, whole[row : row + rows, column : column + columns])
 
@@ -92,7 +92,7 @@ def test_tile_has_the_lr_pixels_that_the_whole_image_has(scale):
         (lr,), whole = crop.lr, np.array(degrade(image.crop((x, y, *image.size)), scale)[0])
         ends = [
             min(first + count + size - 1 + context, side)
-            for first, count, side in zip(crop.first, tile.places, lr.shape[:2], strict=True)
+            for first, count, side in zip(crop.first, tile.positions, lr.shape[:2], strict=True)
         ]
         rows, columns = (slice(max(first - context, 0), end) for first, end in zip(crop.first, ends, strict=True))
         inside = whole[top // scale :, left // scale :][rows, columns]
@@ -102,7 +102,7 @@ def test_tile_has_the_lr_pixels_that_the_whole_image_has(scale):
 
 
 def first_place(tile):
-    """Return what distinguishes a tile: its image, and its first place for a patch in that."""
+    """Return what distinguishes a tile: its image, and its first position for a patch in that."""
     return tile.image, tile.box[1] // 3 + tile.first[0], tile.box[0] // 3 + tile.first[1]
 
 
@@ -175,11 +175,11 @@ def test_each_place_in_an_image_of_several_tiles_has_the_same_chance(bound):
     for found, count in ((left, 40 - 3), (top, 30 - 3)):
         shares = found.int().bincount(weights, minlength=count) / weights.sum() * count
         assert len(shares) == count
-        assert shares[:-1].sub(1).abs().max() < 0.5  # the last place exists at one offset of three
+        assert shares[:-1].sub(1).abs().max() < 0.5  # the last position exists at one offset of three
 
 
 def test_images_count_by_their_areas(bound):
-    """Of images of one color each place has the same chance. One is smaller than a patch, and one in several tiles."""
+    """Each position in images of one color is equally likely. One is smaller than a patch, and one in several tiles."""
     bound(1_000_000)
     sizes = {20: (12, 9), 60: (60, 30), 100: (240, 150), 140: (60, 45), 180: (31, 92)}
     batches = draw(image_set({str(c): Image.new("RGB", size, (c,) * 3) for c, size in sizes.items()}), 12, 256, 200)
@@ -226,7 +226,9 @@ def test_image_that_cannot_be_decoded_is_skipped_and_counted_once(bound, capfd):
 def test_image_that_takes_too_much_memory_is_refused(bound):
     bound(1_500_000)
     files = image_set({"a": Image.new("RGB", (90, 90)), "b": Image.new("RGB", (800, 600))})
-    with pytest.raises(CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and 2 MB are allowed; convert it "):
+    with pytest.raises(
+        CommandError, match=r"^b\.png: decoding it needs up to 2 MB, and the limit is 2 MB; convert it "
+    ):
         RandomPatches(files, 12, 3, CPU)
 
 
@@ -235,7 +237,7 @@ def test_image_that_has_changed_its_size_is_skipped(bound, capfd):
     images = image_set({name: random_image(size=(60, 60)) for name in "ab"})
     random_image(size=(60, 57)).save("b.png")
     draw(images, 12, 16, 12)
-    assert_one_line(capfd.readouterr().err, "WARNING: b.png: its size has changed, or differs from that in its header")
+    assert_one_line(capfd.readouterr().err, "WARNING: b.png: its size has changed, or does not match its header")
 
 
 def test_each_image_of_a_part_is_decoded_once(bound, monkeypatch):
@@ -252,7 +254,7 @@ def test_each_image_of_a_part_is_decoded_once(bound, monkeypatch):
 def test_processes_must_decode_the_same_images(bound, monkeypatch):
     bound(250_000)
     images = image_set({name: random_image(size=(60, 60)) for name in "ab"})
-    monkeypatch.setattr(patches, "gather", lambda failed: [failed, {1}])
+    monkeypatch.setattr(patches, "all_gather", lambda failed: [failed, {1}])
     with pytest.raises(CommandError, match=r"^files: not all processes can decode the same images"):
         draw(images, 12, 16, 1)
 
@@ -277,7 +279,7 @@ def test_resumed_run_has_the_same_window(train_small, bound, recipe):
     options = (f"--recipe={recipe}", "--num-epoch=4", "--save-freq=2", "--epoch-size=0.03", "--patch-size=33")
     status, out, err = train_small(*options, "--output=a")
     assert (status, err) == (0, "")
-    assert "\nthe set does not fit in memory: patches are drawn from 0.0" in out
+    assert "\nthe training set does not fit into the memory for it: patches are drawn from 0.0" in out
     assert train_small("--output=b", command=("resume", "a/checkpoint.2"))[0] == 0
     a, b = (load(f"{folder}/checkpoint.4")["model"] for folder in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -306,9 +308,9 @@ def test_set_within_the_bound_is_in_memory_as_a_whole(photos):
 
 def test_docs_have_the_sizes_of_sets_in_memory():
     two, three, four = (RandomPatches.max_pixels(24 + 3 * scale, scale) // 10**6 for scale in SCALES)
-    sizes = f"A set of up to {three} megapixels ({two} at ×2, {four} at ×4) is in memory as a whole, or of up to"  # noqa: RUF001
-    sizes += f" {GridPatches.max_pixels(33, 3) // 10**6} with `--recipe=assignment`"
-    assert sizes in " ".join((ROOT / "docs" / "training.md").read_text().split())
+    grid = GridPatches.max_pixels(33, 3) // 10**6
+    sizes = f"up to {three} megapixels ({two} at ×2, {four} at ×4, {grid} with `--recipe=assignment`) is kept in memory"  # noqa: RUF001
+    assert sizes in " ".join((ROOT / "docs" / "training.md").read_text("utf-8").split())
 
 
 def peak_of_training(folder, memory):

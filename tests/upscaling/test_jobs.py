@@ -75,7 +75,7 @@ def test_names_of_outputs_have_the_scale(find):
     assert [job.sr.name for job in jobs] == ["a.jpg_srcnn_x4.png", "b_srcnn_x4.png", "a.psd_srcnn_x4.png"]
 
 
-def test_output_of_another_scale_is_not_taken_as_done(find):
+def test_output_of_another_scale_does_not_count_as_done(find):
     Path("lr_srcnn_x2.bmp").touch()
     assert [find("lr.bmp", scale=scale)[0].is_done() for scale in (2, 3, 4)] == [True, False, False]
 
@@ -178,7 +178,7 @@ def test_outputs_of_same_name_keep_extension_of_input(outputs, inputs, truth, ex
 
 def test_second_of_two_inputs_with_same_name_fails_alone(outputs):
     found = outputs("p/x.png q/x.png p/y.png", "o")
-    assert found.pop("q/x.png").startswith("q/x.png: o/x_srcnn_x3.png is also the output of p/x.png; upscale each ")
+    assert found.pop("q/x.png").startswith("q/x.png: o/x_srcnn_x3.png is also the output of p/x.png; use a different ")
     assert found == {"p/x.png": "o/x_srcnn_x3.png", "p/y.png": "o/y_srcnn_x3.png"}
 
 
@@ -207,7 +207,7 @@ def test_folder_with_name_of_an_output_is_searched(outputs, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_output_of_another_job_is_not_taken_as_done(find):
+def test_output_of_another_job_does_not_count_as_done(find):
     for name in ("p/x.png", "q/x.png", "o/x_srcnn_x3.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
@@ -232,7 +232,7 @@ def test_names_of_outputs_may_be_as_long_as_the_file_system_allows(find, length,
 
 def test_other_images_are_skipped_if_some_have_lr_suffix(find, capsys):
     assert [job.lr.name for job in find("course")] == ["a_lr.bmp", "b_lr.bmp"]
-    assert capsys.readouterr().err == "WARNING: course: skipping 3 images without the suffix _lr\n"
+    assert capsys.readouterr().err == "WARNING: course: skipping 3 images without names that end in _lr\n"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_other_images_are_skipped_if_some_have_lr_suffix(find, capsys):
     [
         ("lr.bmp", "hr.png", "lr.bmp hr.png", ""),
         ("course", "./course", "course/a_lr.bmp course/a_GT.bmp, course/b_lr.bmp course/b_GT.bmp", "course: 3 images"),
-        # A name in _GT is preferred. Both folders may contain the same name.
+        # A name that ends in _GT is preferred. Both folders may contain the same name.
         ("lr/a.png lr", "hr", "lr/a.png hr/a.bmp, lr/b.png hr/b_GT.png, lr/c_GT.png hr/c_GT.png", "lr: 1 image"),
         ("in/a.jpg", "course", "in/a.jpg course/a_GT.bmp", ""),
         ("published", "published", "published/a_LR.png published/a_HR.png", "published: 2 images"),
@@ -266,27 +266,39 @@ def test_ground_truths_are_found_in_same_subfolder(find):
     ("inputs", "output", "truth", "extension", "problem"),
     [
         ("lr.bmp", None, "missing.png", None, "missing.png: no such file"),
-        ("lr.bmp hr.png", None, "hr.png", None, "hr.png: several images"),
+        ("lr.bmp hr.png", None, "hr.png", None, "hr.png: --ground-truth must be a folder"),
         ("lr.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of lr.bmp is the image itself"),
         ("deep/a.b.jpg", None, "deep", None, "deep: the ground truth of a.b.jpg is the image itself"),
         ("link.bmp", None, "lr.bmp", None, "lr.bmp: the ground truth of link.bmp is the image itself"),
         ("lr.bmp", None, "hr", None, "hr: no ground truth for lr.bmp"),
         ("in", None, "in", None, "in: this folder contains no images with a ground truth in in"),
         ("done", None, None, None, "done: this folder contains no images"),
-        ("lr.bmp", "lr.bmp", None, None, "lr.bmp is an input"),
-        ("lr.bmp", "net.png", None, None, "net.png is an input"),
-        ("lr.bmp", "hr.png", "hr.png", None, "hr.png is an input"),
-        ("lr.bmp", "x.png", "x_srcnn_x3_comparison.png", None, "x_srcnn_x3_comparison.png is an input"),
+        ("lr.bmp", "lr.bmp", None, None, "lr.bmp would overwrite an input"),
+        ("lr.bmp", "net.png", None, None, "net.png would overwrite an input"),
+        ("lr.bmp", "hr.png", "hr.png", None, "hr.png would overwrite an input"),
+        ("lr.bmp", "x.png", "x_srcnn_x3_comparison.png", None, "x_srcnn_x3_comparison.png would overwrite an input"),
         ("lr.bmp", "new", None, None, "new: use one of the extensions .bmp, .gif, .jpeg, .png"),
         ("lr.bmp", "a.jpg", None, "png", "--format=png contradicts --output=a.jpg"),
         ("lr.bmp hr.png", "lr.bmp/", None, None, "cannot .* lr.bmp: File exists"),
-        ("lr.bmp hr.png", "o.jpg", None, None, "o.jpg: several .* use --format=jpeg, or --output=o.jpg/ for a folder"),
-        ("in", "o.PNG", None, "png", "o.PNG: several images need a folder; use --format=png, or --output=o.PNG/"),
+        (
+            "lr.bmp hr.png",
+            "o.jpg",
+            None,
+            None,
+            "--output=o.jpg names a file, .* use --format=jpeg, or --output=o.jpg/ for a folder",
+        ),
+        (
+            "in",
+            "o.PNG",
+            None,
+            "png",
+            "--output=o.PNG names a file, but there are several images; use --format=png, or --output=o.PNG/",
+        ),
         ("-", None, None, None, "standard output needs a format"),
         ("lr.bmp -", None, None, "png", "- stands for a single image"),
         ("in", "-", None, "png", "- stands for a single image"),
         ("-", "-", "hr.png", "png", "--ground-truth .* needs --output=FILE"),
-        ("-", "net.png", None, None, "net.png is an input"),
+        ("-", "net.png", None, None, "net.png would overwrite an input"),
     ],
 )
 def test_conflicting_arguments_are_refused_and_write_nothing(find, inputs, output, truth, extension, problem):

@@ -108,9 +108,9 @@ def test_messages_are_in_order_of_jobs_and_steps_whichever_thread_is_slow(capfd,
 
 @pytest.mark.usefixtures("_two_writers")
 def test_at_most_one_image_is_read_one_upscaled_and_a_few_written(turns):
-    """Writers are as slow as possible: they wait until the main thread can only wait for them, and have the next read.
+    """Writers are as slow as possible: each waits until the main thread only waits, and the next image has been read.
 
-    Counted are images from the end of their reading to the end of their writing.
+    Images are counted from the end of reading to the end of writing.
     """
     steps, alive, most, lock, ahead = FakeSteps(*[1] * 8), set(), [], threading.Lock(), defaultdict(threading.Event)
 
@@ -202,7 +202,8 @@ def test_nothing_more_is_computed_when_pipeline_is_left():
         steps.waits["upscale", job] = lambda job=job: upscaled.append(job)
     with closing(run_in_pipeline(list(range(9)), steps)) as finished:
         assert next(finished)[0] == 0
-    assert len(upscaled) < 9
+        before = len(upscaled)
+    assert len(upscaled) == before < 9
 
 
 # ---------------------------------------------------------------------------- real images
@@ -220,7 +221,7 @@ def folder(pictures):
     return names
 
 
-def test_outputs_equal_those_of_a_run_image_by_image(cli, folder):
+def test_outputs_are_the_same_as_one_image_at_a_time(cli, folder):
     assert cli(*COMMAND, "in", "--output=together", "--ground-truth=hr")[0] == 0
     for name in folder:
         assert cli(*COMMAND, f"in/{name}", "--output=apart/", f"--ground-truth=hr/{name[0]}.png")[0] == 0
@@ -320,7 +321,7 @@ class BrokenPipe(io.StringIO):
         raise BrokenPipeError
 
 
-def test_end_of_the_reader_of_stdout_stops_all(cli, folder, monkeypatch):
+def test_broken_pipe_on_stdout_stops_the_pipeline(cli, folder, monkeypatch):
     monkeypatch.setattr(pipeline, "WRITERS", 1)
     monkeypatch.setattr(sys, "stdout", BrokenPipe())
     status, _, err = cli(*COMMAND, "in", "--output=o")
@@ -330,14 +331,14 @@ def test_end_of_the_reader_of_stdout_stops_all(cli, folder, monkeypatch):
 
 
 def interrupt_wait_for(event, number):
-    """Return a function for the main thread, in place of waiting for a result: it gets a signal after the event."""
+    """Return a replacement for wait() that raises a signal in the main thread once the event is set."""
     return lambda futures: event.wait(TIMEOUT) and signal.raise_signal(number)
 
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-@pytest.mark.usefixtures("_heeded")
+@pytest.mark.usefixtures("_default_signal_handlers")
 @pytest.mark.parametrize(("number", "status"), SIGNALS, ids=["INT", "TERM", "HUP"])
 @pytest.mark.parametrize("second", [False, True], ids=["once", "twice"])
 def test_signal_during_a_write_leaves_nothing(cli, folder, monkeypatch, number, status, second):
@@ -361,7 +362,7 @@ def test_signal_during_a_write_leaves_nothing(cli, folder, monkeypatch, number, 
     assert (calls, stopped, os.listdir("o")) == ([1, 1], [True], [])  # calls see the temporary file
 
 
-@pytest.mark.usefixtures("_heeded")
+@pytest.mark.usefixtures("_default_signal_handlers")
 def test_image_that_is_complete_when_a_signal_comes_is_kept(cli, folder, monkeypatch):
     complete = threading.Event()
     with monkeypatch.context() as patch:
