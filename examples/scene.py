@@ -7,7 +7,7 @@ from matplotlib.patches import Circle, Ellipse, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path as Curve
 from PIL import Image
 
-WIDTH, HEIGHT = 540, 360  # of the HR image
+WIDTH, HEIGHT = 540, 360  # size of the HR image
 INK, PAPER, RUST, GOLD = "#1c1a17", "#f6efe0", "#a8431f", "#e0a526"
 PAGE = """The owl sees at dusk
 what the day has left
@@ -172,7 +172,3 @@ def draw_page(axes, x):
     for i in range(6):
         axes.add_patch(Rectangle((x + 190 + 9.4 * i, 276), 9.4, 28, color=str(0.08 + 0.15 * i)))
     axes.plot([x + 190, x + 246.4, x + 246.4, x + 190, x + 190], [276, 276, 304, 304, 276], color=INK, lw=0.5)
-
-
-if __name__ == "__main__":
-    draw_scene().save("hr.png")
