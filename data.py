@@ -281,6 +281,8 @@ def main() -> None:
             others.append(str(folder))
     if missing:
         published_sets.fetch(missing, source)
+    elif source:
+        warn(f"{source} was not read, since {published_sets.DATA}/ has folders for all sets")
     if others:
         raise CommandError(
             f"not the published sets: {' and '.join(others)}; move or delete them, and run `python data.py` again"

@@ -117,7 +117,10 @@ def test_command_skips_existing_sets(cli, monkeypatch):
     monkeypatch.setattr(published_sets, "MIRRORS", ())
     write(FILES, Path("data"))
     Path(f"data/.Set5-abc{TEMPORARY_SUFFIX}").mkdir()  # left by a killed download; it is removed
-    assert cli("data.py") == (0, "data/91-image already exists\ndata/Set5 already exists\n", "")
+    found = "data/91-image already exists\ndata/Set5 already exists\n"
+    assert cli("data.py") == (0, found, "")
+    unused = "WARNING: nowhere was not read, since data/ has folders for all sets\n"
+    assert cli("data.py", "--from=nowhere") == (0, found, unused)
     assert installed() == FILES
 
 
