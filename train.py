@@ -75,7 +75,7 @@ def mse_loss(output: Tensor, batch: Batch) -> Tensor:
 
 
 def weighted_mse_loss(output: Tensor, batch: Batch) -> Tensor:
-    """Return the MSE over RGB plus ``LUMA_WEIGHT`` times that of luma, as for values in [0, 1].
+    """Return the MSE over RGB plus ``LUMA_WEIGHT`` times the MSE of luma, as for values in [0, 1].
 
     The output, in [0, 255], is clamped by :func:`leaky_clamp`, and each patch's error is multiplied by its weight.
     """
@@ -206,13 +206,12 @@ def evaluate(model: SRCNN, test_set: TestSet, self_ensemble: bool = False) -> Re
 
 
 HINTS = {
-    "--learning-rate": "did you mean --lr?",
-    "--epoch": "did you mean --num-epoch?",
-    "--epochs": "did you mean --num-epoch?",
-    "--device": "did you mean --cuda?",
-    "--scale": "the scale is that of the checkpoint",
+    "--learning-rate": "--lr",
+    "--epoch": "--num-epoch",
+    "--epochs": "--num-epoch",
+    "--device": "--cuda",
+    "--scale": "the scale is saved in the checkpoint",
 }
-INSPECT_HINTS = {name: HINTS[name] for name in ("--device", "--scale")}
 
 
 def parse_args() -> argparse.Namespace:
@@ -222,8 +221,7 @@ def parse_args() -> argparse.Namespace:
     def add_command(name: str, text: str, *examples: str) -> ArgumentParser:
         lines = "\n".join(f"  python train.py {example}" for example in examples)
         prog = f"train.py {name}"
-        hints = INSPECT_HINTS if name == "inspect" else HINTS
-        return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=hints)
+        return commands.add_parser(name, prog=prog, help=text, description=text, examples=lines, hints=HINTS)
 
     examples = "train", "train --lr=0.0005 --batch-size=256 --cuda", "train --init=checkpoint.pth --train-data=photos"
     train = add_command("train", "Train from scratch, or from the weights of a checkpoint.", *examples)

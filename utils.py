@@ -32,8 +32,7 @@ TERMINATION_SIGNALS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIG
 TEMPORARY_SUFFIX = ".srcnn.part"  # suffix of incomplete files
 
 OUT_OF_MEMORY = (
-    *("out of memory", "allocate memory", "std::bad_alloc"),
-    "not enough memory",  # Windows
+    *("out of memory", "allocate memory", "std::bad_alloc", "not enough memory"),  # the last on Windows
     *("ALLOC_FAILED", "unable to find an engine", "could not create a primitive", "could not create a memory object"),
 )
 OUT_OF_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python and C++
@@ -49,7 +48,7 @@ class CommandError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with examples below the help, and with usage errors in one line.
 
-    ``hints`` maps options that do not exist, but that users of other programs may expect, to advice.
+    ``hints`` maps options that do not exist, but that users of other programs may expect, to an option or advice.
     """
 
     def __init__(self, examples: str = "", hints: dict[str, str] | None = None, **options: Any) -> None:
@@ -70,9 +69,12 @@ class ArgumentParser(argparse.ArgumentParser):
         """Yield the hint or the most similar option for each unknown option, if there is one."""
         for name in (argument.partition("=")[0] for argument in unknown if argument.startswith("--")):
             names = [other for other in self._option_string_actions if other != "--help"]
-            similar = difflib.get_close_matches(name[:30], names, n=1, cutoff=0.7)
-            if name in self.hints or similar:
-                yield self.hints.get(name) or f"did you mean {similar[0]}?"
+            hint = self.hints.get(name, "")
+            similar = [hint] if hint in names else difflib.get_close_matches(name[:30], names, n=1, cutoff=0.7)
+            if hint and not hint.startswith("--"):
+                yield hint
+            elif similar:
+                yield f"did you mean {similar[0]}?"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")

@@ -62,7 +62,7 @@ class ExifData:
         return None
 
     def read_resolution(self) -> tuple[Rational | None, Rational | None]:
-        """Return the resolutions in x and y, or None for those that are missing or damaged."""
+        """Return the resolutions in x and y, or None if missing or damaged."""
         x, y = (self.read_rational(tag) for tag in RESOLUTION)
         overlap = x and y and 0 < abs(x[0] - y[0]) < 8
         return (None, None) if overlap else (x, y)

@@ -38,18 +38,15 @@ class TolerantPngStream(PngStream):
         intact = is_intact(cid, content, self.fp.read(4))
         if intact and (cid not in TEXT or self.text_memory <= PngImagePlugin.MAX_TEXT_MEMORY):
             self.fp.seek(pos)
-            with (
-                contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error),
-                self.without_text(cid, content),
-            ):
+            with contextlib.suppress(ValueError, SyntaxError, IndexError, struct.error), self.hide_text(cid, content):
                 return super().call(cid, pos, length)
         self.ignored.add(cid.decode())
         self.fp.seek(pos + length)
         return content
 
     @contextlib.contextmanager
-    def without_text(self, cid: bytes, content: bytes) -> Iterator[None]:
-        """Keep a text out of the image's info, where its keyword could be that of something else."""
+    def hide_text(self, cid: bytes, content: bytes) -> Iterator[None]:
+        """Keep a text out of the image's info, where its keyword could mean something else."""
         info = self.im_info
         if cid in TEXT and content.split(b"\0")[0] not in ORIENTATION:
             self.im_info = {}

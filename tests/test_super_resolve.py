@@ -364,6 +364,11 @@ def test_scale_that_does_not_exist_is_refused(pictures, wrong):
             call()
 
 
+def test_precision_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"^precision must be one of auto, fp32, bf16, not 'fp16'$"):
+        load_upscaler(precision="fp16")
+
+
 def test_scale_may_be_a_numpy_integer(pictures):
     assert upscale(pictures[0], scale=np.int64(2)).size == (60, 60)
 

@@ -157,7 +157,7 @@ def installed_version(package: str) -> str | None:
 
 
 def find_peers(file: Path, precisions: list[str]) -> list[Runtime]:
-    """Return the runtimes for an exported network. Warn of those that are not installed."""
+    """Return the runtimes for an exported network. Warn of missing ones."""
     versions = {package: installed_version(package) for package in PACKAGES}
     missing = [package for package in PACKAGES if not versions[package]]
     if missing:

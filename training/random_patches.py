@@ -186,7 +186,7 @@ class ImportanceSampler:
             area or error.numel() / (height * width)
             for area, error, (height, width) in zip(areas or [None] * len(errors), errors, shapes, strict=True)
         ]
-        # In position, since the tables are large.
+        # In place, since the tables are large.
         drawn = torch.empty(int(self.ends[-1]), dtype=torch.float64)
         for mean, error in zip(drawn.split(positions.tolist()), errors, strict=True):
             mean.copy_(mean_of_patches(error, size).flatten())

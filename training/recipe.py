@@ -58,7 +58,7 @@ def penalty(model: SRCNN, network: Network, lr: Tensor, fraction_done: float) ->
     model : SRCNN
     network : the model in the form that is trained, for values from 0 to 255
     lr : uint8 Tensor of shape (N, 3, h, w), LR patches of the whole batch
-    fraction_done : share of all training steps that are done, from 0 to 1
+    fraction_done : fraction of all training steps that are done, from 0 to 1
     """
     colors = color_grid(model.conv1.weight.device)
     end = fraction_done > GRAY_END

@@ -26,7 +26,8 @@ def select_device(cuda: bool) -> torch.device:
     if not count:
         raise CommandError("no CUDA device was found; run without --cuda")
     if count <= local_rank():
-        raise CommandError(f"only {plural(count, 'CUDA device')} found; start as many processes, or run without --cuda")
+        found = plural(count, "CUDA device")
+        raise CommandError(f"found only {found}, and each process needs one; start fewer, or run without --cuda")
     device = torch.device("cuda")
     try:
         torch.cuda.set_device(local_rank())

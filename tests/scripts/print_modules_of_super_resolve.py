@@ -1,4 +1,4 @@
-"""Print the names of the modules that super_resolve.py imports, besides those that torch imports."""
+"""Print the names of the modules that super_resolve.py imports, except for what torch imports."""
 
 import sys
 

@@ -41,6 +41,13 @@ def test_missing_gpu_is_reported():
         select_device(cuda=True)
 
 
+def test_process_without_a_gpu_of_its_own_is_reported(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("upscaling.device.local_rank", lambda: 2)
+    with pytest.raises(CommandError, match=r"^found only 2 CUDA devices, and each process needs one; start fewer, or "):
+        select_device(cuda=True)
+
+
 @without_gpu
 def test_gpu_without_driver_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as with an old driver
